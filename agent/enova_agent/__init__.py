@@ -1,0 +1,1 @@
+"""The sidecar of one GPU host: it runs engines, watches them and reports."""

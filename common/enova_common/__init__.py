@@ -1,0 +1,1 @@
+"""Plumbing that several programs use and that names no concept of the domain."""

@@ -1,0 +1,1 @@
+"""The coordinator: cluster state, reconciliation, telemetry, decisions and the gRPC API."""

@@ -1,0 +1,1 @@
+"""Pure decisions of the coordinator: snapshot in, plan out."""

@@ -1,0 +1,1 @@
+"""The contracts between enova's processes, as generated protobuf code."""

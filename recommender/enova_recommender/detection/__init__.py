@@ -1,0 +1,1 @@
+"""Performance detection: from telemetry to verdicts."""

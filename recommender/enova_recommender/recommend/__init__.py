@@ -1,0 +1,1 @@
+"""Configuration recommendation: from model, hardware and workload to a configuration."""

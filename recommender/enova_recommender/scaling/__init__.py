@@ -1,0 +1,1 @@
+"""Scaling policies: from telemetry and verdicts to a target number of replicas."""

@@ -1,0 +1,1 @@
+"""Simulated parts that say so: an engine, and a whole fleet."""

@@ -1,0 +1,1 @@
+"""Builders, twins and real servers that the tests share."""
