@@ -1,0 +1,1 @@
+"""The commands of enova, a module for each group."""

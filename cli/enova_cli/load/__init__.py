@@ -1,0 +1,1 @@
+"""`enova load`: traffic from a trace or a rate, and its report."""

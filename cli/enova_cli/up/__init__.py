@@ -1,0 +1,1 @@
+"""`enova up`: a whole fleet on this machine, as processes that are supervised and restarted."""

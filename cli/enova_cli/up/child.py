@@ -1,0 +1,117 @@
+"""One of the programs that `enova up` runs: started, awaited, restarted when it dies, ended on request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from enova_common.backoff import Backoff
+from enova_common.errors import FatalError, TimedOut
+
+READY_TIMEOUT_S = 30.0
+READY_POLL_S = 0.05
+TERM_TIMEOUT_S = 10.0          # then KILL; the programs end within a second when nothing hangs
+STEADY_S = 30.0                # a program that ran so long was well: its next restart is a first one
+RESTART = Backoff(initial_s=0.2, maximum_s=10.0, jitter=0.2)
+LOG_TAIL_LINES = 8
+
+
+@dataclass(slots=True)
+class Child:
+    """A supervised program. `ready_file` is written by it once it listens."""
+
+    name: str
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+    log_path: Path
+    ready_file: Path
+    on_change: Callable[[], None] = field(default=lambda: None)
+    pid: int = 0
+    restarts: int = 0
+    _keeper: asyncio.Task[None] | None = None
+    _stopping: bool = False
+
+    async def start(self) -> Mapping[str, Any]:
+        """Start it, wait until it is ready, keep it running from then on; what its ready file says."""
+        process = await self._spawn()
+        facts = await self._ready(process)
+        self._keeper = asyncio.create_task(self._keep(process), name=f"keep-{self.name}")
+        return facts
+
+    async def stop(self) -> None:
+        """TERM, then KILL after a deadline; returns when it is gone."""
+        self._stopping = True
+        if self._keeper is None:
+            return
+        self._signal(signal.SIGTERM)
+        _, pending = await asyncio.wait({self._keeper}, timeout=TERM_TIMEOUT_S)
+        if pending:
+            self._signal(signal.SIGKILL)
+            await asyncio.wait({self._keeper})
+
+    def ready_facts(self) -> Mapping[str, Any] | None:
+        """What the ready file of the running process says; None while there is none."""
+        try:
+            facts: dict[str, Any] = json.loads(self.ready_file.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return facts if facts.get("pid") == self.pid else None
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        self.ready_file.unlink(missing_ok=True)
+        with self.log_path.open("ab") as log:
+            # A session of its own: the terminal's Ctrl-C reaches `up` alone, which then ends them in order.
+            process = await asyncio.create_subprocess_exec(
+                *self.argv,
+                env=dict(self.environment),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.pid = process.pid
+        self.on_change()
+        return process
+
+    async def _ready(self, process: asyncio.subprocess.Process) -> Mapping[str, Any]:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while time.monotonic() < deadline:
+            facts = self.ready_facts()
+            if facts is not None:
+                return facts
+            if process.returncode is not None:
+                message = f"{self.name} ended with {process.returncode} before it was ready: {self._log_tail()}"
+                raise FatalError(message, reason="START_FAILED", remedy=f"see {self.log_path}")
+            await asyncio.sleep(READY_POLL_S)
+        self._signal(signal.SIGKILL)
+        message = f"{self.name} was not ready within {READY_TIMEOUT_S:g} s"
+        raise TimedOut(message, reason="START_TIMED_OUT", remedy=f"see {self.log_path}")
+
+    async def _keep(self, process: asyncio.subprocess.Process) -> None:
+        attempt = 0
+        while True:
+            started = time.monotonic()
+            await process.wait()
+            if self._stopping:
+                return
+            attempt = 0 if time.monotonic() - started > STEADY_S else attempt + 1
+            self.restarts += 1
+            await asyncio.sleep(RESTART.delay_s(attempt, random.random()))  # noqa: S311 - jitter
+            process = await self._spawn()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it ended in this very moment
+            os.kill(self.pid, number)
+
+    def _log_tail(self) -> str:
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        return " | ".join(lines[-LOG_TAIL_LINES:])
