@@ -1,0 +1,102 @@
+"""What a replica needs of each GPU's memory: weights, activations, and the KV blocks that are left.
+
+vLLM measures its peak by a profiling run and gives the rest of `gpu_memory_utilization` to the KV cache; here the
+peak is estimated from the shape. All figures are bytes of one GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from enova_recommender.types import ELEMENT_BYTES, QUANTIZED_WEIGHT_BYTES, GpuModel, ModelShape, Parallelism
+
+# CUDA context, NCCL buffers and the allocator's slack, which vLLM's profiling counts as "non-torch" memory.
+RUNTIME_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryFit:
+    """How one GPU's memory is divided. `kv_blocks` may be zero or less: then the model does not fit."""
+
+    budget_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    runtime_bytes: int
+    kv_block_bytes: int
+    kv_blocks: int
+
+    @property
+    def used_bytes(self) -> int:
+        """What the driver would report in use once the KV cache is allocated."""
+        fixed = self.weight_bytes + self.activation_bytes + self.runtime_bytes
+        return fixed + max(0, self.kv_blocks) * self.kv_block_bytes
+
+
+def layer_weight_bytes(shape: ModelShape, *, dtype: str = "auto", quantization: str | None = None) -> float:
+    """Bytes of the weights of all layers, which quantisation covers."""
+    method = quantization or shape.quantization
+    element = QUANTIZED_WEIGHT_BYTES[method] if method else plain_element_bytes(shape, dtype)
+    return shape.linear_parameters * element
+
+
+def plain_element_bytes(shape: ModelShape, dtype: str = "auto") -> float:
+    """Bytes of one element of what is not quantised: embedding, head, activations."""
+    return ELEMENT_BYTES[shape.dtype if dtype == "auto" else dtype]
+
+
+def weight_bytes(shape: ModelShape, *, dtype: str = "auto", quantization: str | None = None) -> int:
+    """Bytes of all weights."""
+    plain = plain_element_bytes(shape, dtype) * (shape.parameters - shape.linear_parameters)
+    return round(plain + layer_weight_bytes(shape, dtype=dtype, quantization=quantization))
+
+
+def kv_bytes_per_token(
+    shape: ModelShape, *, kv_cache_dtype: str = "auto", dtype: str = "auto", tensor_parallel: int = 1
+) -> int:
+    """Bytes of keys and values of one token in all layers, on one GPU; heads are replicated beyond their number."""
+    element = kv_cache_dtype if kv_cache_dtype != "auto" else (shape.dtype if dtype == "auto" else dtype)
+    heads = max(1, -(-shape.kv_heads // tensor_parallel))
+    return round(2 * shape.layers * heads * shape.head_dim * ELEMENT_BYTES[element])
+
+
+def activation_bytes(
+    shape: ModelShape, *, max_num_batched_tokens: int, max_num_seqs: int, tensor_parallel: int = 1
+) -> int:
+    """Peak of what a step holds beside weights and cache: the widest layer's tensors, or the logits of a full batch."""
+    per_token = 4 * shape.hidden_size + 3 * shape.intermediate_size // tensor_parallel
+    layer = 2 * max_num_batched_tokens * per_token
+    logits = max_num_seqs * shape.vocabulary_size * (2 + 4)  # gathered in 16 bits, sampled in 32
+    return layer + logits
+
+
+def fit(
+    shape: ModelShape,
+    gpu: GpuModel,
+    *,
+    parallelism: Parallelism = Parallelism(),
+    gpu_memory_utilization: float = 0.92,
+    max_num_batched_tokens: int = 8192,
+    max_num_seqs: int = 256,
+    block_size: int = 16,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
+) -> MemoryFit:
+    """Divide one GPU's memory; `kv_blocks` of the result says whether, and how well, the model fits."""
+    tensor = parallelism.tensor
+    weights = -(-weight_bytes(shape, dtype=dtype, quantization=quantization) // parallelism.gpus)
+    activation = activation_bytes(
+        shape, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, tensor_parallel=tensor
+    )
+    token = kv_bytes_per_token(shape, kv_cache_dtype=kv_cache_dtype, dtype=dtype, tensor_parallel=tensor)
+    block = max(1, -(-token * block_size // parallelism.pipeline))
+    budget = int(gpu.memory_bytes * gpu_memory_utilization)
+    left = budget - weights - activation - RUNTIME_BYTES
+    return MemoryFit(
+        budget_bytes=budget,
+        weight_bytes=weights,
+        activation_bytes=activation,
+        runtime_bytes=RUNTIME_BYTES,
+        kv_block_bytes=block,
+        kv_blocks=left // block,
+    )
