@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import assert_never
 
 from enova_agent.core.telemetry import EngineMetrics, Histogram
+from enova_common import vllm
 
 LINES_MAX = 20_000            # vLLM's own page has 700; over this the loop would stall for longer than a heartbeat
 VALUE_MAX = float(2**63)      # counts become 64-bit integers on the wire
@@ -27,64 +28,43 @@ _INFINITY = float("inf")
 _FINISHED = "finished_total"
 _ITERATIONS = "iteration_tokens_total"  # a histogram over engine steps: its count is the number of steps
 
-# Figure of EngineMetrics -> vLLM's names for it, the newest first.
-_SCALARS: Mapping[str, tuple[str, ...]] = {
-    "running": ("num_requests_running",),
-    "waiting": ("num_requests_waiting",),
-    "kv_cache_usage": ("kv_cache_usage_perc", "gpu_cache_usage_perc"),
-    "prompt_tokens_total": ("prompt_tokens_total",),
-    "generation_tokens_total": ("generation_tokens_total",),
-    "preemptions_total": ("num_preemptions_total",),
-    "prefix_cache_queries_total": ("prefix_cache_queries_total", "gpu_prefix_cache_queries_total"),
-    "prefix_cache_hits_total": ("prefix_cache_hits_total", "gpu_prefix_cache_hits_total"),
-    _FINISHED: ("request_success_total",),
+# vLLM's name, as exposed -> the figure of EngineMetrics.
+_SCALARS: Mapping[str, str] = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "kv_cache_usage",
+    "vllm:prompt_tokens_total": "prompt_tokens_total",
+    "vllm:generation_tokens_total": "generation_tokens_total",
+    "vllm:num_preemptions_total": "preemptions_total",
+    "vllm:prefix_cache_queries_total": "prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total": "prefix_cache_hits_total",
+    "vllm:request_success_total": _FINISHED,
 }
-# Histograms that frames carry -> older names.
-_HISTOGRAMS: Mapping[str, tuple[str, ...]] = {
-    "time_to_first_token_seconds": (),
-    "inter_token_latency_seconds": ("time_per_output_token_seconds",),
-    "request_time_per_output_token_seconds": (),
-    "request_queue_time_seconds": (),
-    "request_prefill_time_seconds": (),
-    "request_decode_time_seconds": (),
-    "e2e_request_latency_seconds": (),
-    "request_prompt_tokens": (),
-    "request_generation_tokens": (),
-    _ITERATIONS: (),
-}
-_PREFIX = "vllm:"
-_S_LATENCY = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
-    1920.0, 7680.0, _INFINITY,
+# The histograms that frames carry. Those of token counts have bounds that differ by context length and are not
+# needed: counters give their means, request records their shape.
+HISTOGRAMS = (
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds",
+    "request_queue_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "e2e_request_latency_seconds",
+    _ITERATIONS,
 )
-_S_TOKEN = (
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-    _INFINITY,
-)
-_TOKENS = (*(m * 10.0**e for e in range(6) for m in (1, 2, 5)), _INFINITY)
 BUCKETS: Mapping[str, tuple[float, ...]] = {
-    "time_to_first_token_seconds": (
-        0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-        160.0, 640.0, 2560.0, _INFINITY,
-    ),
-    "inter_token_latency_seconds": _S_TOKEN,
-    "request_time_per_output_token_seconds": _S_TOKEN,
-    "request_queue_time_seconds": _S_LATENCY,
-    "request_prefill_time_seconds": _S_LATENCY,
-    "request_decode_time_seconds": _S_LATENCY,
-    "e2e_request_latency_seconds": _S_LATENCY,
-    "request_prompt_tokens": _TOKENS,
-    "request_generation_tokens": _TOKENS,
-    _ITERATIONS: (*(float(n) for n in (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)), _INFINITY),
+    metric.name: (*metric.buckets, _INFINITY) for metric in vllm.METRICS if metric.name in HISTOGRAMS
 }
 
 
-def _places(names: Mapping[str, Sequence[str]]) -> Mapping[str, tuple[str, int]]:
-    return {_PREFIX + name: (figure, rank) for figure, known in names.items() for rank, name in enumerate(known)}
+def _places(names: Mapping[str, str]) -> Mapping[str, tuple[str, int]]:
+    """Every name by which a figure is exposed, with its rank: 0 for the newest."""
+    older = {old: (names[new], 1) for old, new in vllm.METRIC_ALIASES.items() if new in names}
+    return older | {name: (figure, 0) for name, figure in names.items()}
 
 
 _SCALAR_PLACES = _places(_SCALARS)
-_HISTOGRAM_PLACES = _places({metric: (metric, *older) for metric, older in _HISTOGRAMS.items()})
+_HISTOGRAM_PLACES = _places({vllm.METRIC_PREFIX + metric: metric for metric in HISTOGRAMS})
 
 _LABEL = re.compile(r'([A-Za-z_][A-Za-z0-9_]*)="((?:[^"\\]|\\.)*)"')
 _SERIES = re.compile(r'([A-Za-z_:][A-Za-z0-9_:]*)(?:\{((?:[^"]|"(?:[^"\\]|\\.)*")*)\})?')
@@ -190,7 +170,7 @@ def _learn(lines: Sequence[bytes]) -> _Layout:
 
 
 def _slot(line: bytes, key: bytes) -> _Slot | None:
-    if not line.startswith(b"vllm:"):
+    if not line.startswith(vllm.METRIC_PREFIX.encode()):
         return None
     match = _SERIES.fullmatch(key.decode(errors="replace"))
     if match is None:
@@ -303,7 +283,10 @@ def _histogram(plan: _HistogramPlan, values: Sequence[float | None]) -> Histogra
         raise MalformedExposition(f"{plan.metric} has no +Inf bucket or no sum")
     try:
         # The common case first: one core, one value a bucket.
-        counts = [int(values[row[0]] if len(row) == 1 else sum(values[i] for i in row)) for row in plan.rows]  # type: ignore[arg-type,misc]
+        counts = [
+            int(values[row[0]] if len(row) == 1 else sum(values[i] for i in row))  # type: ignore[arg-type,misc]
+            for row in plan.rows
+        ]
         total = float(sum(values[i] for i in plan.sums))  # type: ignore[misc]
     except TypeError as error:  # a None among the values: _numbers said why
         raise MalformedExposition(f"{plan.metric} has a value that is no count") from error

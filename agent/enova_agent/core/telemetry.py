@@ -77,6 +77,29 @@ class EngineMetrics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryCounts:
+    """Requests that the agent itself sent to one engine since it started: readiness tokens and canaries."""
+
+    started: int = 0
+    finished: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineScrape:
+    """The newest look at one engine, as its supervision took it, canaries included."""
+
+    replica: str
+    instance: str                             # changes when the engine restarts
+    taken_s: float                            # monotonic time of the scrape
+    metrics: EngineMetrics | None = None
+    error: str = ""                           # why there are no metrics
+    resident_memory_bytes: float | None = None
+    canaries: CanaryCounts = field(default_factory=CanaryCounts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSample:
     """One replica in one frame; `metrics` is None where there is no usable scrape."""
 
