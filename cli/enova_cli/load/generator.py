@@ -19,8 +19,8 @@ import aiohttp
 from enova_common.traces import PREFIX_TOKENS, TraceRequest
 
 CONNECT_TIMEOUT_S = 5.0
-TOKEN_ID_MIN = 10              # below are special tokens in common vocabularies
-TOKEN_ID_COUNT = 400           # small enough for any vocabulary
+TOKEN_ID_MIN = 10  # below are special tokens in common vocabularies
+TOKEN_ID_COUNT = 400  # small enough for any vocabulary
 ERROR_TEXT_CHARACTERS = 200
 
 
@@ -28,8 +28,8 @@ class Outcome(StrEnum):
     """How a request ended for the client."""
 
     SERVED = "served"
-    FAILED = "failed"          # an error in place of an answer
-    CUT = "cut"                # broken off after the first byte
+    FAILED = "failed"  # an error in place of an answer
+    CUT = "cut"  # broken off after the first byte
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class Target:
     model: str
     time_scale: float = 1.0
     stream: bool = True
-    timeout_s: float = 600.0   # real time, a request
+    timeout_s: float = 600.0  # real time, a request
     tls_ca: str = ""
 
 

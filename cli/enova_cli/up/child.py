@@ -19,21 +19,25 @@ from enova_common.errors import FatalError, TimedOut
 
 READY_TIMEOUT_S = 30.0
 READY_POLL_S = 0.05
-TERM_TIMEOUT_S = 10.0          # then KILL; the programs end within a second when nothing hangs
-STEADY_S = 30.0                # a program that ran so long was well: its next restart is a first one
+TERM_TIMEOUT_S = 10.0  # then KILL; the programs end within a second when nothing hangs
+STEADY_S = 30.0  # a program that ran so long was well: its next restart is a first one
 RESTART = Backoff(initial_s=0.2, maximum_s=10.0, jitter=0.2)
 LOG_TAIL_LINES = 8
 
 
 @dataclass(slots=True)
 class Child:
-    """A supervised program. `ready_file` is written by it once it listens."""
+    """A supervised program.
+
+    It is ready when it has written `ready_file`, or, for programs that are not ours, when `listening` says so.
+    """
 
     name: str
     argv: Sequence[str]
     environment: Mapping[str, str]
     log_path: Path
     ready_file: Path
+    listening: Callable[[], bool] | None = None
     on_change: Callable[[], None] = field(default=lambda: None)
     pid: int = 0
     restarts: int = 0
@@ -59,7 +63,9 @@ class Child:
             await asyncio.wait({self._keeper})
 
     def ready_facts(self) -> Mapping[str, Any] | None:
-        """What the ready file of the running process says; None while there is none."""
+        """What the ready file of the running process says; None while it is not ready."""
+        if self.listening is not None:
+            return {} if self.listening() else None
         try:
             facts: dict[str, Any] = json.loads(self.ready_file.read_text())
         except (FileNotFoundError, json.JSONDecodeError):

@@ -1,0 +1,67 @@
+"""The enova command: options that all commands share, and the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from enova_common.settings import TlsSettings
+
+from enova_cli.commands.certs import certs
+from enova_cli.commands.deployments import apply, delete, deploy, pause, resume, scale, wait
+from enova_cli.commands.load import load
+from enova_cli.commands.resources import describe, events, explain, get
+from enova_cli.commands.runtime import chat, completion, drain, logs, restart, uncordon, version
+from enova_cli.commands.up import up
+from enova_cli.context import Context
+
+DEFAULT_API = "127.0.0.1:7400"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.option(
+    "--api", envvar="ENOVA_API", default=DEFAULT_API, show_default=True, help="Coordinators, HOST:PORT[,HOST:PORT...]."
+)
+@click.option("--tls-ca", envvar="ENOVA_TLS_CA", type=click.Path(path_type=Path), help="The fleet's ca.crt.")
+@click.option("--tls-cert", envvar="ENOVA_TLS_CERT", type=click.Path(path_type=Path), help="Your certificate.")
+@click.option("--tls-key", envvar="ENOVA_TLS_KEY", type=click.Path(path_type=Path), help="Its key.")
+@click.pass_context
+def main(ctx: click.Context, api: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None) -> None:
+    """Deploy, watch and autoscale LLM serving on GPU hosts."""
+    files = (tls_ca, tls_cert, tls_key)
+    if any(files) and not all(files):
+        raise click.UsageError("give --tls-ca, --tls-cert and --tls-key together")
+    tls = TlsSettings(ca=tls_ca, cert=tls_cert, key=tls_key) if tls_ca and tls_cert and tls_key else None
+    endpoints = [part.strip() for part in api.split(",") if part.strip()]
+    if not endpoints:
+        raise click.UsageError("--api names no coordinator: give HOST:PORT")
+    ctx.obj = Context(endpoints=endpoints, tls=tls)
+
+
+for command in (
+    up,
+    deploy,
+    apply,
+    get,
+    describe,
+    wait,
+    scale,
+    delete,
+    logs,
+    events,
+    explain,
+    chat,
+    load,
+    drain,
+    uncordon,
+    restart,
+    pause,
+    resume,
+    certs,
+    version,
+    completion,
+):
+    main.add_command(command)
+
+if __name__ == "__main__":
+    main()

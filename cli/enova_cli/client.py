@@ -1,0 +1,221 @@
+"""The command line's way to the coordinators: finds the leader, follows it, gives errors as enova's own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+from enova_common.settings import TlsSettings
+
+from enova.v1 import (
+    cluster_pb2,
+    decision_service_pb2,
+    decision_service_pb2_grpc,
+    deployment_service_pb2,
+    deployment_service_pb2_grpc,
+    node_service_pb2,
+    node_service_pb2_grpc,
+    replica_service_pb2,
+    replica_service_pb2_grpc,
+    verdict_service_pb2,
+    verdict_service_pb2_grpc,
+)
+from enova_common import rpc
+from enova_common.errors import EnovaError, NotFound, Unavailable
+
+T = TypeVar("T")
+
+CALL_TIMEOUT_S = 10.0
+HOPS_MAX = 4  # a leader that changes more often than that within one call is an outage
+PAGE_SIZE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Stubs:
+    """One stub a service, over one channel."""
+
+    deployments: deployment_service_pb2_grpc.DeploymentServiceAsyncStub
+    replicas: replica_service_pb2_grpc.ReplicaServiceAsyncStub
+    nodes: node_service_pb2_grpc.NodeServiceAsyncStub
+    decisions: decision_service_pb2_grpc.DecisionServiceAsyncStub
+    verdicts: verdict_service_pb2_grpc.VerdictServiceAsyncStub
+
+
+def _stubs(channel: grpc.aio.Channel) -> Stubs:
+    return Stubs(
+        deployments=deployment_service_pb2_grpc.DeploymentServiceStub(channel),
+        replicas=replica_service_pb2_grpc.ReplicaServiceStub(channel),
+        nodes=node_service_pb2_grpc.NodeServiceStub(channel),
+        decisions=decision_service_pb2_grpc.DecisionServiceStub(channel),
+        verdicts=verdict_service_pb2_grpc.VerdictServiceStub(channel),
+    )
+
+
+class Client:
+    """Calls on whichever of `endpoints` leads. An async context manager."""
+
+    def __init__(self, endpoints: list[str], tls: TlsSettings | None) -> None:
+        self._endpoints = endpoints
+        self._tls = tls
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._leader = endpoints[0]
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+    @property
+    def endpoint(self) -> str:
+        """The coordinator that answered last."""
+        return self._leader
+
+    async def call(self, method: Callable[[Stubs], Awaitable[T]]) -> T:
+        """One unary call; follows NOT_LEADER and tries the other endpoints while nobody can be reached."""
+        candidates = [self._leader, *(e for e in self._endpoints if e != self._leader)]
+        last: EnovaError | None = None
+        for _ in range(HOPS_MAX + len(candidates)):
+            if not candidates:
+                break
+            endpoint = candidates.pop(0)
+            try:
+                result = await method(self._at(endpoint))
+            except grpc.RpcError as error:
+                last = rpc.error_from_rpc(error)
+                if last.reason == "NOT_LEADER" and last.metadata.get("leader_address"):
+                    candidates.insert(0, last.metadata["leader_address"])
+                elif not isinstance(last, Unavailable):
+                    raise last from error
+                continue
+            self._leader = endpoint
+            return result
+        raise self._unreachable(last)
+
+    async def stream(self, method: Callable[[Stubs], AsyncIterator[T]]) -> AsyncIterator[T]:
+        """A server stream from the coordinator that answers now."""
+        await self.list_nodes()  # settles which endpoint leads
+        try:
+            async for message in method(self._at(self._leader)):
+                yield message
+        except grpc.RpcError as error:
+            raise rpc.error_from_rpc(error) from error
+
+    async def list_deployments(self) -> list[cluster_pb2.Deployment]:
+        """All deployments, page by page."""
+
+        async def page(token: str) -> tuple[list[cluster_pb2.Deployment], str]:
+            request = deployment_service_pb2.ListDeploymentsRequest(page_size=PAGE_SIZE, page_token=token)
+            response = await self.call(lambda s: s.deployments.ListDeployments(request, timeout=CALL_TIMEOUT_S))
+            return list(response.deployments), response.next_page_token
+
+        return await _pages(page)
+
+    async def list_replicas(self, parent: str = "") -> list[cluster_pb2.Replica]:
+        """All replicas, of one deployment if `parent` names one."""
+
+        async def page(token: str) -> tuple[list[cluster_pb2.Replica], str]:
+            request = replica_service_pb2.ListReplicasRequest(parent=parent, page_size=PAGE_SIZE, page_token=token)
+            response = await self.call(lambda s: s.replicas.ListReplicas(request, timeout=CALL_TIMEOUT_S))
+            return list(response.replicas), response.next_page_token
+
+        return await _pages(page)
+
+    async def list_variants(self, parent: str = "") -> list[cluster_pb2.Variant]:
+        """All variants, of one deployment if `parent` names one."""
+
+        async def page(token: str) -> tuple[list[cluster_pb2.Variant], str]:
+            request = deployment_service_pb2.ListVariantsRequest(parent=parent, page_size=PAGE_SIZE, page_token=token)
+            response = await self.call(lambda s: s.deployments.ListVariants(request, timeout=CALL_TIMEOUT_S))
+            return list(response.variants), response.next_page_token
+
+        return await _pages(page)
+
+    async def list_nodes(self) -> list[cluster_pb2.Node]:
+        """All nodes."""
+
+        async def page(token: str) -> tuple[list[cluster_pb2.Node], str]:
+            request = node_service_pb2.ListNodesRequest(page_size=PAGE_SIZE, page_token=token)
+            response = await self.call(lambda s: s.nodes.ListNodes(request, timeout=CALL_TIMEOUT_S))
+            return list(response.nodes), response.next_page_token
+
+        return await _pages(page)
+
+    async def list_decisions(self, deployment: str = "") -> list[decision_service_pb2.Decision]:
+        """All recorded decisions, newest first."""
+
+        async def page(token: str) -> tuple[list[decision_service_pb2.Decision], str]:
+            request = decision_service_pb2.ListDecisionsRequest(
+                deployment=deployment, page_size=PAGE_SIZE, page_token=token
+            )
+            response = await self.call(lambda s: s.decisions.ListDecisions(request, timeout=CALL_TIMEOUT_S))
+            return list(response.decisions), response.next_page_token
+
+        return await _pages(page)
+
+    async def list_events(self, obj: str = "") -> list[decision_service_pb2.Event]:
+        """What the coordinator remembers that happened, newest first."""
+
+        async def page(token: str) -> tuple[list[decision_service_pb2.Event], str]:
+            request = decision_service_pb2.ListEventsRequest(object=obj, page_size=PAGE_SIZE, page_token=token)
+            response = await self.call(lambda s: s.decisions.ListEvents(request, timeout=CALL_TIMEOUT_S))
+            return list(response.events), response.next_page_token
+
+        return await _pages(page)
+
+    async def list_verdicts(self, obj: str = "") -> list[verdict_service_pb2.Verdict]:
+        """The current verdicts."""
+
+        async def page(token: str) -> tuple[list[verdict_service_pb2.Verdict], str]:
+            request = verdict_service_pb2.ListVerdictsRequest(object=obj, page_size=PAGE_SIZE, page_token=token)
+            response = await self.call(lambda s: s.verdicts.ListVerdicts(request, timeout=CALL_TIMEOUT_S))
+            return list(response.verdicts), response.next_page_token
+
+        return await _pages(page)
+
+    async def get_deployment(self, name: str) -> cluster_pb2.Deployment:
+        """One deployment by its full name."""
+        request = deployment_service_pb2.GetDeploymentRequest(name=name)
+        return await self.call(lambda s: s.deployments.GetDeployment(request, timeout=CALL_TIMEOUT_S))
+
+    async def get_telemetry(self, parent: str, window_s: float = 0.0) -> replica_service_pb2.GetTelemetryResponse:
+        """The newest figures of a deployment, replica or node, and a window of them."""
+        request = replica_service_pb2.GetTelemetryRequest(parent=parent, window_s=window_s)
+        return await self.call(lambda s: s.replicas.GetTelemetry(request, timeout=CALL_TIMEOUT_S))
+
+    async def find_replica(self, name: str) -> cluster_pb2.Replica:
+        """A replica by full name, by deployment/replica, or by its last part where that is unique."""
+        replicas = await self.list_replicas()
+        wanted = name.removeprefix("deployments/").replace("/replicas/", "/")
+        found = [r for r in replicas if r.name.removeprefix("deployments/").replace("/replicas/", "/") == wanted]
+        found = found or [r for r in replicas if r.name.rsplit("/", 1)[1] == wanted]
+        if len(found) == 1:
+            return found[0]
+        problem = f"{len(found)} replicas are called {name!r}" if found else f"no replica {name!r}"
+        raise NotFound(problem, remedy="enova get replicas lists them; use DEPLOYMENT/REPLICA")
+
+    def _at(self, endpoint: str) -> Stubs:
+        if endpoint not in self._channels:
+            self._channels[endpoint] = rpc.open_channel(endpoint, self._tls)
+        return _stubs(self._channels[endpoint])
+
+    def _unreachable(self, last: EnovaError | None) -> Unavailable:
+        message = f"no coordinator answers at {', '.join(self._endpoints)}"
+        if last is not None and last.reason == "NOT_LEADER":
+            message = "no coordinator leads at the moment"
+        detail = f": {last.message}" if last is not None and last.reason != "NOT_LEADER" else ""
+        remedy = "start one (enova up), or name it by --api or ENOVA_API"
+        return Unavailable(message + detail, reason="UNREACHABLE", remedy=remedy)
+
+
+async def _pages(page: Callable[[str], Awaitable[tuple[list[T], str]]]) -> list[T]:
+    items: list[T] = []
+    token = ""
+    while True:
+        more, token = await page(token)
+        items += more
+        if not token:
+            return items

@@ -1,0 +1,158 @@
+"""get, describe, events, verdicts: what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import click
+from google.protobuf.message import Message
+
+from enova_cli import output
+from enova_cli.client import Client
+from enova_cli.context import Context, output_option, pass_context
+from enova_cli.plain import to_plain
+from enova_common.errors import NotFound
+
+Listing = Callable[[Client], Awaitable[Sequence[Message]]]
+
+KINDS: dict[str, Listing] = {
+    "deployments": lambda client: client.list_deployments(),
+    "replicas": lambda client: client.list_replicas(),
+    "nodes": lambda client: client.list_nodes(),
+    "variants": lambda client: client.list_variants(),
+    "decisions": lambda client: client.list_decisions(),
+    "verdicts": lambda client: client.list_verdicts(),
+    "events": lambda client: client.list_events(),
+}
+
+
+def parse_kind(text: str) -> tuple[str, str]:
+    """KIND or KIND/NAME, singular or plural, as (plural kind, name or "")."""
+    word, _, name = text.partition("/")
+    kind = word if word.endswith("s") else f"{word}s"
+    if kind not in KINDS:
+        raise click.BadParameter(f"unknown kind {word!r}: one of {', '.join(KINDS)}")
+    if kind == "replicas" or not name:
+        return kind, name
+    return kind, name
+
+
+def complete_kind(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Shell completion of a kind."""
+    return [kind for kind in KINDS if kind.startswith(incomplete)]
+
+
+async def find(client: Client, kind: str, name: str) -> dict[str, Any]:
+    """One object of a kind by its short or full name. Raises NotFound."""
+    if kind == "replicas":
+        return to_plain(await client.find_replica(name))
+    if kind == "deployments":
+        return to_plain(await client.get_deployment(f"deployments/{name.removeprefix('deployments/')}"))
+    for message in await KINDS[kind](client):
+        plain = to_plain(message)
+        full = str(plain.get("name") or plain.get("object"))
+        if name in (full, output.short(full)) or full.rsplit("/", 1)[-1] == name:
+            return plain
+    raise NotFound(f"no {kind.removesuffix('s')} {name!r}", remedy=f"enova get {kind} lists them")
+
+
+@click.command()
+@click.argument("what", metavar="KINDS|KIND/NAME", shell_complete=complete_kind)
+@output_option
+@pass_context
+def get(context: Context, what: str) -> None:
+    """Show all objects of a kind, or one: enova get replicas, enova get deployment/chat."""
+    kind, name = parse_kind(what)
+
+    async def action(client: Client) -> None:
+        if name:
+            output.print_object(kind, await find(client, kind, name), context.form)
+        else:
+            output.print_objects(kind, [to_plain(m) for m in await KINDS[kind](client)], context.form)
+
+    context.run(action)
+
+
+@click.command()
+@click.argument("what", metavar="KIND/NAME", shell_complete=complete_kind)
+@output_option
+@pass_context
+def describe(context: Context, what: str) -> None:
+    """Show everything of one object, field by field, with its newest events."""
+    kind, name = parse_kind(what)
+    if not name:
+        raise click.UsageError(f"which one? enova describe {kind.removesuffix('s')}/NAME")
+
+    async def action(client: Client) -> None:
+        plain = await find(client, kind, name)
+        if context.form is not output.Format.TABLE:
+            output.print_object(kind, plain, context.form)
+            return
+        output.print_description(plain)
+        events = [to_plain(event) for event in await client.list_events(str(plain.get("name", "")))]
+        output.print_objects("events", events[:10], context.form)
+
+    context.run(action)
+
+
+@click.command()
+@click.argument("what", metavar="[KIND/NAME]", required=False, default="", shell_complete=complete_kind)
+@click.option("-f", "--follow", is_flag=True, help="Go on with what happens from now on.")
+@output_option
+@pass_context
+def events(context: Context, what: str, follow: bool) -> None:
+    """Show what happened, oldest first."""
+
+    async def action(client: Client) -> None:
+        name = ""
+        if what:
+            kind, short_name = parse_kind(what)
+            name = str((await find(client, kind, short_name))["name"])
+        past = [to_plain(event) for event in reversed(await client.list_events(name))]
+        output.print_objects("events", past, context.form)
+        if follow:
+            await _follow(client, name, context.form)
+
+    context.run(action)
+
+
+async def _follow(client: Client, name: str, form: output.Format) -> None:
+    from enova.v1.decision_service_pb2 import WatchEventsRequest
+
+    request = WatchEventsRequest(object=name)
+    async for response in client.stream(lambda stubs: stubs.decisions.WatchEvents(request)):
+        output.print_objects("events", [to_plain(event) for event in response.events], form)
+
+
+@click.command()
+@click.argument("what", metavar="KIND/NAME", shell_complete=complete_kind)
+@output_option
+@pass_context
+def explain(context: Context, what: str) -> None:
+    """Say why an object is as it is: state, target, what is waited for, decisions with their figures."""
+    from enova.v1.decision_service_pb2 import ExplainRequest
+    from enova_cli.client import CALL_TIMEOUT_S
+
+    kind, name = parse_kind(what)
+    if not name:
+        raise click.UsageError(f"which one? enova explain {kind.removesuffix('s')}/NAME")
+
+    async def action(client: Client) -> None:
+        full = str((await find(client, kind, name))["name"])
+        request = ExplainRequest(name=full)
+        response = await client.call(lambda s: s.decisions.Explain(request, timeout=CALL_TIMEOUT_S))
+        if context.form is not output.Format.TABLE:
+            output.print_object(kind, to_plain(response), context.form)
+            return
+        print(f"{output.short(response.name)} is {response.state}")
+        for sentence in response.sentences:
+            print(f"  {sentence}")
+        for decision in response.decisions:
+            plain = to_plain(decision)
+            print(
+                f"  {plain['create_time']} {plain['action']} {plain['from_replicas']} -> {plain['to_replicas']}"
+                f" by {plain['actor']}: {plain['reason']}"
+            )
+
+    context.run(action)

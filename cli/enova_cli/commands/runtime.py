@@ -1,0 +1,187 @@
+"""logs, restart, drain, uncordon, chat, version: working with what runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+
+import aiohttp
+import click
+
+from enova.v1.node_service_pb2 import DrainNodeRequest, UncordonNodeRequest
+from enova.v1.replica_service_pb2 import RestartReplicaRequest, StreamLogsRequest
+from enova_cli import output
+from enova_cli.client import CALL_TIMEOUT_S, Client
+from enova_cli.commands.deployments import request_id
+from enova_cli.commands.resources import parse_kind
+from enova_cli.context import Context, output_option, pass_context
+from enova_cli.endpoint import openai_url
+from enova_cli.plain import to_plain
+from enova_common.errors import EnovaError, NotFound, Unavailable
+
+CHAT_TIMEOUT_S = 600.0
+LOG_TAIL_LINES = 100
+
+
+def _named(what: str, kind: str) -> str:
+    found, name = parse_kind(what if "/" in what else f"{kind}/{what}")
+    if found != f"{kind}s" or not name:
+        raise click.BadParameter(f"{what!r} is not a {kind}: give {kind}/NAME")
+    return name
+
+
+@click.command()
+@click.argument("what", metavar="replica/NAME")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes.")
+@click.option("--tail", type=int, default=LOG_TAIL_LINES, help="Lines from the end.")
+@pass_context
+def logs(context: Context, what: str, follow: bool, tail: int) -> None:
+    """Show the log of a replica's engine."""
+    name = _named(what, "replica")
+
+    async def action(client: Client) -> None:
+        replica = await client.find_replica(name)
+        request = StreamLogsRequest(name=replica.name, tail_lines=tail, follow=follow)
+        async for response in client.stream(lambda stubs: stubs.replicas.StreamLogs(request)):
+            for line in response.lines:
+                print(line, flush=follow)
+
+    context.run(action)
+
+
+@click.command()
+@click.argument("what", metavar="replica/NAME")
+@output_option
+@pass_context
+def restart(context: Context, what: str) -> None:
+    """Restart a replica's engine: drained first, then stopped and started."""
+    name = _named(what, "replica")
+
+    async def action(client: Client) -> None:
+        replica = await client.find_replica(name)
+        request = RestartReplicaRequest(name=replica.name, request_id=request_id())
+        result = await client.call(lambda s: s.replicas.RestartReplica(request, timeout=CALL_TIMEOUT_S))
+        output.print_object("replicas", to_plain(result), context.form)
+
+    context.run(action)
+
+
+@click.command()
+@click.argument("what", metavar="node/NAME")
+@output_option
+@pass_context
+def drain(context: Context, what: str) -> None:
+    """Move all replicas away from a node and place no new ones there."""
+    request = DrainNodeRequest(name=f"nodes/{_named(what, 'node')}", request_id=request_id())
+
+    async def action(client: Client) -> None:
+        result = await client.call(lambda s: s.nodes.DrainNode(request, timeout=CALL_TIMEOUT_S))
+        output.print_object("nodes", to_plain(result), context.form)
+
+    context.run(action)
+
+
+@click.command()
+@click.argument("what", metavar="node/NAME")
+@output_option
+@pass_context
+def uncordon(context: Context, what: str) -> None:
+    """Let a drained node take replicas again."""
+    request = UncordonNodeRequest(name=f"nodes/{_named(what, 'node')}", request_id=request_id())
+
+    async def action(client: Client) -> None:
+        result = await client.call(lambda s: s.nodes.UncordonNode(request, timeout=CALL_TIMEOUT_S))
+        output.print_object("nodes", to_plain(result), context.form)
+
+    context.run(action)
+
+
+@click.command()
+@click.argument("name", metavar="SERVED_NAME")
+@click.argument("message", required=False)
+@click.option("--url", help="OpenAI base URL; found through the coordinator by default.")
+@click.option("--max-tokens", type=int, default=256)
+@click.option("--ca", default="", help="CA of the ingress's certificate.")
+@pass_context
+def chat(context: Context, name: str, message: str | None, url: str | None, max_tokens: int, ca: str) -> None:
+    """Talk to a model through the ingress; one message, or a conversation from the terminal."""
+
+    async def action(client: Client) -> None:
+        base = url or await openai_url(client)
+        history: list[dict[str, str]] = []
+        texts = [message] if message is not None else _typed_lines()
+        for text in texts:
+            history.append({"role": "user", "content": text})
+            answer = await _ask(base, name, history, max_tokens, ca)
+            history.append({"role": "assistant", "content": answer})
+
+    context.run(action)
+
+
+def _typed_lines() -> list[str] | object:
+    return iter(
+        lambda: click.prompt("you", prompt_suffix="> ") if sys.stdin.isatty() else sys.stdin.readline().strip(), ""
+    )
+
+
+async def _ask(base: str, name: str, history: list[dict[str, str]], max_tokens: int, ca: str) -> str:
+    """One streamed answer, printed as it comes."""
+    import ssl
+
+    trust = ssl.create_default_context(cafile=ca) if ca else True
+    body = {"model": name, "messages": history, "max_tokens": max_tokens, "stream": True}
+    timeout = aiohttp.ClientTimeout(total=CHAT_TIMEOUT_S)
+    pieces: list[str] = []
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.post(f"{base}/chat/completions", json=body, ssl=trust) as response,
+        ):
+            if response.status != 200:
+                raise _answer_error(response.status, await response.text())
+            async for raw in response.content:
+                line = raw.strip()
+                if line == b"data: [DONE]" or not line.startswith(b"data:"):
+                    continue
+                event = json.loads(line[5:])
+                if "error" in event:
+                    raise _answer_error(int(event["error"].get("code") or 500), json.dumps(event))
+                for choice in event.get("choices", ()):
+                    pieces.append(choice.get("delta", {}).get("content") or "")
+                    print(pieces[-1], end="", flush=True)
+    except aiohttp.ClientError as error:
+        remedy = "is the ingress running? enova get nodes shows its address"
+        raise Unavailable(f"no answer from {base}: {error}", reason="UNREACHABLE", remedy=remedy) from error
+    print()
+    return "".join(pieces)
+
+
+def _answer_error(status: int, text: str) -> EnovaError:
+    try:
+        message = str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = text[:200]
+    if status == 404:
+        return NotFound(message, remedy="enova get deployments lists what is served")
+    return Unavailable(f"the ingress answered {status}: {message}", reason="NOT_SERVED")
+
+
+@click.command()
+@click.option("-o", "--output", "form", type=click.Choice(["table", "json", "yaml"]), default="table")
+def version(form: str) -> None:
+    """Print the version of this command."""
+    value = importlib.metadata.version("enova")
+    print(json.dumps({"version": value}) if form == "json" else value if form == "table" else f"version: {value}")
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print the completion script of a shell: eval "$(enova completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    cls = get_completion_class(shell)
+    assert cls is not None
+    print(cls(ctx.find_root().command, {}, "enova", "_ENOVA_COMPLETE").source())
