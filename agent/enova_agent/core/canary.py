@@ -1,0 +1,106 @@
+"""Takes the agent's own requests out of an engine's counters, so that they never count as somebody's traffic.
+
+An engine counts canaries and readiness tokens like any request. They are sent while nothing else runs, so nearly
+always all that changed between two scrapes is theirs: then the whole change is taken out, histograms included.
+Where real requests ended in between as well, the change cannot be told apart by bucket: counts and tokens are
+corrected, the histograms keep an entry too many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from itertools import zip_longest
+
+from enova_agent.core.telemetry import CanaryCounts, EngineMetrics, EngineScrape, Histogram
+from enova_common.vllm import FinishReason
+
+_COUNTERS = (
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "preemptions_total",
+    "iterations_total",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+)
+_NOTHING = EngineMetrics()
+
+
+class CanaryFilter:
+    """The counters of one replica without canaries. One instance a replica, fed with each scrape in order."""
+
+    def __init__(self) -> None:
+        self._instance = ""
+        self._before = _NOTHING       # the last raw metrics
+        self._taken_out = _NOTHING    # what is not ours to report, since the engine started
+        self._attributed = CanaryCounts()
+
+    def metrics(self, scrape: EngineScrape) -> EngineMetrics | None:
+        """The metrics of a scrape without canaries; None where it has none."""
+        if scrape.instance != self._instance:
+            self._instance = scrape.instance
+            self._before = self._taken_out = _NOTHING
+            self._attributed = CanaryCounts()
+        if scrape.metrics is None:
+            return None
+        self._attribute(scrape.metrics, scrape.canaries)
+        self._before = scrape.metrics
+        return _minus(scrape.metrics, self._taken_out) if self._taken_out is not _NOTHING else scrape.metrics
+
+    def _attribute(self, now: EngineMetrics, sent: CanaryCounts) -> None:
+        """Decides how much of the change since the last scrape is the canaries' that were not yet accounted for."""
+        unseen = sent.started - self._attributed.started
+        ended = now.finished - self._before.finished
+        if unseen <= 0 or ended <= 0:
+            return
+        generated = (now.generation_tokens_total or 0.0) - (self._before.generation_tokens_total or 0.0)
+        seen = min(unseen, round(ended))
+        if ended <= unseen and generated <= ended:  # each canary asks for one token
+            change = _minus(now, self._before)
+        else:
+            share = seen / max(1, sent.started)
+            change = EngineMetrics(
+                prompt_tokens_total=sent.prompt_tokens * share,
+                generation_tokens_total=float(seen),
+                finished_total={FinishReason.LENGTH: float(seen)},
+            )
+        self._taken_out = _plus(self._taken_out, change)
+        self._attributed = dataclasses.replace(self._attributed, started=self._attributed.started + seen)
+
+
+def _plus(one: EngineMetrics, other: EngineMetrics) -> EngineMetrics:
+    return _combined(one, other, 1.0)
+
+
+def _minus(one: EngineMetrics, other: EngineMetrics) -> EngineMetrics:
+    return _combined(one, other, -1.0)
+
+
+def _combined(one: EngineMetrics, other: EngineMetrics, sign: float) -> EngineMetrics:
+    """Counters and histograms combined, never below zero; gauges are those of `one`."""
+    counters = {name: _sum(getattr(one, name), getattr(other, name), sign) for name in _COUNTERS}
+    reasons = dict.fromkeys((*one.finished_total, *other.finished_total))
+    finished: Mapping[str, float] = {
+        reason: max(0.0, one.finished_total.get(reason, 0.0) + sign * other.finished_total.get(reason, 0.0))
+        for reason in reasons
+    }
+    mine = {histogram.metric: histogram for histogram in one.histograms}
+    theirs = {histogram.metric: histogram for histogram in other.histograms}
+    histograms = tuple(
+        _histogram(metric, mine.get(metric), theirs.get(metric), sign) for metric in dict.fromkeys((*mine, *theirs))
+    )
+    # mypy takes the names in `counters` for any field's.
+    return dataclasses.replace(one, **counters, finished_total=finished, histograms=histograms)  # type: ignore[arg-type]
+
+
+def _sum(one: float | None, other: float | None, sign: float) -> float | None:
+    if one is None and sign < 0:
+        return None
+    return max(0.0, (one or 0.0) + sign * (other or 0.0))
+
+
+def _histogram(metric: str, one: Histogram | None, other: Histogram | None, sign: float) -> Histogram:
+    pairs = zip_longest(one.counts if one else (), other.counts if other else (), fillvalue=0)
+    counts = tuple(max(0, int(a + sign * b)) for a, b in pairs)
+    total = (one.sum if one else 0.0) + sign * (other.sum if other else 0.0)
+    return Histogram(metric=metric, counts=counts, sum=max(0.0, total))
