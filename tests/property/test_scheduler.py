@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from enova_recommender.engine import (
     Admitted,
     Event,
@@ -20,8 +23,6 @@ from enova_recommender.engine import (
     Stepped,
 )
 from enova_recommender.performance import Affine
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 # Irrational ratios keep step boundaries and arrivals from meeting by chance, where rounding would decide.
 TIMES = Affine(

@@ -16,8 +16,17 @@ class Sequence:
     """A request on its way through the scheduler."""
 
     __slots__ = (
-        "request", "arrival_s", "order", "epoch", "computed", "generated", "joined", "private", "shared",
-        "published", "preemptions",
+        "arrival_s",
+        "computed",
+        "epoch",
+        "generated",
+        "joined",
+        "order",
+        "preemptions",
+        "private",
+        "published",
+        "request",
+        "shared",
     )  # fmt: skip
 
     def __init__(self, request: Request, arrival_s: float, order: int) -> None:
