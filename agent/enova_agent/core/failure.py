@@ -1,0 +1,113 @@
+"""Why an engine ended or would not start, read from its last words and its exit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Fault(StrEnum):
+    """What kind of thing went wrong; decides whether the same start may help."""
+
+    CRASHED = "CRASHED"
+    HUNG = "HUNG"
+    START_TIMED_OUT = "START_TIMED_OUT"
+    GPU_MEMORY = "GPU_MEMORY"
+    HOST_MEMORY = "HOST_MEMORY"
+    MODEL = "MODEL"
+    ARGUMENT = "ARGUMENT"
+    PORT_TAKEN = "PORT_TAKEN"
+    DISK_FULL = "DISK_FULL"
+    GPU_MISSING = "GPU_MISSING"
+    EXECUTABLE = "EXECUTABLE"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """One failure: its kind and one sentence for people."""
+
+    fault: Fault
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How a process ended, as far as it is known: an adopted process that is nobody's child leaves no status."""
+
+    code: int | None = None
+    signal: int | None = None
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            return f"killed by signal {self.signal}"
+        return "ended, exit code unknown" if self.code is None else f"ended with exit code {self.code}"
+
+
+# The first pattern found counts, so the specific stand before the general. Sources: vLLM 0.32's messages as
+# seen on a CPU and as its source words them for CUDA, Python's and the C library's error texts.
+_PATTERNS: tuple[tuple[Fault, str, str], ...] = (
+    (
+        Fault.GPU_MEMORY,
+        "out of GPU memory",
+        r"CUDA out of memory|OutOfMemoryError|No available memory for the cache blocks"
+        r"|Free memory on device .* is less than desired|CUDA error: out of memory"
+        r"|larger than the (?:available KV cache memory|maximum number of tokens that can be stored in KV cache)"
+        r"|Engine core initialization failed.*memory",
+    ),
+    (
+        Fault.HOST_MEMORY,
+        "out of host memory",
+        r"Cannot allocate memory|DefaultCPUAllocator: can't allocate|^MemoryError\b|std::bad_alloc",
+    ),
+    (Fault.PORT_TAKEN, "its port is taken", r"Address already in use|\[Errno 98\]"),
+    (Fault.DISK_FULL, "the disk is full", r"No space left on device|\[Errno 28\]|Disk quota exceeded"),
+    (
+        Fault.MODEL,
+        "the model cannot be loaded",
+        r"HFValidationError|Repo id must be|does not appear to have a file named|config\.json"
+        r"|is not a local folder and is not a valid model identifier|RepositoryNotFoundError|GatedRepoError"
+        r"|Can't load (?:the )?(?:configuration|tokenizer)|Unrecognized model in"
+        r"|model architectures .* are not supported"
+        r"|SafetensorError|OfflineModeIsEnabled|LocalEntryNotFoundError|Invalid repository ID or local directory"
+        r"|(?:model|Model) .* (?:does not exist|not found)",
+    ),
+    (
+        Fault.ARGUMENT,
+        "the engine refuses its arguments",
+        r"unrecognized arguments?|invalid choice|expected (?:one|at least one) argument|error: argument"
+        r"|the following arguments are required|validation errors? for \w*Config|Value error,"
+        r"|No common block size|invalid \w+ value",
+    ),
+    (
+        Fault.GPU_MISSING,
+        "no usable GPU",
+        r"Failed to infer device type|No CUDA GPUs are available|no CUDA-capable device"
+        r"|CUDA driver version is insufficient"
+        r"|Found no NVIDIA driver",
+    ),
+)
+_COMPILED = tuple((fault, summary, re.compile(pattern)) for fault, summary, pattern in _PATTERNS)
+_LINES_KEPT = 200
+_DETAIL_LENGTH_MAX = 400
+
+
+def classify(ending: Ending, lines: Sequence[str]) -> Cause:
+    """The cause of an ending that nobody asked for, from the last lines of the engine's log.
+
+    The newest match wins: an engine may log a harmless refusal long before it dies of something else.
+    """
+    for line in reversed(lines[-_LINES_KEPT:]):
+        for fault, summary, pattern in _COMPILED:
+            if pattern.search(line):
+                return Cause(fault=fault, detail=_shorten(f"{ending}: {summary}: {line.strip()}"))
+    if ending.signal == 9:
+        return Cause(fault=Fault.CRASHED, detail=f"{ending}, by a person or by the kernel for want of host memory")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    words = f"; last words: {last}" if last else ", silently"
+    return Cause(fault=Fault.CRASHED, detail=_shorten(f"{ending}{words}"))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _DETAIL_LENGTH_MAX else text[: _DETAIL_LENGTH_MAX - 3] + "..."
