@@ -18,7 +18,9 @@ from enova_agent.core.model import (
     RouteTarget,
     ServingClass,
 )
+from enova_agent.core.node import ModelFacts, NodeFacts, NodeStatus
 from enova_agent.core.telemetry import EngineMetrics, Frame, GpuFacts, GpuSample, ReplicaSample
+from enova_common.errors import EnovaError
 
 _DESIRED: Mapping[int, Desired] = {
     agent_service_pb2.AssignedMember.DESIRED_UNSPECIFIED: Desired.RUN,
@@ -230,19 +232,87 @@ def _sketch(value: SketchValue | None) -> telemetry_pb2.Sketch | None:
     )
 
 
-def node_status(
-    *,
-    assignment_revision: int,
-    routes_revision: int,
-    ingress_connected: bool,
-    views: Iterable[ReplicaView],
-    gpus: Iterable[GpuFacts],
-) -> agent_service_pb2.NodeStatus:
+def hello(
+    facts: NodeFacts, *, highest_term: int, instance: str, buffered_frames: int
+) -> agent_service_pb2.ConnectRequest:
+    """The first message of a stream."""
+    node = cluster_pb2.Node(
+        name=facts.name,
+        uid=facts.uid,
+        cluster=facts.cluster,
+        labels=dict(facts.labels),
+        gpus=[gpu(each) for each in facts.gpus],
+        boot_id=facts.boot_id,
+        agent_version=facts.agent_version,
+        engine=facts.engine,
+        engine_version=facts.engine_version,
+        openai_address=facts.openai_address,
+        hop_address=facts.hop_address,
+    )
+    return agent_service_pb2.ConnectRequest(
+        hello=agent_service_pb2.Hello(
+            node=node, highest_term=highest_term, instance=instance, buffered_frames=buffered_frames
+        )
+    )
+
+
+def heartbeat(sequence: int, *, loop_lag_s: float) -> agent_service_pb2.ConnectRequest:
+    """A sign of life."""
+    return agent_service_pb2.ConnectRequest(
+        heartbeat=agent_service_pb2.Heartbeat(sequence=sequence, loop_lag_s=loop_lag_s)
+    )
+
+
+def node_status(status: NodeStatus) -> agent_service_pb2.ConnectRequest:
     """What is, on this node."""
-    return agent_service_pb2.NodeStatus(
-        assignment_revision=assignment_revision,
-        routes_revision=routes_revision,
-        ingress_connected=ingress_connected,
-        replicas=[replica_status(view) for view in views],
-        gpus=[gpu(facts) for facts in gpus],
+    return agent_service_pb2.ConnectRequest(
+        status=agent_service_pb2.NodeStatus(
+            assignment_revision=status.assignment_revision,
+            routes_revision=status.routes_revision,
+            ingress_connected=status.ingress_connected,
+            replicas=[replica_status(view) for view in status.views],
+            gpus=[gpu(facts) for facts in status.gpus],
+        )
+    )
+
+
+def frame_request(value: Frame) -> bytes:
+    """A frame as the bytes of a whole message of the stream."""
+    return agent_service_pb2.ConnectRequest(frame=frame(value)).SerializeToString()
+
+
+def inspect_result(request: str, facts: ModelFacts) -> agent_service_pb2.ConnectRequest:
+    """The answer to an InspectModelRequest."""
+    return agent_service_pb2.ConnectRequest(
+        inspect_model_result=agent_service_pb2.InspectModelResult(
+            request=request,
+            config_json=facts.config_json,
+            weight_bytes=facts.weight_bytes,
+            digest=facts.digest,
+            vocabulary_size=facts.vocabulary_size,
+        )
+    )
+
+
+def inspect_error(request: str, error: EnovaError) -> agent_service_pb2.ConnectRequest:
+    """Why there is no answer to an InspectModelRequest."""
+    return agent_service_pb2.ConnectRequest(
+        inspect_model_result=agent_service_pb2.InspectModelResult(
+            request=request, error_reason=error.reason, error_message=str(error)
+        )
+    )
+
+
+def log_chunk(
+    request: str, lines: Iterable[str], *, end: bool = False, error: EnovaError | None = None
+) -> agent_service_pb2.ConnectRequest:
+    """Some lines of a log; the last chunk says so, and why if it failed."""
+    return agent_service_pb2.ConnectRequest(
+        log_chunk=agent_service_pb2.LogChunk(
+            request=request,
+            lines=list(lines),
+            end=end,
+            error_reason=error.reason if error else "",
+            error_message=str(error) if error else "",
+        )
     )

@@ -10,6 +10,7 @@ A line of a newer protocol has fields that are ignored; an unknown type is ignor
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -190,9 +191,15 @@ def decode(line: bytes) -> Message | None:
 
 def build(cls: type[T], value: Mapping[str, Any]) -> T:
     """A dataclass from plain JSON values, by its annotations; unknown keys are ignored, wrong ones raise TypeError."""
+    hints = _hints(cls)
+    return cls(**{key: _convert(hints[key], item) for key, item in value.items() if key in hints})
+
+
+@functools.cache
+def _hints(cls: type[Any]) -> Mapping[str, Any]:
+    """The types of a dataclass's fields; resolving the annotations costs more than a message."""
     hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    return cls(**{key: _convert(hints[key], item) for key, item in value.items() if key in known})
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
 def _convert(hint: Any, value: Any) -> Any:
