@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from enova_recommender.types import ELEMENT_BYTES, QUANTIZED_WEIGHT_BYTES, GpuModel, ModelShape, Parallelism
+from enova_recommender.types import (
+    AS_PUBLISHED,
+    ELEMENT_BYTES,
+    QUANTIZED_WEIGHT_BYTES,
+    SINGLE_GPU,
+    GpuModel,
+    ModelShape,
+    Parallelism,
+    Precision,
+)
 
 # CUDA context, NCCL buffers and the allocator's slack, which vLLM's profiling counts as "non-torch" memory.
 RUNTIME_BYTES = 1 << 30
@@ -32,31 +41,30 @@ class MemoryFit:
         return fixed + max(0, self.kv_blocks) * self.kv_block_bytes
 
 
-def layer_weight_bytes(shape: ModelShape, *, dtype: str = "auto", quantization: str | None = None) -> float:
+def plain_element_bytes(shape: ModelShape, precision: Precision = AS_PUBLISHED) -> float:
+    """Bytes of one element of what is not quantised: embedding, head, activations."""
+    return ELEMENT_BYTES[shape.dtype if precision.dtype == "auto" else precision.dtype]
+
+
+def layer_weight_bytes(shape: ModelShape, precision: Precision = AS_PUBLISHED) -> float:
     """Bytes of the weights of all layers, which quantisation covers."""
-    method = quantization or shape.quantization
-    element = QUANTIZED_WEIGHT_BYTES[method] if method else plain_element_bytes(shape, dtype)
+    method = precision.quantization or shape.quantization
+    element = QUANTIZED_WEIGHT_BYTES[method] if method else plain_element_bytes(shape, precision)
     return shape.linear_parameters * element
 
 
-def plain_element_bytes(shape: ModelShape, dtype: str = "auto") -> float:
-    """Bytes of one element of what is not quantised: embedding, head, activations."""
-    return ELEMENT_BYTES[shape.dtype if dtype == "auto" else dtype]
-
-
-def weight_bytes(shape: ModelShape, *, dtype: str = "auto", quantization: str | None = None) -> int:
+def weight_bytes(shape: ModelShape, precision: Precision = AS_PUBLISHED) -> int:
     """Bytes of all weights."""
-    plain = plain_element_bytes(shape, dtype) * (shape.parameters - shape.linear_parameters)
-    return round(plain + layer_weight_bytes(shape, dtype=dtype, quantization=quantization))
+    plain = plain_element_bytes(shape, precision) * (shape.parameters - shape.linear_parameters)
+    return round(plain + layer_weight_bytes(shape, precision))
 
 
-def kv_bytes_per_token(
-    shape: ModelShape, *, kv_cache_dtype: str = "auto", dtype: str = "auto", tensor_parallel: int = 1
-) -> int:
+def kv_bytes_per_token(shape: ModelShape, precision: Precision = AS_PUBLISHED, *, tensor_parallel: int = 1) -> int:
     """Bytes of keys and values of one token in all layers, on one GPU; heads are replicated beyond their number."""
-    element = kv_cache_dtype if kv_cache_dtype != "auto" else (shape.dtype if dtype == "auto" else dtype)
+    cached = precision.kv_cache_dtype
+    element = plain_element_bytes(shape, precision) if cached == "auto" else ELEMENT_BYTES[cached]
     heads = max(1, -(-shape.kv_heads // tensor_parallel))
-    return round(2 * shape.layers * heads * shape.head_dim * ELEMENT_BYTES[element])
+    return round(2 * shape.layers * heads * shape.head_dim * element)
 
 
 def activation_bytes(
@@ -73,22 +81,20 @@ def fit(
     shape: ModelShape,
     gpu: GpuModel,
     *,
-    parallelism: Parallelism = Parallelism(),
+    parallelism: Parallelism = SINGLE_GPU,
+    precision: Precision = AS_PUBLISHED,
     gpu_memory_utilization: float = 0.92,
     max_num_batched_tokens: int = 8192,
     max_num_seqs: int = 256,
     block_size: int = 16,
-    dtype: str = "auto",
-    quantization: str | None = None,
-    kv_cache_dtype: str = "auto",
 ) -> MemoryFit:
     """Divide one GPU's memory; `kv_blocks` of the result says whether, and how well, the model fits."""
     tensor = parallelism.tensor
-    weights = -(-weight_bytes(shape, dtype=dtype, quantization=quantization) // parallelism.gpus)
+    weights = -(-weight_bytes(shape, precision) // parallelism.gpus)
     activation = activation_bytes(
         shape, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, tensor_parallel=tensor
     )
-    token = kv_bytes_per_token(shape, kv_cache_dtype=kv_cache_dtype, dtype=dtype, tensor_parallel=tensor)
+    token = kv_bytes_per_token(shape, precision, tensor_parallel=tensor)
     block = max(1, -(-token * block_size // parallelism.pipeline))
     budget = int(gpu.memory_bytes * gpu_memory_utilization)
     left = budget - weights - activation - RUNTIME_BYTES

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from enova_recommender.memory import kv_bytes_per_token, layer_weight_bytes, plain_element_bytes
-from enova_recommender.types import Batch, GpuModel, ModelShape, Parallelism
+from enova_recommender.types import AS_PUBLISHED, SINGLE_GPU, Batch, GpuModel, ModelShape, Parallelism, Precision
 
 
 class StepTimes(Protocol):
@@ -89,6 +89,9 @@ class Efficiency:
     sequence_s: float = 4e-6  # of each sequence in the batch: block tables, sampling, detokenising
 
 
+PRIOR = Efficiency()
+
+
 class Roofline:
     """Step times of one replica from the shape of its model and the data sheet of its GPUs."""
 
@@ -97,19 +100,17 @@ class Roofline:
         shape: ModelShape,
         gpu: GpuModel,
         *,
-        parallelism: Parallelism = Parallelism(),
-        dtype: str = "auto",
-        quantization: str | None = None,
-        kv_cache_dtype: str = "auto",
-        efficiency: Efficiency = Efficiency(),
+        parallelism: Parallelism = SINGLE_GPU,
+        precision: Precision = AS_PUBLISHED,
+        efficiency: Efficiency = PRIOR,
     ) -> None:
         tensor, part = parallelism.tensor, efficiency
-        method = quantization or shape.quantization
+        method = precision.quantization or shape.quantization
         element_s = 1 / (gpu.bandwidth_bytes_per_s * part.matrix_memory)
         eight_bit = method in {"fp8", "compressed-tensors"} and gpu.fp8_flops is not None
         peak = gpu.fp8_flops if eight_bit and gpu.fp8_flops else gpu.bf16_flops
-        plain = plain_element_bytes(shape, dtype)
-        layer_bytes = layer_weight_bytes(shape, dtype=dtype, quantization=method)
+        plain = plain_element_bytes(shape, precision)
+        layer_bytes = layer_weight_bytes(shape, precision)
         # Stages of a pipeline run one after another for one batch, so only the tensor-parallel size divides.
         self._matrix_token_s = 2 * shape.linear_parameters / tensor / (peak * part.matrix_compute)
         self._matrix_read_s = layer_bytes / tensor * element_s
@@ -117,7 +118,7 @@ class Roofline:
         self._head_read_s = shape.embedding_parameters * plain / tensor * element_s
         pair_flops = 4 * shape.layers * shape.attention_heads * shape.head_dim / tensor
         self._pair_s = pair_flops / (gpu.bf16_flops * part.attention_compute)
-        kv_bytes = kv_bytes_per_token(shape, kv_cache_dtype=kv_cache_dtype, dtype=dtype, tensor_parallel=tensor)
+        kv_bytes = kv_bytes_per_token(shape, precision, tensor_parallel=tensor)
         self._context_token_s = max(
             kv_bytes / (gpu.bandwidth_bytes_per_s * part.attention_memory), self._pair_s
         )

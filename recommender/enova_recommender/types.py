@@ -98,6 +98,21 @@ class Parallelism:
         return self.tensor * self.pipeline
 
 
+SINGLE_GPU = Parallelism()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """Element types of a replica, by vLLM's names; `auto` and None follow the model's own."""
+
+    dtype: str = "auto"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+
+
+AS_PUBLISHED = Precision()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """What one engine step computes.

@@ -82,7 +82,8 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         if draw(st.integers(0, 5)) == 0
     ]
     cuts = sorted(draw(st.lists(st.integers(1, 400), max_size=6)))
-    return Scenario(limits, tuple(arrivals), tuple(sorted(cancels)), tuple(cut * 0.00712345 * math.sqrt(13) for cut in cuts))
+    cuts_s = tuple(cut * 0.00712345 * math.sqrt(13) for cut in cuts)
+    return Scenario(limits, tuple(arrivals), tuple(sorted(cancels)), cuts_s)
 
 
 def play(scenario: Scenario, *, coalesce: bool, upfront: bool) -> tuple[list[Event], set[str]]:
@@ -113,7 +114,7 @@ def play(scenario: Scenario, *, coalesce: bool, upfront: bool) -> tuple[list[Eve
     return events, cancelled
 
 
-def observable(events: list[Event]) -> list[Event]:
+def observable(events: list[Event]) -> list[Rejected | Admitted | FirstToken | Preempted | Finished]:
     return [event for event in events if not isinstance(event, Stepped)]
 
 

@@ -9,6 +9,8 @@ import sys
 from enova_common.vllm import ExitCode
 from enova_simulator.engine.command_line import parse_options
 
+log = logging.getLogger(__name__)
+
 
 def main() -> None:
     """Run one engine until it ends; the exit codes are vLLM's."""
@@ -29,7 +31,7 @@ def main() -> None:
     try:
         faults = read_faults(options.faults) if options.faults else ()
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        logging.exception("--simulated-faults %s: %s", options.faults, error)
+        log.critical("--simulated-faults %s: %s", options.faults, error)
         sys.exit(ExitCode.USAGE)
     try:
         listener = bind(options.host, options.port)
@@ -40,7 +42,7 @@ def main() -> None:
 
         code = uvloop.run(run())
     except StartRefused as error:
-        logging.exception("%s", error)
+        log.critical("%s", error)
         sys.exit(ExitCode.FAILED_START)
     sys.exit(code)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from aiohttp import web
 
@@ -40,13 +41,26 @@ BURST_S = 0.05
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-@dataclass(slots=True, kw_only=True)
 class ServerState:
     """What the life of the server means to its routes."""
 
-    is_dead: bool = False  # the core died
-    is_draining: bool = False
-    open_requests: int = 0  # for tokens, until their client has all of it or went away
+    def __init__(self) -> None:
+        self.is_dead = False  # the core died
+        self.is_draining = False
+        self.open_requests = 0  # for tokens, until their client has all of it or went away
+        self.quiet = asyncio.Event()  # none is open
+        self.quiet.set()
+
+    def opened(self) -> None:
+        """A client asks for tokens."""
+        self.open_requests += 1
+        self.quiet.clear()
+
+    def closed(self) -> None:
+        """It has its answer, or went away."""
+        self.open_requests -= 1
+        if not self.open_requests:
+            self.quiet.set()
 
 
 class Api:
@@ -225,7 +239,7 @@ class Api:
             interval=self._stream_interval,
         )
         voice = Voice(f"{self._rules.seed}:{asked_id}")
-        self._state.open_requests += 1
+        self._state.opened()
         self._generator.submit(generation, streams=asked.streams)
         try:
             if asked.streams:
@@ -233,7 +247,7 @@ class Api:
             await generation.end()
         finally:
             self._generator.leave(generation, streams=asked.streams)
-            self._state.open_requests -= 1
+            self._state.closed()
         if generation.failure:
             raise _core_died()
         text = voice.say(0, asked.output_tokens)

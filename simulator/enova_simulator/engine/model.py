@@ -13,7 +13,7 @@ from enova_recommender.engine import Limits, Policy
 from enova_recommender.memory import MemoryFit, fit, weight_bytes
 from enova_recommender.performance import Affine, Roofline, StepTimes
 from enova_recommender.shape import ShapeError, parse_shape
-from enova_recommender.types import GpuModel, ModelShape, Parallelism
+from enova_recommender.types import QUANTIZED_WEIGHT_BYTES, GpuModel, ModelShape, Parallelism, Precision
 from enova_simulator.engine.command_line import Options
 
 STEP_TIMES_FORMAT = "enova.step_times/v1"
@@ -38,55 +38,62 @@ class Served:
     weight_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """The settings that vLLM chooses by itself where none are given."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+
+
 def load(options: Options, environment: Mapping[str, str] = os.environ) -> Served:
     """Everything that follows from the options; StartRefused says why there is nothing."""
     shape = _shape(options.model)
     gpu = catalog.find_gpu(options.gpu)
     if gpu is None:
         raise StartRefused(f"RuntimeError: Failed to infer device type: no GPU is called {options.gpu!r}")
-    parallelism = Parallelism(
-        tensor=options.integer("tensor_parallel_size") or 1, pipeline=options.integer("pipeline_parallel_size") or 1
-    )
-    _check_gpus(options, parallelism, environment)
-    if shape.attention_heads % parallelism.tensor:
-        raise StartRefused(
-            f"ValueError: Total number of attention heads ({shape.attention_heads}) must be divisible by tensor "
-            f"parallel size ({parallelism.tensor})."
-        )
-    large = gpu.memory_bytes >= 70 * GIB and not gpu.name.startswith("A100")
-    max_num_seqs = options.integer("max_num_seqs") or (1024 if large else 256)
-    max_num_batched_tokens = options.integer("max_num_batched_tokens") or max(max_num_seqs, 8192 if large else 2048)
-    max_model_len = _max_model_len(options, shape)
+    parallelism = _parallelism(options, shape, environment)
+    precision = _precision(options)
+    sizes = _sizes(options, shape, gpu)
     memory = fit(
         shape,
         gpu,
         parallelism=parallelism,
+        precision=precision,
         gpu_memory_utilization=float(options.configuration["gpu_memory_utilization"] or 0.92),
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
-        block_size=options.integer("block_size") or 16,
-        **_types(options),
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        max_num_seqs=sizes.max_num_seqs,
+        block_size=sizes.block_size,
     )
-    served = Served(
+    if options.step_times is None:
+        times: StepTimes = Roofline(shape, gpu, parallelism=parallelism, precision=precision)
+    else:
+        times = read_step_times(options.step_times)
+    return Served(
         shape=shape,
         gpu=gpu,
         parallelism=parallelism,
         memory=memory,
-        limits=_limits(options, memory, gpu, max_num_seqs, max_num_batched_tokens, max_model_len),
-        times=_times(options, shape, gpu, parallelism),
-        max_model_len=max_model_len,
-        weight_bytes=weight_bytes(shape, dtype=options.text("dtype"), quantization=_types(options)["quantization"]),
+        limits=_limits(options, sizes, _blocks(options, gpu, memory, sizes)),
+        times=times,
+        max_model_len=sizes.max_model_len,
+        weight_bytes=weight_bytes(shape, precision),
     )
-    return served
 
 
-def _types(options: Options) -> dict[str, str]:
+def _precision(options: Options) -> Precision:
     quantization = options.configuration["quantization"]
-    return {
-        "dtype": options.text("dtype"),
-        "kv_cache_dtype": options.text("kv_cache_dtype"),
-        "quantization": None if quantization is None else str(quantization),  # type: ignore[dict-item]
-    }
+    if quantization is not None and quantization not in QUANTIZED_WEIGHT_BYTES:
+        raise StartRefused(
+            f"ValueError: Unknown quantization method: {quantization}. Must be one of {list(QUANTIZED_WEIGHT_BYTES)}."
+        )
+    return Precision(
+        dtype=options.text("dtype"),
+        quantization=None if quantization is None else str(quantization),
+        kv_cache_dtype=options.text("kv_cache_dtype"),
+    )
 
 
 def _shape(model: str) -> ModelShape:
@@ -124,40 +131,56 @@ def visible_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(word.strip() for word in words.split(",") if word.strip())
 
 
-def _check_gpus(options: Options, parallelism: Parallelism, environment: Mapping[str, str]) -> None:
+def _parallelism(options: Options, shape: ModelShape, environment: Mapping[str, str]) -> Parallelism:
+    parallelism = Parallelism(
+        tensor=options.integer("tensor_parallel_size") or 1, pipeline=options.integer("pipeline_parallel_size") or 1
+    )
     count = options.gpu_count or len(visible_gpus(environment)) or parallelism.gpus
     if parallelism.gpus > count:
         raise StartRefused(
             f"ValueError: World size ({parallelism.gpus}) is larger than the number of available GPUs ({count}) "
             "in this node."
         )
+    if shape.attention_heads % parallelism.tensor:
+        raise StartRefused(
+            f"ValueError: Total number of attention heads ({shape.attention_heads}) must be divisible by tensor "
+            f"parallel size ({parallelism.tensor})."
+        )
+    return parallelism
 
 
-def _max_model_len(options: Options, shape: ModelShape) -> int:
+def _sizes(options: Options, shape: ModelShape, gpu: GpuModel) -> _Sizes:
     asked = options.integer("max_model_len")
     if asked is not None and asked > shape.context_tokens:
         raise StartRefused(
             f"ValueError: User-specified max_model_len ({asked}) is greater than the derived max_model_len "
             f"(max_position_embeddings={shape.context_tokens})."
         )
-    return asked or shape.context_tokens
-
-
-def _limits(
-    options: Options, memory: MemoryFit, gpu: GpuModel, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
-) -> Limits:
-    chunked = bool(options.configuration["enable_chunked_prefill"])
-    block_size = options.integer("block_size") or 16
+    # vLLM takes larger batches on cards of the H100's class and above.
+    large = gpu.memory_bytes >= 70 * GIB and not gpu.name.startswith("A100")
+    max_num_seqs = options.integer("max_num_seqs") or (1024 if large else 256)
+    max_num_batched_tokens = options.integer("max_num_batched_tokens") or max(max_num_seqs, 8192 if large else 2048)
+    max_model_len = asked or shape.context_tokens
     if max_num_batched_tokens < max_num_seqs:
         raise StartRefused(
             f"ValueError: max_num_batched_tokens ({max_num_batched_tokens}) must be greater than or equal to "
             f"max_num_seqs ({max_num_seqs})."
         )
-    if not chunked and max_num_batched_tokens < max_model_len:
+    if not options.configuration["enable_chunked_prefill"] and max_num_batched_tokens < max_model_len:
         raise StartRefused(
             f"ValueError: max_num_batched_tokens ({max_num_batched_tokens}) is smaller than max_model_len "
             f"({max_model_len})."
         )
+    return _Sizes(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        block_size=options.integer("block_size") or 16,
+    )
+
+
+def _blocks(options: Options, gpu: GpuModel, memory: MemoryFit, sizes: _Sizes) -> int:
+    """KV blocks to serve with; refuses when there are too few."""
     if memory.weight_bytes + memory.runtime_bytes > gpu.memory_bytes:
         raise StartRefused(
             f"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate {memory.weight_bytes / GIB:.2f} GiB. "
@@ -169,30 +192,29 @@ def _limits(
             "initializing the engine."
         )
     blocks = options.integer("num_gpu_blocks_override") or memory.kv_blocks
-    if blocks * block_size < max_model_len:
+    if blocks * sizes.block_size < sizes.max_model_len:
+        needed = sizes.max_model_len / sizes.block_size * memory.kv_block_bytes
         raise StartRefused(
-            f"ValueError: To serve at least one request with the model's max seq len ({max_model_len}), "
-            f"{max_model_len / block_size * memory.kv_block_bytes / GIB:.2f} GiB KV cache is needed, which is larger "
-            f"than the available KV cache memory ({blocks * memory.kv_block_bytes / GIB:.2f} GiB). Try increasing "
-            "`gpu_memory_utilization` or decreasing `max_model_len` when initializing the engine."
+            f"ValueError: To serve at least one request with the model's max seq len ({sizes.max_model_len}), "
+            f"{needed / GIB:.2f} GiB KV cache is needed, which is larger than the available KV cache memory "
+            f"({blocks * memory.kv_block_bytes / GIB:.2f} GiB). Try increasing `gpu_memory_utilization` or "
+            "decreasing `max_model_len` when initializing the engine."
         )
-    active = options.integer("max_num_active_seqs")
+    return blocks
+
+
+def _limits(options: Options, sizes: _Sizes, blocks: int) -> Limits:
+    active = options.integer("max_num_active_seqs") or sizes.max_num_seqs
     return Limits(
         num_blocks=blocks,
-        block_size=block_size,
-        max_num_seqs=min(max_num_seqs, active or max_num_seqs),
-        max_num_batched_tokens=max_num_batched_tokens,
-        enable_chunked_prefill=chunked,
+        block_size=sizes.block_size,
+        max_num_seqs=min(sizes.max_num_seqs, active),
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        enable_chunked_prefill=bool(options.configuration["enable_chunked_prefill"]),
         enable_prefix_caching=bool(options.configuration["enable_prefix_caching"]),
         scheduling_policy=Policy(options.text("scheduling_policy")),
         max_num_queued_reqs=options.integer("max_num_queued_reqs"),
     )
-
-
-def _times(options: Options, shape: ModelShape, gpu: GpuModel, parallelism: Parallelism) -> StepTimes:
-    if options.step_times is not None:
-        return read_step_times(options.step_times)
-    return Roofline(shape, gpu, parallelism=parallelism, **_types(options))
 
 
 def read_step_times(path: Path) -> Affine:

@@ -28,7 +28,6 @@ from enova_simulator.engine.startup import phases
 # answer of a drain to the exit.
 CORE_DEATH_S = 3.0
 DRAIN_TEARDOWN_S = 4.0
-POLL_S = 0.02
 log = logging.getLogger(__name__)
 
 
@@ -78,7 +77,7 @@ class Server:
         gpu.is_loaded = True
         ills = Ills(generator, gpu, core, core_died=lambda: self._on_core_death(generator))
         runner = web.AppRunner(
-            self._api(generator, gpu, ills).application(), handler_cancellation=True, access_log=None
+            self._api(generator, gpu, ills).application(), handler_cancellation=True, access_log=None, shutdown_timeout=1.0
         )
         await runner.setup()
         site = web.SockSite(runner, self._listener, backlog=2048)
@@ -98,15 +97,14 @@ class Server:
             await asyncio.sleep(self._clock.real_span_s(CORE_DEATH_S))
         else:
             await self._end(site, runner, generator, ills)
-        # Keep-alive connections of idle clients are cut, like those of streams whose core died.
-        await asyncio.wait_for(runner.cleanup(), timeout=None)
+        await runner.cleanup()
         return ExitCode.CLEAN
 
     async def _end(self, site: web.SockSite, runner: web.AppRunner, generator: Generator, ills: Ills) -> None:
         """Drain as long as the options allow, then abort."""
         timeout_s = self._options.shutdown_timeout_s
         log.info("shutdown: mode=%s timeout=%gs", "drain" if timeout_s else "abort", timeout_s)
-        if timeout_s and await self._drained(generator, timeout_s):
+        if timeout_s and await self._drained(timeout_s):
             await asyncio.sleep(self._clock.real_span_s(DRAIN_TEARDOWN_S))
         # Abort: the port closes and the core is gone at once, but open requests hang until their clients leave.
         await site.stop()
@@ -115,17 +113,18 @@ class Server:
         ills.release_core()
         if runner.server is not None:
             runner.server.pre_shutdown()
-        while self._state.open_requests:
-            await asyncio.sleep(POLL_S)
+        await self._state.quiet.wait()
 
-    async def _drained(self, generator: Generator, timeout_s: float) -> bool:
-        """Whether the last open request ended in time; meanwhile new ones are refused."""
+    async def _drained(self, timeout_s: float) -> bool:
+        """Whether requests were open and all ended in time; meanwhile new ones are refused."""
         self._state.is_draining = True
-        busy = self._state.open_requests > 0
-        deadline_s = asyncio.get_running_loop().time() + timeout_s
-        while self._state.open_requests and asyncio.get_running_loop().time() < deadline_s:
-            await asyncio.sleep(POLL_S)
-        return busy and not self._state.open_requests
+        if self._state.quiet.is_set():
+            return False
+        try:
+            await asyncio.wait_for(self._state.quiet.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
 
     def _on_signal(self, ills: Ills) -> None:
         if not ills.ignores_sigterm:
@@ -189,8 +188,10 @@ def _cache_config(options: Options, served: Served) -> dict[str, str]:
         "cache_hit_alignment_tokens", "hash_block_size", "kv_cache_layout", "kv_offloading_size", "mamba_block_size",
         "mamba_page_size_padded", "num_cpu_blocks", "prefix_match_unit", "skip_page_size_padded", "sliding_window",
     )  # fmt: skip
-    off = ("enable_mamba_shared_prefix_checkpoint", "is_attention_free", "kv_sharing_fast_prefill", "use_kda_recoverssm",
-           "use_replayssm")  # fmt: skip
+    off = (
+        "enable_mamba_shared_prefix_checkpoint", "is_attention_free", "kv_sharing_fast_prefill",
+        "use_kda_recoverssm", "use_replayssm",
+    )  # fmt: skip
     return {
         **dict.fromkeys(unset, "None"),
         **dict.fromkeys(off, "False"),
