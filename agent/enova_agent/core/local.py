@@ -191,7 +191,7 @@ def decode(line: bytes) -> Message | None:
 
 def build(cls: type[T], value: Mapping[str, Any]) -> T:
     """A dataclass from plain JSON values, by its annotations; unknown keys are ignored, wrong ones raise TypeError."""
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]  # mypy doubts that a class can be hashed
     return cls(**{key: _convert(hints[key], item) for key, item in value.items() if key in hints})
 
 
