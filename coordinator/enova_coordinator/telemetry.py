@@ -1,0 +1,328 @@
+"""Recent telemetry in bounded memory: what arrives is checked at the border, aligned to a step, and kept for a window.
+
+Nothing in here waits. A frame is refused as a whole when it comes from the wrong node, from the future, from before
+the window, or twice; a figure of it when it is not finite, negative, stale, or of an object that is not this node's.
+Every refusal is counted by its reason, and what was refused is missing, never zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from enova_coordinator.core.series import (
+    COLUMN,
+    FIRST_COUNTER,
+    FIRST_REQUEST_COUNT,
+    GPU_FEATURES,
+    GPU_FIRST_COUNTER,
+    MINUTE_S,
+    REPLICA_FEATURES,
+    REQUEST_COUNTS,
+    Counters,
+    Figures,
+    NodeFrame,
+    ObjectFigures,
+    RequestFigures,
+    Ring,
+    SketchCounts,
+    minutes,
+)
+from enova_coordinator.core.sketch import COUNT_MAX, MergedSketch, flaw
+
+GPUS_PER_NODE_MAX = 64
+REPLICAS_PER_NODE_MAX = 64
+REQUEST_KEYS_MAX = 100_000         # deployment x replica x class, of the whole fleet
+_NO_REQUESTS = [0.0] * len(REQUEST_COUNTS)
+_UNCOUNTED = [math.nan] * len(REQUEST_COUNTS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelemetryLimits:
+    """How much is kept, and what is too old or too early; model time."""
+
+    step_s: float = 1.0
+    window_s: float = 600.0
+    future_s: float = 30.0
+
+
+@dataclass(slots=True)
+class RequestTotals:
+    """The sum of all summaries of one class of one deployment's requests on one replica."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * len(REQUEST_COUNTS))
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    held: dict[str, int] = field(default_factory=dict)  # by the node that said so last
+    ttft_s: MergedSketch = field(default_factory=MergedSketch)
+    tpot_s: MergedSketch = field(default_factory=MergedSketch)
+    queue_s: MergedSketch = field(default_factory=MergedSketch)
+
+    def sketches(self) -> tuple[MergedSketch, MergedSketch, MergedSketch]:
+        """TTFT, TPOT and time in the queue."""
+        return self.ttft_s, self.tpot_s, self.queue_s
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """One GPU or replica: its window, its counters' last values, the message that it was last read from."""
+
+    ring: Ring
+    counters: Counters = field(default_factory=Counters)
+    source: object = None
+    newest_s: float = -math.inf
+
+
+@dataclass(slots=True)
+class _Sender:
+    """A node as a sender of frames."""
+
+    boot: str = ""
+    sequence: int = 0
+    end_s: float = -math.inf
+    frame: str = ""
+    gpus: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MinuteSeries:
+    """Whole minutes of one object, the newest last; minute i ends at `end_s` - (n-1-i) minutes."""
+
+    end_s: float
+    values: NDArray[np.float64]        # minutes x features
+
+    @property
+    def first_end_s(self) -> float:
+        """When the first minute ended."""
+        return self.end_s - MINUTE_S * (len(self.values) - 1)
+
+
+class Telemetry:
+    """All nodes' recent figures. `now_s` is model time; `owns` says whether a replica is this node's to report."""
+
+    def __init__(
+        self, limits: TelemetryLimits, *, now_s: Callable[[], float], owns: Callable[[str, str], bool]
+    ) -> None:
+        self.limits = limits
+        self.rejected: Counter[str] = Counter()
+        self.frames = 0
+        self.samples = 0
+        self._now_s = now_s
+        self._owns = owns
+        self._slots = max(1, round(limits.window_s / limits.step_s))
+        self._senders: dict[str, _Sender] = {}
+        self._replicas: dict[str, _Tracked] = {}
+        self._gpus: dict[str, _Tracked] = {}
+        self._totals: dict[tuple[str, str, str], RequestTotals] = {}
+
+    def add(self, frame: NodeFrame, *, sender: str) -> bool:
+        """Take in a frame that came over `sender`'s stream; False (and counted) if it was refused."""
+        for reason, count in frame.rejected.items():
+            self.rejected[reason] += count
+        refusal = self._refusal(frame, sender)
+        if refusal:
+            self.rejected[refusal] += 1
+            return False
+        known = self._senders.setdefault(sender, _Sender())
+        known.boot, known.sequence, known.frame = frame.boot, frame.sequence, frame.id
+        known.end_s = max(known.end_s, frame.end_s)
+        step = math.floor(frame.end_s / self.limits.step_s)
+        self.frames += 1
+        self.rejected["dropped_by_agent"] += frame.dropped_samples
+        self._add_gpus(known, frame, step)
+        self._add_replicas(frame, step)
+        for request in frame.requests:
+            self._add_requests(frame.node, step, request)
+        return True
+
+    def _refusal(self, frame: NodeFrame, sender: str) -> str:
+        if frame.node != sender:
+            return "other_node"
+        if not (math.isfinite(frame.end_s) and math.isfinite(frame.start_s)) or frame.start_s > frame.end_s:
+            return "bad_time"
+        now_s = self._now_s()
+        if frame.end_s > now_s + self.limits.future_s:
+            return "future"
+        if frame.end_s < now_s - self.limits.window_s:
+            return "too_old"
+        known = self._senders.get(sender)
+        if known is not None and frame.boot == known.boot and frame.sequence <= known.sequence:
+            return "duplicate"
+        return ""
+
+    def _add_gpus(self, known: _Sender, frame: NodeFrame, step: int) -> None:
+        if len(frame.gpus) > GPUS_PER_NODE_MAX:
+            self.rejected["too_many_gpus"] += len(frame.gpus) - GPUS_PER_NODE_MAX
+        for figures in frame.gpus[:GPUS_PER_NODE_MAX]:
+            name = f"{frame.node}/gpus/{figures.name}"
+            tracked = self._gpus.get(name)
+            if tracked is None:
+                if known.gpus >= GPUS_PER_NODE_MAX:
+                    self.rejected["too_many_gpus"] += 1
+                    continue
+                tracked = self._gpus[name] = _Tracked(self._ring(len(GPU_FEATURES), GPU_FIRST_COUNTER))
+                known.gpus += 1
+            self._put(tracked, figures, step, frame.end_s, GPU_FIRST_COUNTER)
+
+    def _add_replicas(self, frame: NodeFrame, step: int) -> None:
+        if len(frame.replicas) > REPLICAS_PER_NODE_MAX:
+            self.rejected["too_many_replicas"] += len(frame.replicas) - REPLICAS_PER_NODE_MAX
+        for figures in frame.replicas[:REPLICAS_PER_NODE_MAX]:
+            if not self._owns(frame.node, figures.name):
+                self.rejected["other_nodes_replica"] += 1
+                continue
+            tracked = self._tracked_replica(figures.name)
+            self._put(tracked, figures, step, frame.end_s, FIRST_COUNTER)
+
+    def _put(self, tracked: _Tracked, figures: ObjectFigures, step: int, end_s: float, first_counter: int) -> None:
+        row = figures.row
+        self.samples += len(row)
+        if end_s >= tracked.newest_s:
+            row[first_counter:] = tracked.counters.increments(figures.instance, row[first_counter:])
+            tracked.newest_s = end_s
+            tracked.source = figures.source
+        else:  # late: counters of the past say nothing about the present increments
+            row[first_counter:] = [math.nan] * (len(row) - first_counter)
+        if first_counter == FIRST_COUNTER:
+            # Where its ingress counts, no word of a request means that none came.
+            row += _UNCOUNTED if math.isnan(row[COLUMN["held"]]) else _NO_REQUESTS
+        tracked.ring.put(step, row)
+
+    def _tracked_replica(self, name: str) -> _Tracked:
+        tracked = self._replicas.get(name)
+        if tracked is None:
+            tracked = _Tracked(self._ring(len(REPLICA_FEATURES), FIRST_COUNTER))
+            self._replicas[name] = tracked
+        return tracked
+
+    def _ring(self, features: int, first_counter: int) -> Ring:
+        return Ring(slots=self._slots, features=features, first_counter=first_counter)
+
+    def _add_requests(self, node: str, step: int, request: RequestFigures) -> None:
+        if max(*request.counts, request.prompt_tokens, request.output_tokens, request.held) > COUNT_MAX:
+            self.rejected["bad_count"] += 1
+            return
+        key = (request.deployment, request.replica, request.serving_class)
+        totals = self._totals.get(key)
+        if totals is None:
+            if len(self._totals) >= REQUEST_KEYS_MAX:
+                self.rejected["too_many_request_keys"] += 1
+                return
+            totals = self._totals[key] = RequestTotals()
+        totals.counts = [old + new for old, new in zip(totals.counts, request.counts, strict=True)]
+        totals.prompt_tokens += request.prompt_tokens
+        totals.output_tokens += request.output_tokens
+        totals.held[node] = request.held
+        for merged, sketch in zip(totals.sketches(), request.sketches, strict=True):
+            self._merge(merged, sketch)
+        tracked = self._replicas.get(request.replica)
+        if tracked is not None:
+            tracked.ring.add(step, FIRST_REQUEST_COUNT, request.counts)
+        self.samples += len(request.counts) + 3
+
+    def _merge(self, merged: MergedSketch, sketch: SketchCounts | None) -> None:
+        if sketch is None:
+            return
+        if flaw(sketch):
+            self.rejected["bad_sketch"] += 1
+            return
+        merged.merge(sketch)
+        self.samples += len(sketch.counts)
+
+    # What others read.
+
+    @property
+    def step(self) -> int:
+        """The step of now."""
+        return math.floor(self._now_s() / self.limits.step_s)
+
+    def replicas(self) -> tuple[str, ...]:
+        """The replicas with a window."""
+        return tuple(self._replicas)
+
+    def gpus_of(self, node: str) -> tuple[str, ...]:
+        """The UUIDs of a node's GPUs that were measured."""
+        prefix = f"{node}/gpus/"
+        return tuple(name.removeprefix(prefix) for name in self._gpus if name.startswith(prefix))
+
+    def replica_window(self, replica: str, *, steps: int) -> tuple[float, Figures] | None:
+        """The newest `steps` rows of a replica and the start of the first; None if it never reported."""
+        return self._window(self._replicas.get(replica), steps)
+
+    def gpu_window(self, node: str, uuid: str, *, steps: int) -> tuple[float, Figures] | None:
+        """The newest `steps` rows of a GPU and the start of the first; None if it never reported."""
+        return self._window(self._gpus.get(f"{node}/gpus/{uuid}"), steps)
+
+    def _window(self, tracked: _Tracked | None, steps: int) -> tuple[float, Figures] | None:
+        if tracked is None:
+            return None
+        last = self.step
+        first = last - min(steps, self._slots) + 1
+        return first * self.limits.step_s, tracked.ring.window(first, last)
+
+    def replica_source(self, replica: str) -> object:
+        """The message that a replica's newest row was read from."""
+        tracked = self._replicas.get(replica)
+        return tracked.source if tracked is not None else None
+
+    def gpu_source(self, node: str, uuid: str) -> object:
+        """The message that a GPU's newest row was read from."""
+        tracked = self._gpus.get(f"{node}/gpus/{uuid}")
+        return tracked.source if tracked is not None else None
+
+    def replica_minutes(self, replica: str, *, count: int) -> MinuteSeries | None:
+        """The newest `count` whole minutes of a replica; None if it never reported."""
+        return self._minutes(self._replicas.get(replica), count, FIRST_COUNTER)
+
+    def gpu_minutes(self, node: str, uuid: str, *, count: int) -> MinuteSeries | None:
+        """The newest `count` whole minutes of a GPU; None if it never reported."""
+        return self._minutes(self._gpus.get(f"{node}/gpus/{uuid}"), count, GPU_FIRST_COUNTER)
+
+    def _minutes(self, tracked: _Tracked | None, count: int, first_counter: int) -> MinuteSeries | None:
+        if tracked is None:
+            return None
+        per_minute = round(MINUTE_S / self.limits.step_s)
+        # The newest frame may still be on its way: a minute is whole one step after its end.
+        end_minute = math.floor((self._now_s() - self.limits.step_s) / MINUTE_S)
+        count = min(count, self._slots // per_minute)
+        rows = tracked.ring.window((end_minute - count) * per_minute, end_minute * per_minute - 1)
+        return MinuteSeries(
+            end_s=end_minute * MINUTE_S, values=minutes(rows, per_minute=per_minute, first_counter=first_counter)
+        )
+
+    def newest_frames(self, nodes: Iterable[str]) -> tuple[str, ...]:
+        """The newest frame of each of the nodes that sent any, as node/boot/sequence."""
+        return tuple(known.frame for node in nodes if (known := self._senders.get(node)) is not None)
+
+    def newest_end_s(self, node: str) -> float:
+        """When a node's newest frame ended; minus infinity if it never sent one."""
+        known = self._senders.get(node)
+        return known.end_s if known is not None else -math.inf
+
+    def totals(self, deployment: str) -> Mapping[tuple[str, str], RequestTotals]:
+        """The sums of a deployment's requests by replica and class, since the coordinator began to listen."""
+        return {(key[1], key[2]): totals for key, totals in self._totals.items() if key[0] == deployment}
+
+    def forget(self, *, replicas: Callable[[str], bool], deployments: Callable[[str], bool]) -> None:
+        """Drop the windows of replicas that are gone, and the totals of deployments that are gone."""
+        for name in [name for name in self._replicas if not replicas(name)]:
+            del self._replicas[name]
+        for key in [key for key in self._totals if not deployments(key[0])]:
+            del self._totals[key]
+
+    def forget_node(self, node: str) -> None:
+        """Drop what a deleted node's GPUs left."""
+        self._senders.pop(node, None)
+        for name in [name for name in self._gpus if name.startswith(f"{node}/gpus/")]:
+            del self._gpus[name]
+
+
+def column(rows: Figures | NDArray[np.float64], feature: str) -> Sequence[float]:
+    """One feature of a replica's rows, as plain values."""
+    values: Sequence[float] = rows[:, COLUMN[feature]].tolist()
+    return values
