@@ -31,6 +31,10 @@ class ProbeFailed(Exception):
     """The engine did not answer as a healthy one does; the text says how."""
 
 
+class NotListening(ProbeFailed):
+    """Nobody listens on its port: normal while it starts."""
+
+
 class ProbeImpossible(Exception):
     """This host cannot ask now (no descriptors, no memory): it says nothing about the engine."""
 
@@ -138,6 +142,8 @@ async def _read(response: aiohttp.ClientResponse, bytes_max: int) -> bytes:
 def _failure(what: str, error: BaseException) -> ProbeFailed | ProbeImpossible:
     if isinstance(error, OSError) and error.errno in _OWN_FAULTS:
         return ProbeImpossible(f"{what}: {error}")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return NotListening(f"{what}: nobody listens on its port")
     if isinstance(error, TimeoutError):
         return ProbeFailed(f"{what}: no answer in time")
     return ProbeFailed(f"{what}: {type(error).__name__}: {error}")

@@ -259,7 +259,7 @@ class LocalProcesses:
 
     def shared_memory(self, process: EngineProcess) -> frozenset[str]:
         """See Processes."""
-        return procfs.shared_memory(entry.pid for entry in self._living(process, everywhere=True))
+        return procfs.shared_memory(entry.pid for entry in self._living(process, everywhere=False))
 
     def remove_shared_memory(self, names: Iterable[str]) -> tuple[str, ...]:
         """See Processes."""

@@ -59,10 +59,14 @@ def build(
     *,
     port: int,
     token: str,
+    record: str,
     gpu_types: Mapping[str, str],
     ambient: Mapping[str, str],
 ) -> Command:
-    """The command for one member on `port`. Raises InvalidField naming what in the spec cannot be started."""
+    """The command for one member on `port`. Raises InvalidField naming what in the spec cannot be started.
+
+    `record` goes into the environment: an agent that lost its journal learns from it what the engine is for.
+    """
     _check(spec, engine)
     serves = engine.words[-1] == "serve"  # `vllm serve MODEL`, but `api_server --model MODEL`
     argv = [*engine.words, *([spec.model] if serves else ["--model", spec.model])]
@@ -72,7 +76,8 @@ def build(
         # A second less than the agent's patience, so that the engine ends by itself.
         argv += ["--shutdown-timeout", str(max(1, math.floor(engine.term_timeout_s) - 1))]
     argv += ["--host", LOOPBACK, "--port", str(port), "--served-model-name", *served_names(spec)]
-    return Command(argv=tuple(argv), environment=_environment(spec, engine, token=token, ambient=ambient))
+    environment = _environment(spec, engine, token=token, record=record, ambient=ambient)
+    return Command(argv=tuple(argv), environment=environment)
 
 
 def flags(configuration: Mapping[str, FlagValue]) -> list[str]:
@@ -143,7 +148,7 @@ def _fill(word: str, facts: Mapping[str, str]) -> str:
 
 
 def _environment(
-    spec: MemberSpec, engine: EngineCommand, *, token: str, ambient: Mapping[str, str]
+    spec: MemberSpec, engine: EngineCommand, *, token: str, record: str, ambient: Mapping[str, str]
 ) -> Mapping[str, str]:
     environment = {name: ambient[name] for name in engine.passed_variables if name in ambient}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
@@ -153,4 +158,5 @@ def _environment(
     uuids = [claim.gpu_uuid for claim in spec.claims if claim.gpu_uuid.startswith(("GPU-", "MIG-"))]
     if uuids:
         environment |= {"CUDA_VISIBLE_DEVICES": ",".join(uuids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    return MappingProxyType(environment | {TOKEN_VARIABLE: token, REPLICA_VARIABLE: spec.replica})
+    own = {TOKEN_VARIABLE: token, REPLICA_VARIABLE: spec.replica, RECORD_VARIABLE: record}
+    return MappingProxyType(environment | own)

@@ -72,8 +72,6 @@ class ProgressSeen:
 class HealthOk:
     """/health answered 200 from a process of this engine."""
 
-    now_s: float
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenGenerated:

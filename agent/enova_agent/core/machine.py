@@ -289,8 +289,8 @@ def _handle(machine: Machine, event: Event, limits: Limits) -> Step:
             return _phase(machine, now_s, phase), ()
         case ProgressSeen(now_s=now_s):
             return replace(machine, progress_s=now_s), ()
-        case HealthOk(now_s=now_s):
-            return replace(machine, progress_s=now_s), (GenerateToken(),)
+        case HealthOk():
+            return machine, (GenerateToken(),)  # no progress in itself: a server may say 200 and never serve
         case TokenGenerated(now_s=now_s):
             return _ready(machine, now_s)
         case HangSuspected(reason=reason):

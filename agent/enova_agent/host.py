@@ -1,0 +1,64 @@
+"""What the replicas of one node share, and the small values that they tell others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from enova_agent.core.telemetry import EngineMetrics
+from enova_agent.engine import EngineProbe
+from enova_agent.engine_settings import EngineSettings
+from enova_agent.process import Processes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """Something that people want to know happened to a replica (empty: to the agent); `kind` as the API's events."""
+
+    replica: str
+    kind: str
+    message: str
+    warning: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scrape:
+    """The newest /metrics of one engine: the page as it came, its figures, when (monotonic), or why there is none."""
+
+    time_s: float = 0.0
+    page: bytes = b""
+    metrics: EngineMetrics | None = None
+    error: str = "not scraped yet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryCount:
+    """What enova itself asked of an engine since it started: to be taken off its counters."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The node as its replicas need it."""
+
+    settings: EngineSettings
+    processes: Processes
+    probe: EngineProbe
+    log_folder: Path
+    evidence_folder: Path
+    token_prefix: str
+    environment: Mapping[str, str]
+    monotonic: Callable[[], float]
+    wall: Callable[[], float]
+    draw: Callable[[], float]
+    notice: Callable[[Notice], None]
+    changed: Callable[[], None]
+    journal: Callable[[], Coroutine[Any, Any, None]]
+    taken_ports: Callable[[], set[int]]
+    gpu_types: Callable[[], Mapping[str, str]]
+    gpu_utilization: Callable[[tuple[str, ...]], float | None]
