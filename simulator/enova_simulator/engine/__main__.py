@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 
 from enova_common.vllm import ExitCode
@@ -21,6 +22,8 @@ def main() -> None:
         format="(APIServer pid=%(process)d) %(levelname)s %(asctime)s [simulated] %(message)s",
         datefmt="%m-%d %H:%M:%S",
     )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(ExitCode.INTERRUPTED_START))
     # Heavy imports come after the parser, so that a usage error is quick.
     import uvloop
 

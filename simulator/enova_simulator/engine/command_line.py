@@ -13,9 +13,10 @@ PROGRAM = "enova-simulated-engine"
 # Flags of the real server that change nothing here. They are taken so that one command starts either.
 _IGNORED_WITH_VALUE = (
     "tokenizer", "tokenizer-mode", "revision", "code-revision", "tokenizer-revision", "download-dir", "chat-template",
-    "generation-config", "hf-overrides", "uvicorn-log-level", "root-path", "allowed-origins", "distributed-executor-backend",
-    "sse-keep-alive-interval", "h11-max-header-count", "api-server-count", "kv-cache-memory-bytes", "max-log-len",
-    "compilation-config", "max-logprobs", "log-level", "data-parallel-backend", "attention-backend", "performance-mode",
+    "generation-config", "hf-overrides", "uvicorn-log-level", "root-path", "allowed-origins", "max-log-len",
+    "sse-keep-alive-interval", "h11-max-header-count", "api-server-count", "kv-cache-memory-bytes",
+    "compilation-config", "max-logprobs", "log-level", "data-parallel-backend", "attention-backend",
+    "distributed-executor-backend", "performance-mode",
 )  # fmt: skip
 _IGNORED_BOOLEAN = (
     "trust-remote-code", "enable-log-requests", "disable-uvicorn-access-log", "kv-cache-metrics", "enable-sleep-mode",
@@ -135,7 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_parallel_size": "-dp", "quantization": "-q"}
+_SHORT = {
+    "tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_parallel_size": "-dp", "quantization": "-q",
+}  # fmt: skip
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,7 @@ class Fault:
 def parse_fault(row: object) -> Fault:
     """A fault from parsed JSON; ValueError names what is wrong."""
     if not isinstance(row, dict):
-        raise ValueError(f"a fault is an object, not {row!r}")
+        raise ValueError(f"a fault is an object, not {row!r}")  # noqa: TRY004 - the content is wrong, not the call
     try:
         kind = FaultKind(str(row.get("kind")))
     except ValueError:
@@ -67,5 +67,5 @@ def read_faults(path: Path) -> tuple[Fault, ...]:
     """The faults of a script file: `{"faults": [...]}`."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("faults"), list):
-        raise ValueError('must be an object like {"faults": [{"kind": "slow", "factor": 2}]}')
+        raise ValueError('must be an object like {"faults": [{"kind": "slow", "factor": 2}]}')  # noqa: TRY004
     return tuple(parse_fault(row) for row in content["faults"])

@@ -91,7 +91,8 @@ class EngineMetrics:
 
     def _value_lines(self, metric: Metric) -> Iterator[str]:
         yield from _head(metric.series_name, metric.kind)
-        series = [(self._label_text(metric, value), self._values[metric.name, value]) for value in metric.values or ("",)]
+        values = metric.values or ("",)
+        series = [(self._label_text(metric, value), self._values[metric.name, value]) for value in values]
         for labels, number in series:
             yield f"{metric.series_name}{{{labels}}} {number!r}"
         if metric.kind is MetricKind.COUNTER:
@@ -115,7 +116,8 @@ class EngineMetrics:
     def _label_text(self, metric: Metric, value: str) -> str:
         if not metric.label:
             return self._labels
-        pairs = [f'{metric.label}="{value}"', *(self._labels if metric.per_engine else self._plain_labels).split(",", 1)]
+        common = self._labels if metric.per_engine else self._plain_labels
+        pairs = [f'{metric.label}="{value}"', *common.split(",", 1)]
         return ",".join(sorted(pairs))
 
 

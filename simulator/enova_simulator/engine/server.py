@@ -42,6 +42,15 @@ class Server:
 
     async def run(self) -> int:
         """Start, serve, end; returns the exit code."""
+        try:
+            return await self._live()
+        finally:
+            # The end has begun: another signal must not change the exit code while the interpreter winds down.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)
+
+    async def _live(self) -> int:
         loop = asyncio.get_running_loop()
         main = asyncio.current_task()
         assert main is not None
@@ -76,9 +85,8 @@ class Server:
         gpu = GpuReader(self._served, generator)
         gpu.is_loaded = True
         ills = Ills(generator, gpu, core, core_died=lambda: self._on_core_death(generator))
-        runner = web.AppRunner(
-            self._api(generator, gpu, ills).application(), handler_cancellation=True, access_log=None, shutdown_timeout=1.0
-        )
+        app = self._api(generator, gpu, ills).application()
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         site = web.SockSite(runner, self._listener, backlog=2048)
         await site.start()
