@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -95,7 +95,7 @@ class Client:
             return result
         raise self._unreachable(last)
 
-    async def stream(self, method: Callable[[Stubs], AsyncIterator[T]]) -> AsyncIterator[T]:
+    async def stream(self, method: Callable[[Stubs], AsyncIterable[T]]) -> AsyncIterator[T]:
         """A server stream from the coordinator that answers now."""
         await self.list_nodes()  # settles which endpoint leads
         try:

@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 from enova_common.settings import TlsSettings
@@ -57,7 +57,7 @@ def run(action: Coroutine[Any, Any, T], form: Format) -> T:
         sys.exit(EXIT_ERROR)
 
 
-def fail(error: EnovaError, form: Format) -> Any:
+def fail(error: EnovaError, form: Format) -> NoReturn:
     """Print the error and exit."""
     print_error(error, form)
     sys.exit(exit_code(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
+from collections.abc import Iterator
 
 import aiohttp
 import click
@@ -110,7 +111,7 @@ def chat(context: Context, name: str, message: str | None, url: str | None, max_
     async def action(client: Client) -> None:
         base = url or await openai_url(client)
         history: list[dict[str, str]] = []
-        texts = [message] if message is not None else _typed_lines()
+        texts = iter([message]) if message is not None else _typed_lines()
         for text in texts:
             history.append({"role": "user", "content": text})
             answer = await _ask(base, name, history, max_tokens, ca)
@@ -119,10 +120,15 @@ def chat(context: Context, name: str, message: str | None, url: str | None, max_
     context.run(action)
 
 
-def _typed_lines() -> list[str] | object:
-    return iter(
-        lambda: click.prompt("you", prompt_suffix="> ") if sys.stdin.isatty() else sys.stdin.readline().strip(), ""
-    )
+def _typed_lines() -> Iterator[str]:
+    """What a person types, or the lines of a pipe, until there is nothing more."""
+    while True:
+        text = (
+            click.prompt("you", prompt_suffix="> ", default="") if sys.stdin.isatty() else sys.stdin.readline().strip()
+        )
+        if not text:
+            return
+        yield text
 
 
 async def _ask(base: str, name: str, history: list[dict[str, str]], max_tokens: int, ca: str) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from enova.v1 import cluster_pb2
@@ -82,9 +82,9 @@ class Fleet:
         store = await self._start_etcd(environment, ports) if self._options.store == "etcd" else ""
         api = str((await self._start_coordinator(environment, store, ports))["api_address"])
         nodes = self._options.node_names()
-        agents = [self._start_node(name, environment, api, memory, ports) for name in nodes]
-        facts = dict(zip(nodes, await asyncio.gather(*agents), strict=True))
-        self._data.write_json("ports.json", {"api": api, "etcd": store} | facts)
+        starts = [self._start_node(name, environment, api, memory, ports) for name in nodes]
+        facts: dict[str, Mapping[str, Any]] = dict(zip(nodes, await asyncio.gather(*starts), strict=True))
+        self._data.write_json("ports.json", {"api": api, "etcd": store, **facts})
         await self._registered(api)
         self._facts = {"api": api, "openai": f"http://{facts[nodes[0]]['openai_address']}/v1"}
         self._write_facts()
@@ -119,12 +119,12 @@ class Fleet:
         ingress = self._child(f"ingress/{name}", [plan.program("enova-ingress")], environment)
         value = settings.ingress(self._options, self._data, name, ports.get(name, {}), ingress.ready_file)
         ingress.argv = [*ingress.argv, "--config", str(self._data.write_toml(folder / "ingress.toml", value))]
-        _, facts = await asyncio.gather(agent.start(), ingress.start())
+        facts = (await asyncio.gather(agent.start(), ingress.start()))[1]
         value = settings.ingress(self._options, self._data, name, facts, ingress.ready_file)
         self._data.write_toml(folder / "ingress.toml", value)
         return {key: facts[key] for key in ("openai_address", "hop_address")}
 
-    def _child(self, name: str, argv: list[str], environment: Mapping[str, str]) -> Child:
+    def _child(self, name: str, argv: Sequence[str], environment: Mapping[str, str]) -> Child:
         file_name = name.replace("/", "-")
         child = Child(
             name=name,
