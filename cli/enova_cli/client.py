@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
-from enova_common.settings import TlsSettings
 
 from enova.v1 import (
     cluster_pb2,
@@ -24,6 +23,7 @@ from enova.v1 import (
 )
 from enova_common import rpc
 from enova_common.errors import EnovaError, NotFound, Unavailable
+from enova_common.settings import TlsSettings
 
 T = TypeVar("T")
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import click
-from enova_common.settings import TlsSettings
 
 from enova_cli.client import Client
 from enova_cli.output import Format, print_error
 from enova_common.errors import EnovaError, NotFound, TimedOut, Unavailable
+from enova_common.settings import TlsSettings
 
 T = TypeVar("T")
 

@@ -77,12 +77,12 @@ class Fleet:
         environment = plan.environment(
             self._options, os.environ, token=self._data.token, epoch_s=float(clock["epoch_s"])
         )
-        memory = await asyncio.to_thread(settings.gpu_memory, self._options)
+        gpu = await asyncio.to_thread(settings.gpu_facts, self._options)
         ports = self._data.read_json("ports.json")
         store = await self._start_etcd(environment, ports) if self._options.store == "etcd" else ""
         api = str((await self._start_coordinator(environment, store, ports))["api_address"])
         nodes = self._options.node_names()
-        starts = [self._start_node(name, environment, api, memory, ports) for name in nodes]
+        starts = [self._start_node(name, environment, api, gpu, ports) for name in nodes]
         facts: dict[str, Mapping[str, Any]] = dict(zip(nodes, await asyncio.gather(*starts), strict=True))
         self._data.write_json("ports.json", {"api": api, "etcd": store, **facts})
         await self._registered(api)
@@ -110,11 +110,11 @@ class Fleet:
         return facts
 
     async def _start_node(
-        self, name: str, environment: Mapping[str, str], api: str, memory: int, ports: Mapping[str, Any]
+        self, name: str, environment: Mapping[str, str], api: str, gpu: Mapping[str, Any], ports: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         folder = self._data.node_path(name)
         agent = self._child(f"agent/{name}", [plan.program("enova-agent")], environment)
-        value = settings.agent(self._options, self._data, name, api, memory, agent.ready_file)
+        value = settings.agent(self._options, self._data, name, api, gpu, agent.ready_file)
         agent.argv = [*agent.argv, "--config", str(self._data.write_toml(folder / "agent.toml", value))]
         ingress = self._child(f"ingress/{name}", [plan.program("enova-ingress")], environment)
         value = settings.ingress(self._options, self._data, name, ports.get(name, {}), ingress.ready_file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -51,8 +52,6 @@ def parse_gpu(text: str) -> tuple[str, int]:
 
 def catalogue(*arguments: str) -> Any:
     """The simulator's catalogue as JSON: `--gpus` or `--models`."""
-    import json
-
     try:
         run = subprocess.run(
             [sys.executable, "-m", "enova_simulator.plan", *arguments],
@@ -64,14 +63,6 @@ def catalogue(*arguments: str) -> Any:
     except subprocess.CalledProcessError as error:
         text = error.stderr.decode(errors="replace").strip()
         raise FatalError(f"enova_simulator.plan failed: {text}", reason="CATALOGUE_FAILED") from error
-
-
-def gpu_memory_bytes(gpu_type: str) -> int:
-    """The memory of a catalogued GPU. Raises InvalidField naming the known types."""
-    known: dict[str, int] = {gpu["name"]: int(gpu["memory_bytes"]) for gpu in catalogue("--gpus")}
-    if gpu_type not in known:
-        raise InvalidField(f"unknown GPU type {gpu_type!r}", field="--gpu", remedy=f"one of {', '.join(known)}")
-    return known[gpu_type]
 
 
 def program(name: str) -> str:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from enova_cli.up.layout import DataDirectory, socket_path
-from enova_cli.up.plan import UpOptions, catalogue, engine_words, gpu_memory_bytes
+from enova_cli.up.plan import UpOptions, catalogue, engine_words
+from enova_common.errors import InvalidField
 
 CPU_SLOT_BYTES = 4 << 30  # what a vLLM on the CPU is granted: its KV space and a small model
-RETIRED_STREAMS_LIMIT_S = 10.0
+# One GiB of KV cache, as the CPU slot's memory allows; the rest keeps a test host offline and quiet.
+CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-def gpu_memory(options: UpOptions) -> int:
-    """The memory of one GPU of the fleet."""
-    return CPU_SLOT_BYTES if options.gpu_type == "CPU" else gpu_memory_bytes(options.gpu_type)
+def gpu_facts(options: UpOptions) -> dict[str, Any]:
+    """What an agent is told of each GPU of the fleet. Raises InvalidField for a type that nobody knows."""
+    if options.gpu_type == "CPU":
+        return {"memory_bytes": CPU_SLOT_BYTES, "idle_power_w": 0.0, "power_limit_w": 0.0}
+    known = {gpu["name"]: gpu for gpu in catalogue("--gpus")}
+    if options.gpu_type not in known:
+        remedy = f"one of CPU, {', '.join(known)}"
+        raise InvalidField(f"unknown GPU type {options.gpu_type!r}", field="--gpu", remedy=remedy)
+    fact = known[options.gpu_type]
+    return {
+        "memory_bytes": int(fact["memory_bytes"]),
+        "idle_power_w": float(fact["idle_power_w"]),
+        "power_limit_w": float(fact["power_limit_w"]),
+    }
 
 
 def coordinator(
@@ -33,9 +47,9 @@ def coordinator(
 
 
 def agent(
-    options: UpOptions, data: DataDirectory, node: str, api: str, memory_bytes: int, ready_file: Path
+    options: UpOptions, data: DataDirectory, node: str, api: str, gpu: Mapping[str, Any], ready_file: Path
 ) -> dict[str, Any]:
-    """agent.toml of one node."""
+    """agent.toml of one node; `gpu` holds the catalogue's facts of its GPUs."""
     folder = data.node_path(node)
     value: dict[str, Any] = {
         "node": node,
@@ -43,24 +57,31 @@ def agent(
         "data_dir": str(folder / "agent"),
         "socket": str(socket_path(data, node)),
         "ready_file": str(ready_file),
+        "frame_interval_s": options.frame_interval_s,
         "gpus": "simulated",
         "simulated_gpus": [
-            {"type": options.gpu_type, "memory_bytes": memory_bytes, "uuid": f"GPU-sim-{node}-{index}", "index": index}
+            {"uuid": f"GPU-simulated-{node}-{index}", "index": index, "type": options.gpu_type, **gpu}
             for index in range(options.gpus_per_node)
         ],
-        "engine": {
-            "kind": options.engine,
-            "command": engine_words(options),
-            "extra_arguments": list(options.engine_arguments),
-        },
+        "engine": {"kind": options.engine, "command": engine_words(options)},
     }
     if options.engine == "simulated":
         models = folder / "simulated_models.json"
-        import json
-
         models.write_text(json.dumps(catalogue("--models")))
         value["simulated_models"] = str(models)
+        value["engine"]["extra_arguments"] = [*_clock_arguments(options, data), *options.engine_arguments]
+    else:
+        value["engine"]["extra_arguments"] = list(options.engine_arguments)
+        value["engine"]["environment"] = CPU_ENVIRONMENT if options.gpu_type == "CPU" else {}
     return value
+
+
+def _clock_arguments(options: UpOptions, data: DataDirectory) -> list[str]:
+    epoch = data.read_json("clock.json")["epoch_s"]
+    return [
+        "--simulated-gpu", "{gpu_types}",
+        "--simulated-time-scale", f"{options.time_scale:g}", "--simulated-clock-epoch", f"{epoch:.6f}",
+    ]  # fmt: skip
 
 
 def ingress(
