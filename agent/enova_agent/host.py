@@ -37,7 +37,8 @@ class Scrape:
 class CanaryCount:
     """What enova itself asked of an engine since it started: to be taken off its counters."""
 
-    requests: int = 0
+    started: int = 0
+    requests: int = 0          # of those, answered
     prompt_tokens: int = 0
     output_tokens: int = 0
 

@@ -50,7 +50,7 @@ class LocalServer:
         *,
         node: str,
         on_change: Callable[[], None],
-        on_held: Callable[[HeldUpdate], None],
+        on_held: Callable[[HeldUpdate | None], None],
         on_summaries: Callable[[SummariesUpdate], None],
         stop_engines: Callable[[float], Awaitable[int]],
     ) -> None:
@@ -140,8 +140,12 @@ class LocalServer:
             peer.close()
             if peer.hello is not None:
                 log.info("ingress %s disconnected", peer.hello.instance)
-                self._on_held(HeldUpdate(replicas=self.held or {}))
+                self._tell_held()
                 self._on_change()
+
+    def _tell_held(self) -> None:
+        held = self.held
+        self._on_held(None if held is None else HeldUpdate(replicas=held))
 
     async def _receive(self, peer: _Peer, line: bytes) -> None:
         self.messages_received += 1
@@ -154,7 +158,7 @@ class LocalServer:
                 self._on_change()
             case HeldUpdate() as update:
                 peer.held = update.replicas
-                self._on_held(HeldUpdate(replicas=self.held or {}))
+                self._tell_held()
             case SummariesUpdate() as summaries:
                 self._on_summaries(summaries)
             case RoutesApplied(revision=revision):

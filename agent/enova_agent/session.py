@@ -12,10 +12,9 @@ new are one walk. Nothing that happens here stops an engine.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, assert_never
 
@@ -34,7 +33,7 @@ CONNECT = "/enova.v1.AgentService/Connect"
 ANSWERS_MAX = 256            # answers that wait for a slow link; whoever makes more waits
 RELAYS_MAX = 16              # log and inspect requests in work at once
 LINES_PER_CHUNK = 200
-CHUNK_BYTES_MAX = 256 << 10
+CHUNK_CHARS_MAX = 256 << 10
 FRAMES_BEHIND_MAX = 120      # live frames that may wait for a slow link before the oldest are passed over
 
 if TYPE_CHECKING:
@@ -66,8 +65,8 @@ class Node(Protocol):
         """What this host knows of a model; raises EnovaError."""
         ...
 
-    def logs(self, replica: str, *, tail_lines: int, follow: bool) -> AsyncIterator[str]:
-        """Lines of a replica's log; raises EnovaError."""
+    def logs(self, replica: str, *, tail_lines: int, follow: bool) -> AsyncIterator[Sequence[str]]:
+        """Lines of a replica's log as they come; raises EnovaError."""
         ...
 
 
@@ -167,6 +166,7 @@ class Session:
         """Connects, and connects again, until it is cancelled."""
         endpoints = _Endpoints(self._settings.endpoints)
         attempt = 0
+        told = ""
         while True:
             self.figures.connections += 1
             connection = _Connection(self, endpoints.current)
@@ -175,7 +175,7 @@ class Session:
             self._current = None
             self.figures.connected_to = ""
             if connection.welcomed:
-                attempt = 0
+                attempt, told = 0, ""
             if isinstance(error, Reopened):
                 continue
             self.figures.last_error = str(error)
@@ -185,7 +185,10 @@ class Session:
             # One redirect is news, a second in a row is an election in progress: then wait as well.
             delay_s = 0.0 if followed and attempt == 0 else self._settings.backoff.delay_s(attempt, self._draw())
             attempt += 1
-            log.warning("no session with %s: %s; next try in %.1f s", connection.endpoint, error, delay_s)
+            # Each new reason is news; the same one again, while a coordinator is away for hours, is not.
+            level = logging.DEBUG if str(error) == told else logging.WARNING
+            told = str(error)
+            log.log(level, "no session with %s: %s; next try in %.1f s", connection.endpoint, error, delay_s)
             await asyncio.sleep(delay_s)
 
 
@@ -242,7 +245,10 @@ class _Connection:
 
     async def run(self) -> EnovaError:
         """Why the connection ended."""
-        channel = self._session._open_channel(self.endpoint)
+        try:
+            channel = self._session._open_channel(self.endpoint)
+        except EnovaError as error:  # certificates that cannot be used: they may be renewed while we try again
+            return error
         call = channel.stream_stream(
             CONNECT, request_serializer=_serialized, response_deserializer=wire.ConnectResponse.FromString
         )()
@@ -441,42 +447,25 @@ class _Connection:
     async def _send_logs(self, request: wire.LogRequest) -> None:
         try:
             lines = self._node.logs(request.replica, tail_lines=request.tail_lines, follow=request.follow)
-            async for chunk in _chunks(lines):
-                await self._answer(convert.log_chunk(request.request, chunk))
+            async for batch in lines:
+                for chunk in _chunks(batch):
+                    await self._answer(convert.log_chunk(request.request, chunk))
             end = convert.log_chunk(request.request, (), end=True)
         except EnovaError as error:
             end = convert.log_chunk(request.request, (), end=True, error=error)
         await self._answer(end)
 
 
-async def _chunks(lines: AsyncIterator[str]) -> AsyncIterator[list[str]]:
-    """Lines in handfuls that fit a message: what is there goes out at once when reading has to wait."""
-    chunk: list[str] = []
-    size = 0
-    iterator = aiter(lines)
-    pending = asyncio.ensure_future(anext(iterator, None))
-    try:
-        while True:
-            await asyncio.wait([pending], timeout=0.0 if chunk else None)
-            if not pending.done():
-                yield chunk
-                chunk, size = [], 0
-                continue
-            line = pending.result()
-            if line is None:
-                break
-            chunk.append(line)
-            size += len(line)
-            if len(chunk) >= LINES_PER_CHUNK or size >= CHUNK_BYTES_MAX:
-                yield chunk
-                chunk, size = [], 0
-            pending = asyncio.ensure_future(anext(iterator, None))
-        if chunk:
-            yield chunk
-    finally:
-        pending.cancel()
-        with contextlib.suppress(asyncio.CancelledError):  # we cancelled it ourselves
-            await pending
+def _chunks(lines: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Lines in handfuls that fit a message."""
+    start = size = 0
+    for end, line in enumerate(lines):
+        if end - start >= LINES_PER_CHUNK or size + len(line) > CHUNK_CHARS_MAX:
+            yield lines[start:end]
+            start, size = end, 0
+        size += len(line)
+    if start < len(lines):
+        yield lines[start:]
 
 
 async def _status_error(call: _Call) -> grpc.aio.AioRpcError:

@@ -60,6 +60,7 @@ class EngineWatch:
 
     async def generates(self, timeout_s: float = _FIRST_TOKEN_TIMEOUT_S) -> bool | None:
         """One token: True if it came, False if not, None if this host could not even ask."""
+        self.canaries = replace(self.canaries, started=self.canaries.started + 1)
         try:
             answer = await self._host.probe.generate(self._endpoint, self._model, timeout_s=timeout_s)
         except ProbeFailed as error:
@@ -69,7 +70,8 @@ class EngineWatch:
             self.problem = str(error)
             return None
         count = self.canaries
-        self.canaries = CanaryCount(
+        self.canaries = replace(
+            count,
             requests=count.requests + 1,
             prompt_tokens=count.prompt_tokens + answer.prompt_tokens,
             output_tokens=count.output_tokens + answer.output_tokens,
