@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, assert_never
 
@@ -420,9 +421,8 @@ def _phase(machine: Machine, now_s: float, phase: Phase) -> Machine:
 def _ready(machine: Machine, now_s: float) -> Step:
     ready = replace(machine, stage=Stage.READY, routed=True, ready_s=now_s, since_s=now_s, reason="")
     took = f"ready after {now_s - machine.started_s:.1f} s"
-    order = [*machine.phase_times_s.items()]
-    ends_s = [time_s for _, time_s in order[1:]] + [now_s]
-    phases = ", ".join(f"{phase} {end_s - time_s:.1f} s" for (phase, time_s), end_s in zip(order, ends_s, strict=True))
+    edges = [*machine.phase_times_s.items(), ("", now_s)]
+    phases = ", ".join(f"{phase} {end_s - time_s:.1f} s" for (phase, time_s), (_, end_s) in pairwise(edges))
     message = f"{took} ({phases})" if phases else took
     return ready, (AnnounceRouting(on=True), Report(kind="ReplicaReady", message=message))
 
