@@ -163,7 +163,8 @@ class HopClient:
                 self._endpoint(target), "POST", PREFIX + errand.path, headers=headers, body=errand.body
             )
         except Unreachable as error:
-            raise NotTaken(engine_failed(0), full=False) from error
+            _log.warning("%s is not reached at %s: %s", target.replica, target.hop_address, error)
+            raise NotTaken(no_replica(errand.served_name), full=False) from error
         load = load_of_header(response.headers.get(LOAD, ""))
         if load is not None:
             self._router.heard(target.replica, load, now_s=self._loop.time())
