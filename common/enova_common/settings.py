@@ -65,8 +65,16 @@ def load_settings(cls: type[T], path: Path | None, env: Mapping[str, str], prefi
 
     Raises InvalidSettings with all problems found.
     """
-    reader = _Reader(source=str(path) if path else "the settings", env=env, prefix=prefix.rstrip("_"))
-    document = _read_file(path) if path else {}
+    if path is None:
+        return settings_from(cls, {}, env, prefix)
+    return settings_from(cls, _read_file(path), env, prefix, source=str(path))
+
+
+def settings_from(
+    cls: type[T], document: Mapping[str, Any], env: Mapping[str, str], prefix: str, *, source: str = "the settings"
+) -> T:
+    """Reads `cls` from a document that is parsed already; `source` names it in what is said of its problems."""
+    reader = _Reader(source=source, env=env, prefix=prefix.rstrip("_"))
     value = reader.table(cls, document, ())
     reader.report_unknown_variables()
     if reader.problems or value is None:
@@ -197,7 +205,9 @@ class _Reader:
         size = value if isinstance(value, int | float) else len(value)
         if not minimum <= size <= maximum:
             what = f"{value}" if isinstance(value, int | float) else f"its length, {size},"
-            self.note(self.source, path, f"{what} is not {_range_text(minimum, maximum)}")
+            variable = self._variable(path)
+            source = variable if variable in self.env else self.source
+            self.note(source, path, f"{what} is not {_range_text(minimum, maximum)}")
 
     def _missing(self, hint: Any, path: tuple[str, ...]) -> None:
         if _nested_dataclass(hint) is not None:

@@ -141,7 +141,7 @@ async def test_a_unary_call_without_a_deadline_gets_one() -> None:
         return b""
 
     async with serving(unary_unary=hang, timeout_s=0.1) as channel:  # type: ignore[arg-type]
-        with pytest.raises(TimedOut, match="/test/unary_unary took longer than 0.1 s"):
+        with pytest.raises(TimedOut, match="/test/unary_unary took longer"):
             await call(channel, "unary_unary")
 
 

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -38,14 +39,15 @@ async def who(_request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) 
 
 
 class Who(grpc.GenericRpcHandler):
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> object:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         return grpc.unary_unary_rpc_method_handler(who)
 
 
 async def ask(address: str, tls: TlsSettings | None) -> str:
     async with rpc.open_channel(address, tls) as channel:
         try:
-            answer: bytes = await channel.unary_unary("/test/who")(b"", timeout=10)
+            method: Any = channel.unary_unary("/test/who")
+            answer: bytes = await method(b"", timeout=10)
         except grpc.RpcError as error:
             raise rpc.error_from_rpc(error) from error
         return answer.decode()
@@ -107,8 +109,9 @@ async def test_a_server_under_a_name_that_is_not_its_own_is_not_trusted(authorit
 async def test_a_client_without_a_certificate_or_without_tls_does_not_get_in(server: str, authority: Path) -> None:
     credentials = grpc.ssl_channel_credentials((authority / "ca.crt").read_bytes())
     async with grpc.aio.secure_channel(server, credentials) as channel:
+        method: Any = channel.unary_unary("/test/who")
         with pytest.raises(grpc.aio.AioRpcError):
-            await channel.unary_unary("/test/who")(b"", timeout=5)
+            await method(b"", timeout=5)
     with pytest.raises(Unavailable):
         await ask(server, None)
 
