@@ -246,6 +246,12 @@ class Variant:
     failure_time_s: float = 0.0
     failure_reason: str = ""
     failed_nodes: tuple[str, ...] = ()
+    replicas_made: int = 0         # numbers its replicas, so that no name is used twice
+
+    @property
+    def id(self) -> str:
+        """The last part of the name."""
+        return self.name.rpartition("/")[2]
 
     @property
     def gpus_per_replica(self) -> int:
