@@ -103,7 +103,8 @@ class SimulatedEngine:
         for line in text.splitlines():
             if not line.startswith("#"):
                 name, _, number = line.rpartition(" ")
-                values[re.sub(r'(engine|model_name)="[^"]*",?', "", name).replace(",}", "}").replace("{}", "")] = float(number)
+                name = re.sub(r'(engine|model_name)="[^"]*",?', "", name).replace(",}", "}").replace("{}", "")
+                values[name] = float(number)
         return values
 
     def complete(self, prompt: str | list[int] = "hello", **body: object) -> httpx.Response:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -293,11 +294,12 @@ def test_time_scale_makes_model_seconds_pass_faster(tmp_path: Path) -> None:
 
 def test_gpu_readings_follow_the_load(tmp_path: Path) -> None:
     words = ("--tensor-parallel-size", "2", "--simulated-gpu", "A100-80G", "--simulated-time-scale", "10")
-    gpus = {"CUDA_VISIBLE_DEVICES": "GPU-aa,GPU-bb"}
-    with SimulatedEngine(tmp_path, *words, environment=gpus) as engine:
+    visible = {"CUDA_VISIBLE_DEVICES": "GPU-aa,GPU-bb"}
+    with SimulatedEngine(tmp_path, *words, environment=visible) as engine:
 
-        def read() -> list[dict[str, float]]:
-            return httpx.get(f"{engine.url}/simulated/gpu").json()["gpus"]
+        def read() -> list[dict[str, Any]]:
+            gpus: list[dict[str, Any]] = httpx.get(f"{engine.url}/simulated/gpu").json()["gpus"]
+            return gpus
 
         idle = read()
         assert [gpu["uuid"] for gpu in idle] == ["GPU-aa", "GPU-bb"]
