@@ -11,7 +11,10 @@ ENGINE ?= simulated
 VLLM   ?= 1
 NAME   ?=
 ARGS   ?=
-GROUPS := dev
+
+VLLM_VENV    := .venv-vllm
+VLLM_COMMAND := $(CURDIR)/$(VLLM_VENV)/bin/python -m vllm.entrypoints.openai.api_server
+FAST         := not network and not etcd and not vllm and not root and not slow
 
 help: ## what can be made
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -23,13 +26,36 @@ $(VENV)/.ready: pyproject.toml
 	@tests/tools/setup_venv "$(PYTHON)" "$(VENV)"
 	@touch $@
 
+demo: setup ## bring up, deploy, replay a trace, scale, break, recover (ENGINE=simulated|vllm)
+ifeq ($(ENGINE),vllm)
+	@tests/tools/setup_vllm "$(PYTHON)" "$(VLLM_VENV)"
+	@$(BIN)/python -m enova_cli.demo --engine vllm --model "$(CURDIR)/$(VLLM_VENV)/tiny-model" \
+	  --engine-command "$(VLLM_COMMAND)" $(ARGS)
+else
+	@$(BIN)/python -m enova_cli.demo --engine "$(ENGINE)" $(ARGS)
+endif
+
+test: setup ## all tests, real etcd and real vLLM included (VLLM=0 leaves vLLM out; ARGS for pytest)
+	@tests/tools/run_tests "$(PYTHON)" "$(VLLM_VENV)" "$(VLLM)" $(ARGS)
+
+test-fast: setup ## the tests that need neither network nor servers, under a minute
+	@$(BIN)/pytest -q -m "$(FAST)" $(ARGS)
+
 lint: setup ## linters, strict types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 proto: ## generate code from the .proto files
-	@tests/tools/generate_proto
+	@PYTHON="$(PYTHON)" tests/tools/generate_proto
 
 check-proto: ## fail if the generated code is not what the .proto files give
-	@tests/tools/generate_proto --check
+	@PYTHON="$(PYTHON)" tests/tools/generate_proto --check
+
+bench: setup ## one benchmark: make bench NAME=ingress ARGS=...; without a name it lists them
+	@if [ -z "$(NAME)" ]; then cd tests/benchmarks && ls -1 -- *.py | sed 's/\.py$$//'; \
+	else $(BIN)/python "tests/benchmarks/$(NAME).py" $(ARGS); fi
+
+clean: ## remove what make made: environments, caches, builds
+	rm -rf $(VENV) $(VLLM_VENV) .venv-proto .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
