@@ -28,7 +28,10 @@ MAX_TRANSACTION_BYTES = 1 << 20  # etcd refuses a request over 1.5 MiB: the rest
 MAX_KEY_BYTES = 1024
 
 NO_SPACE = "STORE_NO_SPACE"
-"""The reason of `Exhausted` when the store takes no more puts; it still answers reads and takes deletes."""
+"""The reason of `Exhausted` when the store takes no more puts and grants no leases.
+
+Reads go on, and leases are kept alive, revoked and expire; etcd 3.5.1 refuses transactions that only delete, too.
+"""
 
 OUTCOME_UNKNOWN = "STORE_OUTCOME_UNKNOWN"
 """The reason of `TimedOut` when a transaction may or may not have happened: read again, then decide."""
