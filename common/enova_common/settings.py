@@ -191,7 +191,8 @@ class _Reader:
         if origin in {dict, Mapping}:
             if not isinstance(value, Mapping):
                 raise _Wrong(f"must be a table, not {_kind(value)}")
-            return {key: self._typed(arguments[1], entry, (*path, key)) for key, entry in value.items()}
+            table = {key: self._typed(arguments[1], entry, (*path, key)) for key, entry in value.items()}
+            return table if origin is dict else types.MappingProxyType(table)
         if origin is typing.Literal:
             if value not in arguments:
                 raise _Wrong(f"{value!r} is not one of {', '.join(map(str, arguments))}")
