@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import itertools
 import json
 import os
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import urlsplit
 
-import aiohttp
+from enova_agent.loopback import LoopbackClient, NobodyListens
+from enova_common.errors import EnovaError, TimedOut
 
 CANARY_HEADER = "x-enova-canary"
 CANARY_PREFIX = "enova-canary-"
-PAGE_BYTES_MAX = 4 << 20
-_ANSWER_BYTES_MAX = 1 << 20
+_CLIENTS_MAX = 128
 _OWN_FAULTS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL})
 
 
@@ -64,86 +64,80 @@ class EngineProbe(Protocol):
 
 
 class HttpProbe:
-    """The probe over aiohttp; connections to an engine are kept, as scrapes come every second."""
+    """The probe over HTTP on the loopback; a connection to an engine is kept, as scrapes come every second."""
 
     def __init__(self) -> None:
-        self._session: aiohttp.ClientSession | None = None
+        self._clients: dict[str, LoopbackClient] = {}
         self._numbers = itertools.count(1)
-
-    def _client(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, limit_per_host=8, keepalive_timeout=30.0)
-            self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
-        return self._session
 
     async def close(self) -> None:
         """See EngineProbe."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        for client in self._clients.values():
+            client.close()
+        self._clients.clear()
 
     async def health(self, endpoint: str, *, timeout_s: float) -> None:
         """See EngineProbe."""
-        await self._get(f"{endpoint}/health", timeout_s=timeout_s, bytes_max=_ANSWER_BYTES_MAX)
+        await self._get(endpoint, "/health", timeout_s=timeout_s)
 
     async def metrics(self, endpoint: str, *, timeout_s: float) -> bytes:
         """See EngineProbe."""
-        return await self._get(f"{endpoint}/metrics", timeout_s=timeout_s, bytes_max=PAGE_BYTES_MAX)
+        return await self._get(endpoint, "/metrics", timeout_s=timeout_s)
 
     async def version(self, endpoint: str, *, timeout_s: float) -> str:
         """See EngineProbe."""
-        url = f"{endpoint}/version"
+        text = await self._get(endpoint, "/version", timeout_s=timeout_s)
         try:
-            async with asyncio.timeout(timeout_s), self._client().get(url) as response:
-                return str(json.loads(await _read(response, _ANSWER_BYTES_MAX))["version"])
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError) as error:
-            raise _failure("/version", error) from error
+            return str(json.loads(text)["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ProbeFailed(f"/version: {type(error).__name__}: {error}") from error
 
     async def generate(self, endpoint: str, model: str, *, timeout_s: float) -> CanaryAnswer:
         """See EngineProbe."""
         name = f"{CANARY_PREFIX}{os.getpid()}-{next(self._numbers)}"
         body = {"model": model, "prompt": [1], "max_tokens": 1, "ignore_eos": True, "temperature": 0.0}
         headers = {CANARY_HEADER: "1", "x-request-id": name}
-        url = f"{endpoint}/v1/completions"
         try:
-            async with asyncio.timeout(timeout_s), self._client().post(url, json=body, headers=headers) as response:
-                text = await _read(response, _ANSWER_BYTES_MAX)
-                if response.status != 200:
-                    raise ProbeFailed(f"one token: HTTP {response.status} {text[:200].decode(errors='replace')}")
-                usage = json.loads(text)["usage"]
-                return CanaryAnswer(
-                    prompt_tokens=int(usage["prompt_tokens"]), output_tokens=int(usage["completion_tokens"])
-                )
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError) as error:
+            answer = await self._client(endpoint).post("/v1/completions", body, timeout_s=timeout_s, headers=headers)
+        except EnovaError as error:
             raise _failure("one token", error) from error
-
-    async def _get(self, url: str, *, timeout_s: float, bytes_max: int) -> bytes:
+        if answer.status != 200:
+            raise ProbeFailed(f"one token: HTTP {answer.status} {answer.body[:200].decode(errors='replace')}")
         try:
-            async with asyncio.timeout(timeout_s), self._client().get(url) as response:
-                text = await _read(response, bytes_max)
-                if response.status != 200:
-                    raise ProbeFailed(f"{url}: HTTP {response.status}")
-                return text
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise _failure(url, error) from error
+            usage = json.loads(answer.body)["usage"]
+            return CanaryAnswer(
+                prompt_tokens=int(usage["prompt_tokens"]), output_tokens=int(usage["completion_tokens"])
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ProbeFailed(f"one token: {type(error).__name__}: {error}") from error
+
+    async def _get(self, endpoint: str, path: str, *, timeout_s: float) -> bytes:
+        try:
+            answer = await self._client(endpoint).get(path, timeout_s=timeout_s)
+        except EnovaError as error:
+            raise _failure(path, error) from error
+        if answer.status != 200:
+            raise ProbeFailed(f"{path}: HTTP {answer.status}")
+        return answer.body
+
+    def _client(self, endpoint: str) -> LoopbackClient:
+        client = self._clients.get(endpoint)
+        if client is None:
+            if len(self._clients) >= _CLIENTS_MAX:  # ports of engines that are gone; living ones connect anew
+                for idle in self._clients.values():
+                    idle.close()
+                self._clients.clear()
+            address = urlsplit(endpoint)
+            client = self._clients[endpoint] = LoopbackClient(address.hostname or "127.0.0.1", address.port or 80)
+        return client
 
 
-async def _read(response: aiohttp.ClientResponse, bytes_max: int) -> bytes:
-    """The body, or ProbeFailed once it is over the bound: a length that was announced is not believed."""
-    chunks, size = [], 0
-    async for chunk in response.content.iter_any():
-        size += len(chunk)
-        if size > bytes_max:
-            raise ProbeFailed(f"{response.url}: the answer is over {bytes_max} bytes")
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _failure(what: str, error: BaseException) -> ProbeFailed | ProbeImpossible:
-    if isinstance(error, OSError) and error.errno in _OWN_FAULTS:
-        return ProbeImpossible(f"{what}: {error}")
-    if isinstance(error, aiohttp.ClientConnectorError):
+def _failure(what: str, error: EnovaError) -> ProbeFailed | ProbeImpossible:
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno in _OWN_FAULTS:
+        return ProbeImpossible(f"{what}: {cause}")
+    if isinstance(error, NobodyListens):
         return NotListening(f"{what}: nobody listens on its port")
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimedOut):
         return ProbeFailed(f"{what}: no answer in time")
-    return ProbeFailed(f"{what}: {type(error).__name__}: {error}")
+    return ProbeFailed(f"{what}: {error}")

@@ -71,13 +71,13 @@ class EngineSettings:
     restart_window_s: float = 600.0
     """The window of restart_attempts_max."""
 
-    canary_interval_s: float = 2.5
+    canary_interval_s: float = 2.0
     """An idle engine is asked for one token so often."""
 
-    suspect_after_s: float = 2.5
+    suspect_after_s: float = 2.0
     """Without progress and activity, with work to do, for so long: out of routing."""
 
-    hung_after_s: float = 6.0
+    hung_after_s: float = 5.5
     """The same for so long: evidence is kept, the engine is killed and started again."""
 
     busy_suspect_after_s: float = 600.0

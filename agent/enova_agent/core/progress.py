@@ -37,12 +37,12 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HangLimits:
-    """When missing progress becomes a suspicion and a fact. Idle: canary interval + hung_after_s stay under 10 s."""
+    """When missing progress becomes a suspicion and a fact. Idle: found after canary_interval_s + hung_after_s."""
 
-    canary_interval_s: float = 2.5
+    canary_interval_s: float = 2.0
     probe_after_s: float = 1.0     # without progress for so long: look closer
-    suspect_after_s: float = 2.5   # without progress and activity
-    hung_after_s: float = 6.0
+    suspect_after_s: float = 2.0   # without progress and activity
+    hung_after_s: float = 5.5
     busy_suspect_after_s: float = 600.0  # without progress, but active: longer than any prefill that is worth its while
     busy_hung_after_s: float = 900.0
     worker_cpu_share: float = 0.05  # of a core, all workers together: more than waiting costs
