@@ -36,7 +36,7 @@ from enova_coordinator.store import (
 from enova_coordinator.store.etcd.connection import Connection, Member, Metadata
 from enova_coordinator.store.etcd.failures import ANSWER_TOO_LARGE
 from enova_coordinator.store.etcd.settings import EtcdSettings
-from enova_coordinator.store.etcd.watch import entry, watch
+from enova_coordinator.store.etcd.watch_stream import entry, watch
 
 __all__ = ["EtcdSettings", "EtcdStore"]
 
