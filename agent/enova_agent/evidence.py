@@ -16,14 +16,17 @@ _DUMPED_PROCESSES_MAX = 8
 
 
 async def keep(
-    folder: Path, name: str, *, reason: str, pids: Sequence[int], metrics: bytes, lines: Sequence[str]
+    folder: Path, name: str, *, reason: str, pids: Sequence[int], metrics: bytes, lines: Sequence[str], program: str
 ) -> Path:
-    """Writes one file and returns its path; the oldest of too many are removed. Raises OSError."""
+    """Writes one file and returns its path; the oldest of too many are removed. Raises OSError.
+
+    `program` is what started the engine: py-spy is looked for beside it, too.
+    """
     parts = [f"reason: {reason}", ""]
     for pid in pids:
         parts += _process(pid)
     for pid in pids[:_DUMPED_PROCESSES_MAX]:
-        parts += await _python_stack(pid)
+        parts += await _python_stack(pid, program)
     parts += ["== last lines of its log", *lines, "", "== last page of /metrics", metrics.decode(errors="replace")]
     path = folder / f"{name}.txt"
     await asyncio.to_thread(_write, path, "\n".join(parts))
@@ -53,9 +56,9 @@ def _process(pid: int) -> list[str]:
     return [*parts, ""]
 
 
-async def _python_stack(pid: int) -> list[str]:
+async def _python_stack(pid: int, engine: str) -> list[str]:
     """Where its Python code stands, if py-spy is installed on this host; without stopping the process."""
-    program = shutil.which("py-spy")
+    program = shutil.which("py-spy") or shutil.which("py-spy", path=str(Path(engine).parent))
     if program is None:
         return []
     process = await asyncio.create_subprocess_exec(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,9 @@ def _decode(value: Mapping[str, Any]) -> tuple[Record, ...]:
 
 def encode_record(record: Record) -> dict[str, Any]:
     """A record as plain JSON values."""
-    value = asdict(record)
-    value["spec"]["configuration"] = dict(record.spec.configuration)
-    return value
+    # A read-only mapping cannot be copied, and asdict copies.
+    plain = replace(record.spec, configuration=dict(record.spec.configuration))
+    return asdict(replace(record, spec=plain))
 
 
 def decode_record(value: Mapping[str, Any]) -> Record:

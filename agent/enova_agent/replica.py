@@ -385,6 +385,7 @@ class Replica:
                 path = await evidence.keep(
                     host.evidence_folder, name, reason=reason, pids=sorted(activity.cpu_s), metrics=page,
                     lines=list(self._lines),
+                    program=host.settings.command[0],
                 )
                 host.notice(Notice(replica=self.name, kind="EvidenceKept", message=f"evidence is in {path}"))
             except OSError as error:
@@ -480,6 +481,8 @@ class Replica:
             _log.exception("%s: %s failed", self.name, name)
             text = f"{name} failed: {error}"
             self._host.notice(Notice(replica=self.name, kind="AgentDefect", message=text, warning=True))
+            if name == "spawn":    # nobody else would ever tell the machine
+                self._spawn_failed(Cause(fault=Fault.CRASHED, detail=text))
 
 
 def record_text(record: Record) -> str:

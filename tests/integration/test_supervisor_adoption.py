@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from enova_agent.core.command import TOKEN_VARIABLE, Command
-from enova_agent.core.model import ReplicaState
-from enova_agent.journal import Journal
+from enova_agent.core.model import Desired, MemberSpec, ReplicaState
+from enova_agent.journal import Journal, Record
 from enova_agent.process import LocalProcesses
+from enova_common.errors import Corrupt
 from enova_testing.supervised import QUICK, Supervised, complete, exists, member
 from enova_testing.waiting import until_async
 
@@ -170,10 +171,23 @@ async def test_a_pid_that_now_names_another_process_is_not_adopted(tmp_path: Pat
         os.waitid(os.P_PID, innocent.pid, os.WEXITED)
 
 
-def test_ten_thousand_damaged_journals_are_put_aside_or_read_never_fatal(tmp_path: Path) -> None:
-    from enova_agent.journal import Record
-    from enova_common.errors import Corrupt
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "engines.json")
+    assert journal.load() is None
+    bare = MemberSpec(replica="deployments/d/replicas/r", uid="u", model="m")
+    full = replace(
+        member(max_num_seqs=8, gpu_memory_utilization=0.9, enforce_eager=True, dtype="float32", gpu="GPU-1"),
+        served_names=("x", "y"), desired=Desired.DRAIN, restart_nonce=3,
+    )
+    records = tuple(
+        Record(spec=spec, token="t", port=1, log_path="/l", pid=5, ready=True, shared_memory=("psm_1",))
+        for spec in (bare, full)
+    )
+    journal.save(records)
+    assert journal.load() == records
 
+
+def test_ten_thousand_damaged_journals_are_put_aside_or_read_never_fatal(tmp_path: Path) -> None:
     rng = random.Random(7)
     path = tmp_path / "engines.json"
     record = Record(spec=member(max_num_seqs=8, gpu="GPU-1"), token="t", port=1, log_path="/l", pid=5)
