@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -209,16 +209,17 @@ class Bench:
         if path not in self.ingresses:
             return 0.0
         times = psutil.Process(self.ingresses[path]).cpu_times()
-        return float(times.user + times.system)
+        return float(times.user) + float(times.system)
 
     def rate(self, path: str) -> float:
         """Median requests a second of the closed loop."""
-        return statistics.median(r[3] / r[4] for r in self.rounds if r[0] == path and r[1] == "closed")
+        return _median(r[3] / r[4] for r in self.rounds if r[0] == path and r[1] == "closed")
 
     def cpu_us(self, path: str, phase: str, per: int) -> float:
         """CPU of the ingress, for each of `per` things of a request."""
         rows = [r for r in self.rounds if r[0] == path and r[1] == phase]
-        return 1e6 * sum(r[5] for r in rows) / (per * sum(r[3] for r in rows))
+        cpu_s: float = sum(r[5] for r in rows)
+        return 1e6 * cpu_s / (per * int(sum(r[3] for r in rows)))
 
     def latency_ms(self, path: str, share: float) -> float:
         """A percentile of the open loop: the median of its rounds."""
@@ -226,13 +227,17 @@ class Bench:
         for row in self.requests:
             if row[0] == path and row[1] == "open":
                 by_round.setdefault(row[2], []).append(row[4])
-        return 1e3 * statistics.median(
+        return 1e3 * _median(
             sorted(values)[min(len(values) - 1, int(share * len(values)))] for values in by_round.values()
         )
 
     def chunk_rate(self, path: str) -> float:
         """Median chunks a second."""
-        return statistics.median(row[2] / row[3] for row in self.streams if row[0] == path)
+        return _median(row[2] / row[3] for row in self.streams if row[0] == path)
+
+
+def _median(values: Iterable[float]) -> float:
+    return float(statistics.median(values))
 
 
 @contextmanager

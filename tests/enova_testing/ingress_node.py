@@ -25,6 +25,7 @@ from enova_agent.core.model import LocalEngine, Route, RouteTarget, ServingClass
 from enova_agent.ingress.server import Ingress
 from enova_agent.ingress.settings import IngressSettings
 from enova_common.clock import ModelClock
+from enova_common.records import RequestRecord, records_of_bytes
 from enova_testing.waiting import until_async
 
 DEPLOYMENT = "deployments/d"
@@ -62,7 +63,12 @@ class TwinAgent:
         """Tell every connected ingress, and those that come."""
         self.routes, self.engines = routes or self.routes, engines or self.engines
         for writer in self._writers:
-            writer.write(encode(self.routes) + encode(self.engines))
+            writer.write(encode(self.engines) + encode(self.routes))
+
+    def say_raw(self, line: bytes) -> None:
+        """Send bytes that need not be a message."""
+        for writer in self._writers:
+            writer.write(line)
 
     def held(self) -> HeldUpdate | None:
         """What the ingress last said that it holds."""
@@ -79,7 +85,7 @@ class TwinAgent:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
         try:
-            writer.write(encode(AgentHello(node=self.node)) + encode(self.routes) + encode(self.engines))
+            writer.write(encode(AgentHello(node=self.node)) + encode(self.engines) + encode(self.routes))
             while line := await reader.readline():
                 message = decode(line)
                 assert message is not None
@@ -119,6 +125,11 @@ class IngressNode:
         """What it last said that it holds for a replica; zeros if it said nothing."""
         update = self.agent.held()
         return (update.replicas.get(replica(number)) if update else None) or HeldReplica()
+
+    def flushed(self) -> list[RequestRecord]:
+        """The request records on disk."""
+        files = sorted((self.settings.data_dir / "records").glob("*.jsonl"))
+        return [record for file in files for record in records_of_bytes(file.read_bytes())]
 
     async def start(self) -> None:
         """Start the ingress."""

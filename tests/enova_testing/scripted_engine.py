@@ -47,6 +47,11 @@ class ScriptedEngine:
         self._runner = web.ServerRunner(self._server, shutdown_timeout=0.1)
         self.url = ""
 
+    @property
+    def connections(self) -> int:
+        """Open connections."""
+        return len(self._server.connections)
+
     async def __aenter__(self) -> Self:
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -62,6 +63,8 @@ async def serve(settings: IngressSettings) -> None:
     if settings.ready_file is not None:
         _write_ready(settings.ready_file, {"pid": os.getpid(), "node": settings.node, **ingress.addresses()})
     notifier.ready("serving")
+    gc.collect()
+    gc.freeze()  # a full collection walks what is left for ever, and stops all streams for tens of milliseconds
     watchdog = loop.create_task(keep_watchdog(notifier))
     await stopped.wait()
     notifier.stopping("letting requests finish")

@@ -13,7 +13,6 @@ import asyncio
 import json
 import random
 import re
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, assert_never
@@ -49,6 +48,7 @@ STREAMING_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 MODEL_PATHS = STREAMING_PATHS | {"/v1/embeddings"}
 REQUEST_ID_CHARACTERS_MAX = 128
 
+_DECODER = json.JSONDecoder()
 _FINISH_REASON = re.compile(rb'"finish_reason":\s*"([a-z_]{1,32})"')
 
 
@@ -199,16 +199,18 @@ class Entry:
         errand = self._errand(request, exchange)
         tried: set[str] = set()
         reached = 0
+        attempts = 0
         last: NotTaken | UpstreamError | _Whole = NotTaken(no_replica(exchange.call.model), full=False)
-        while len(tried) < self._limits.targets_max and reached < self._limits.reached_max:
+        while attempts < self._limits.targets_max and reached < self._limits.reached_max:
             target = self._choose(exchange.route, tried)
             if target is None:
                 break
+            attempts += 1
             tried.add(target.replica)
             try:
                 got = await self._attempt(target, errand, exchange)
             except NotTaken as refusal:
-                self._note_refusal(target, refusal)
+                tried.update(self._note_refusal(exchange.route, target, refusal))
                 # "Overloaded" is the truer word if some were full and others were gone.
                 last = refusal if refusal.full or not (isinstance(last, NotTaken) and last.full) else last
                 if refusal.final:
@@ -237,14 +239,20 @@ class Entry:
                 self._router.heard(target.replica, load, now_s=now_s)
         return self._router.choose(route.targets, now_s=now_s, draws=(_draw(), _draw()), tried=tried)
 
-    def _note_refusal(self, target: RouteTarget, refusal: NotTaken) -> None:
+    def _note_refusal(self, route: Route, target: RouteTarget, refusal: NotTaken) -> set[str]:
+        """Tell the router; the replicas that need not be tried now."""
         now_s = self._loop.time()
         if refusal.load is not None:
             self._router.heard(target.replica, refusal.load, now_s=now_s)
         if refusal.full:
             self._router.full(target.replica, now_s=now_s)
-        else:
-            self._router.failed(target.replica, now_s=now_s, draw=_draw())
+            return set()
+        lost = {target.replica}
+        if refusal.node_away:
+            lost.update(other.replica for other in route.targets if other.hop_address == target.hop_address)
+        for replica in lost:
+            self._router.failed(replica, now_s=now_s, draw=_draw())
+        return lost
 
     def _errand(self, request: web.BaseRequest, exchange: Exchange) -> Errand:
         headers = [(name, value) for name, value in forwarded(request.headers) if name != "x-request-id"]
@@ -354,7 +362,7 @@ def _count_of_body(body: bytes) -> tuple[Usage | None, str]:
     if at < 0:
         return None, ""
     try:
-        value, _ = json.JSONDecoder().raw_decode(body[at + len(b'"usage":'):].decode().lstrip())
+        value, _ = _DECODER.raw_decode(body[at + len(b'"usage":'):].decode().lstrip())
     except (ValueError, RecursionError):
         return None, ""
     finish = _FINISH_REASON.search(body)
@@ -363,7 +371,7 @@ def _count_of_body(body: bytes) -> tuple[Usage | None, str]:
 
 def _request_id(given: str) -> str:
     sane = 0 < len(given) <= REQUEST_ID_CHARACTERS_MAX and given.isascii() and given.isprintable()
-    return given if sane else uuid.uuid4().hex
+    return given if sane else f"{random.getrandbits(128):032x}"
 
 
 def _timeout_s(given: str, limit_s: float) -> float:

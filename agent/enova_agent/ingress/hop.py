@@ -54,6 +54,7 @@ FAILURE = "x-enova-failure"
 PEER_PREFIX = "spiffe://enova/ingress/"
 FORWARDED = ("content-type", "accept", "x-request-id", "traceparent", "tracestate")  # of a request, to the engine
 RETURNED = ("content-type", "x-request-id", "retry-after", "cache-control")          # of an engine's answer
+SERVER = {"server": "enova"}  # in place of the names and versions of the libraries
 WHOLE_BYTES_MAX = 1 << 20  # an answer of a known length up to this is passed on in one piece
 
 _log = logging.getLogger(__name__)
@@ -66,12 +67,12 @@ def forwarded(headers: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def returned(headers: Mapping[str, str]) -> dict[str, str]:
     """The headers of an answer that travel back."""
-    return {name: headers[name] for name in RETURNED if name in headers}
+    return SERVER | {name: headers[name] for name in RETURNED if name in headers}
 
 
 def error_response(error: OpenAIError, headers: Mapping[str, str] | None = None) -> web.Response:
     """An error as an answer of ours."""
-    extra = dict(headers or {})
+    extra = {**SERVER, **(headers or {})}
     if error.retry_after_s is not None:
         extra["Retry-After"] = str(error.retry_after_s)
     return web.Response(status=error.status, body=error.body(), content_type="application/json", headers=extra)
@@ -164,7 +165,7 @@ class HopClient:
             )
         except Unreachable as error:
             _log.warning("%s is not reached at %s: %s", target.replica, target.hop_address, error)
-            raise NotTaken(no_replica(errand.served_name), full=False) from error
+            raise NotTaken(no_replica(errand.served_name), full=False, node_away=True) from error
         load = load_of_header(response.headers.get(LOAD, ""))
         if load is not None:
             self._router.heard(target.replica, load, now_s=self._loop.time())

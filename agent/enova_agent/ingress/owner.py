@@ -23,14 +23,21 @@ _log = logging.getLogger(__name__)
 
 
 class NotTaken(Exception):
-    """The request never reached an engine. `full`: its queue was; else nothing serves there."""
+    """The request never reached an engine.
 
-    def __init__(self, error: OpenAIError, *, full: bool, load: Load | None = None, final: bool = False) -> None:
+    `full`: its queue was; else nothing serves there. `final`: its time is over, trying elsewhere is of no use.
+    `node_away`: not even the ingress of its node was reached.
+    """
+
+    def __init__(
+        self, error: OpenAIError, *, full: bool, load: Load | None = None, final: bool = False, node_away: bool = False
+    ) -> None:
         super().__init__(error.message)
         self.error = error
         self.full = full
         self.load = load
-        self.final = final  # its time is over: trying elsewhere is of no use
+        self.final = final
+        self.node_away = node_away
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

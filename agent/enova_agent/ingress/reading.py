@@ -16,6 +16,9 @@ async def read_body(request: web.BaseRequest, *, limit_bytes: int, limit_s: floa
         raise Rejected(body_too_large(limit_bytes))
     try:
         async with asyncio.timeout(limit_s):
+            if request.headers.get("expect", "").lower() == "100-continue":
+                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                request.writer.output_size = 0  # the answer itself has not begun
             return await request.read()
     except TimeoutError as error:
         raise Rejected(body_too_slow(limit_s)) from error

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 class RecordFiles:
-    """The files `requests-NNNNNNNN.jsonl` of a folder: at most `files_max`, each of about `file_bytes_max`."""
+    """The files `requests-NNNNNNNN.jsonl` of a folder: at most `files_max`, each of `file_bytes_max` and a row."""
 
     def __init__(self, folder: Path, *, file_bytes_max: int, files_max: int) -> None:
         self.dropped = 0
@@ -38,13 +38,12 @@ class RecordFiles:
         """Write what was kept; called on a beat and at the end."""
         if not self._pending:
             return
-        rows = "".join(f"{row_of_record(record)}\n" for record in self._pending).encode()
-        count = len(self._pending)
+        rows = [f"{row_of_record(record)}\n".encode() for record in self._pending]
         self._pending.clear()
         try:
             self._append(rows)
         except OSError as error:
-            self.dropped += count
+            self.dropped += len(rows)
             if not self._failing:
                 _log.warning("request records are dropped: %s", error)
             self._failing = True
@@ -55,15 +54,23 @@ class RecordFiles:
         """The files there are, oldest first."""
         return sorted(self._folder.glob("requests-*.jsonl"))
 
-    def _append(self, rows: bytes) -> None:
+    def _append(self, rows: list[bytes]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        files = self.files()
-        current = files[-1] if files else self._folder / "requests-00000001.jsonl"
-        if current.exists() and current.stat().st_size >= self._file_bytes_max:
-            number = int(current.stem.rsplit("-", 1)[1]) + 1
-            current = self._folder / f"requests-{number:08d}.jsonl"
-            files.append(current)
+        files = self.files() or [self._folder / "requests-00000001.jsonl"]
+        size = files[-1].stat().st_size if files[-1].exists() else 0
+        start = 0
+        for index, row in enumerate(rows):
+            if size >= self._file_bytes_max:
+                _write(files[-1], rows[start:index])
+                number = int(files[-1].stem.rsplit("-", 1)[1]) + 1
+                files.append(self._folder / f"requests-{number:08d}.jsonl")
+                start, size = index, 0
+            size += len(row)
+        _write(files[-1], rows[start:])
         for old in files[:-self._files_max]:
             old.unlink(missing_ok=True)
-        with current.open("ab") as file:
-            file.write(rows)
+
+
+def _write(path: Path, rows: list[bytes]) -> None:
+    with path.open("ab") as file:
+        file.writelines(rows)

@@ -23,7 +23,7 @@ from enova_agent.ingress import tls
 from enova_agent.ingress.calls import Rejected
 from enova_agent.ingress.entry import MODEL_PATHS, Entry, EntryLimits
 from enova_agent.ingress.exchange import Hashes
-from enova_agent.ingress.hop import PEER_PREFIX, HopClient, HopServer, error_response
+from enova_agent.ingress.hop import PEER_PREFIX, SERVER, HopClient, HopServer, error_response
 from enova_agent.ingress.link import AgentLink
 from enova_agent.ingress.listener import Handler, Listener
 from enova_agent.ingress.metrics import Metrics
@@ -253,14 +253,14 @@ class Ingress:
             if request.method not in {"GET", "HEAD"}:
                 return error_response(unknown_path(path))
             if path == "/health":
-                return error_response(shutting_down()) if self._draining else web.json_response({"status": "ok"})
+                return error_response(shutting_down()) if self._draining else _json({"status": "ok"})
             if path == "/v1/models":
                 models = [_model(name) for name in sorted(self._table.routes)]
-                return web.json_response({"object": "list", "data": models})
+                return _json({"object": "list", "data": models})
             if path.startswith("/v1/models/"):
                 name = path.removeprefix("/v1/models/")
                 known = name in self._table.routes
-                return web.json_response(_model(name)) if known else error_response(unknown_model(name))
+                return _json(_model(name)) if known else error_response(unknown_model(name))
             return error_response(unknown_path(path))
         except Rejected as rejected:
             return error_response(rejected.error)
@@ -306,6 +306,10 @@ class Ingress:
             return endpoint_of_url(target.hop_address)
         except ValueError as error:
             raise Unreachable(str(error)) from error
+
+
+def _json(value: dict[str, object]) -> web.Response:
+    return web.json_response(value, headers=SERVER)
 
 
 def _model(name: str) -> dict[str, object]:

@@ -242,6 +242,7 @@ class _Connection(asyncio.Protocol):
         self._head_bytes = 0
         self._head_done = False
         self._body_done = False
+        self._reusable = False
         self._parts: list[bytes] = []
         self._parts_bytes = 0
         self._paused = False
@@ -267,7 +268,7 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._limits, self._on_bytes = limits, on_bytes
         self._headers, self._head_bytes = {}, 0
-        self._head_done = self._body_done = False
+        self._head_done = self._body_done = self._reusable = False
         self._error = None
         self._last_byte_s = self._loop.time()
         self._timer = self._loop.call_later(limits.first_byte_s, self._check_silence)
@@ -351,7 +352,7 @@ class _Connection(asyncio.Protocol):
         self._on_bytes = None
         if self._transport is None or self._transport.is_closing():
             return
-        if self._parser.should_keep_alive():
+        if self._reusable:
             self.idle_since_s = self._loop.time()
             self._pool.released(self)
         else:
@@ -454,6 +455,7 @@ class _Connection(asyncio.Protocol):
         """The answer is complete."""
         if self._head_done:
             self._body_done = True
+            self._reusable = self._parser.should_keep_alive()  # the parser forgets it with the next byte
             self._wake()
         else:
             self._headers = {}
