@@ -155,7 +155,7 @@ def test_metrics_count_what_was_sent(tmp_path: Path) -> None:
     assert values["vllm:inter_token_latency_seconds_count"] == 43
     assert values["vllm:e2e_request_latency_seconds_count"] == 3
     assert values["vllm:request_prompt_tokens_sum"] == 640
-    assert values["vllm:iteration_tokens_total_sum"] == 640 + 43
+    assert values["vllm:iteration_tokens_total_sum"] == 640 + 46
     # Model seconds, not real ones: 46 tokens at 5 to 15 ms each.
     assert 0.2 < values["vllm:e2e_request_latency_seconds_sum"] < 0.8
     assert values["vllm:num_requests_running"] == values["vllm:kv_cache_usage_perc"] == 0
@@ -209,6 +209,12 @@ def test_scarce_blocks_preempt_and_all_are_served_in_the_end(tmp_path: Path) -> 
         values = engine.metrics()
     assert values["vllm:num_preemptions_total"] > 0
     assert values["vllm:generation_tokens_total"] == 4000
+    assert values["vllm:iteration_tokens_total_sum"] == 4000 + 800
+    assert values["vllm:request_num_preemptions_sum"] == values["vllm:num_preemptions_total"]
+    # A gap that a preemption made is a gap between tokens.
+    assert values["vllm:inter_token_latency_seconds_count"] == 4000 - 8
+    decode_s = values["vllm:request_decode_time_seconds_sum"]
+    assert values["vllm:inter_token_latency_seconds_sum"] == pytest.approx(decode_s)
 
 
 def test_a_full_queue_refuses_alone_with_503_and_in_a_burst_inside_a_200(tmp_path: Path) -> None:

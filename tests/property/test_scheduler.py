@@ -19,6 +19,7 @@ from enova_recommender.engine import (
     Preempted,
     Rejected,
     Request,
+    Resumed,
     Scheduler,
     Stepped,
 )
@@ -114,7 +115,7 @@ def play(scenario: Scenario, *, coalesce: bool, upfront: bool) -> tuple[list[Eve
     return events, cancelled
 
 
-def observable(events: list[Event]) -> list[Rejected | Admitted | FirstToken | Preempted | Finished]:
+def observable(events: list[Event]) -> list[Rejected | Admitted | FirstToken | Preempted | Resumed | Finished]:
     return [event for event in events if not isinstance(event, Stepped)]
 
 
@@ -198,6 +199,7 @@ def test_each_request_lives_its_events_in_order(scenario: Scenario) -> None:
         assert names.count(FirstToken.__name__) <= 1
         assert Finished.__name__ not in names[:first]
         assert names[0] in (Admitted.__name__, Rejected.__name__)
+        assert names.count(Resumed.__name__) <= names.count(Preempted.__name__)
         # Each preemption is followed by an admission, unless the request was cancelled.
         assert names.count(Admitted.__name__) - names.count(Preempted.__name__) in (0, 1)
 

@@ -21,6 +21,7 @@ import pytest
 ALLOWED = frozenset({
     "importlib", "_frozen_importlib", "_frozen_importlib_external", "zipimport",
     "hypothesis", "_pytest", "pytest", "pluggy", "logging", "linecache", "tokenize", "inspect", "warnings",
+    "enova_recommender.catalog",  # package data, read once: the one exception that the pure library has
 })
 
 
@@ -32,7 +33,7 @@ def _is_allowed(frame: FrameType | None) -> bool:
     """Whether the first caller that is either ours or one of the allowed is one of the allowed."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] in ALLOWED:
+        if module in ALLOWED or module.split(".")[0] in ALLOWED:
             return True
         if module.startswith("enova") or "/tests/" in frame.f_code.co_filename:
             return False

@@ -10,6 +10,7 @@ from enova_recommender.engine.events import (
     Preempted,
     Rejected,
     Request,
+    Resumed,
     Stepped,
 )
 from enova_recommender.engine.scheduler import Scheduler
@@ -24,6 +25,7 @@ __all__ = [
     "Preempted",
     "Rejected",
     "Request",
+    "Resumed",
     "Scheduler",
     "Stepped",
 ]

@@ -24,6 +24,7 @@ class Limits:
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     scheduling_policy: Policy = Policy.FCFS
+    watermark: float = 0.0  # share of the blocks that admission leaves free while others run
     max_num_queued_reqs: int | None = None  # waiting and running together, as vLLM counts them
 
     def __post_init__(self) -> None:
@@ -80,6 +81,14 @@ class Preempted:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """A preempted request is computed again as far as it was, and has made its next token."""
+
+    at_s: float
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """All output tokens are made."""
 
@@ -92,8 +101,8 @@ class Finished:
 class Stepped:
     """`count` equal steps were computed between two moments.
 
-    Each computed `prefill_tokens` and one token of each of `decode_sequences`; `made_tokens` is what one step made,
-    first tokens included.
+    Each computed `prefill_tokens` and one token of each of `decode_sequences`; `made_tokens` is what one step made:
+    those, and one for each prompt whose last part it computed, told by the FirstToken and Resumed that follow.
     """
 
     start_s: float
@@ -104,4 +113,4 @@ class Stepped:
     made_tokens: int
 
 
-Event = Rejected | Admitted | FirstToken | Preempted | Finished | Stepped
+Event = Rejected | Admitted | FirstToken | Preempted | Resumed | Finished | Stepped

@@ -29,6 +29,7 @@ from enova_recommender.engine.events import (
     Preempted,
     Rejected,
     Request,
+    Resumed,
     Stepped,
 )
 from enova_recommender.performance import StepTimes
@@ -312,8 +313,8 @@ class Scheduler:
 
     def _make_first(self, sequence: Sequence, events: list[Event]) -> None:
         sequence.generated += 1
-        if sequence.generated == 1:
-            events.append(FirstToken(self._now_s, sequence.request))
+        first = sequence.generated == 1
+        events.append((FirstToken if first else Resumed)(self._now_s, sequence.request))
         if sequence.generated == sequence.request.output_tokens:
             self._finish(sequence, events)
         else:
@@ -380,7 +381,8 @@ class Scheduler:
             if not limits.enable_chunked_prefill and target - computed > budget:
                 return
             # Room for the whole sequence must be there, though only the first part is taken.
-            if self._blocks(target) - cached > pool.free - pool.idle_among(held):
+            kept = int(limits.watermark * limits.num_blocks) if self._running else 0
+            if self._blocks(target) - cached + kept > pool.free - pool.idle_among(held):
                 return
             chunk = min(target - computed, budget)
             heapq.heappop(self._waiting)

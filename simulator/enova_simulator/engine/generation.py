@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from enova_recommender.engine import (
     Preempted,
     Rejected,
     Request,
+    Resumed,
     Scheduler,
     Stepped,
 )
@@ -46,6 +46,7 @@ class Timeline:
     arrived_s: float = math.nan
     admitted_s: float = math.nan
     first_token_s: float = math.nan
+    interrupted_s: float = math.nan  # when it was preempted, which is when its last token was made
     cached_tokens: int = 0
 
 
@@ -117,8 +118,8 @@ class Generator:
         self._streams = 0
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
+        self._is_frozen = False
         self._last_accepted_s = -math.inf
-        self.recent_steps: deque[Stepped] = deque(maxlen=64)
 
     @property
     def outstanding(self) -> int:
@@ -189,7 +190,8 @@ class Generator:
         now_s = self._clock.now_s()
         span_s = max(0.0, now_s - self._synced_s)
         self._synced_s = now_s
-        if self.is_hung or (self._generations and self.core_stopped()):
+        self._is_frozen = self.is_hung or (bool(self._generations) and self.core_stopped())
+        if self._is_frozen:
             self._frozen_s += span_s
         else:
             self._engine_s += span_s
@@ -201,8 +203,10 @@ class Generator:
         next_s = self.scheduler.next_event()
         if next_s == math.inf:
             return
-        delay_s = min(self._clock.real_span_s(next_s - self._engine_s), WAKE_MAX_S)
-        if self._streams:
+        delay_s = WAKE_MAX_S
+        if not self._is_frozen:
+            delay_s = min(delay_s, self._clock.real_span_s(next_s - self._engine_s))
+        if self._streams and not self._is_frozen:
             tick_s = TICK_S if self._clock.scale <= 1 else SCALED_TICK_S
             delay_s = min(delay_s, max(tick_s, min(TICK_MAX_S, self._streams * TICK_PER_STREAM_S)))
         # A whisker later than the change itself, so that rounding does not wake us just before it.
@@ -213,10 +217,10 @@ class Generator:
 
     def _record(self, events: list[Event]) -> None:
         metrics = self.metrics
-        for event in events:
+        for index, event in enumerate(events):
             match event:
                 case Stepped():
-                    self._record_step(event)
+                    self._record_step(event, events, index)
                 case Admitted():
                     self._record_admission(event)
                 case FirstToken():
@@ -225,6 +229,9 @@ class Generator:
                     self._record_finish(event)
                 case Preempted():
                     metrics.add("num_preemptions", 1)
+                    self._record_interruption(event)
+                case Resumed():
+                    self._record_resumption(event)
                 case Rejected():
                     self._generations.pop(event.request.id).finish(failure="rejected")
         capacity = self.scheduler.waiting
@@ -233,15 +240,35 @@ class Generator:
         metrics.set("num_requests_waiting_by_reason", float(capacity), "capacity")
         metrics.set("kv_cache_usage_perc", self.scheduler.kv_usage)
 
-    def _record_step(self, event: Stepped) -> None:
+    def _record_step(self, event: Stepped, events: list[Event], index: int) -> None:
+        """vLLM counts an iteration by what it put out: the tokens it made, and prompts that it completed."""
         metrics = self.metrics
         span_s = (event.end_s - event.start_s) / event.count
         self.busy_s += event.end_s - event.start_s
-        metrics.observe("iteration_tokens_total", event.prefill_tokens + event.decode_sequences, event.count)
+        tokens = event.made_tokens
+        for later in events[index + 1 :]:
+            if isinstance(later, Stepped | Admitted):
+                break
+            if isinstance(later, FirstToken):
+                tokens += later.request.prompt_tokens
+        if tokens:
+            metrics.observe("iteration_tokens_total", tokens, event.count)
         if event.decode_sequences:
             metrics.observe("inter_token_latency_seconds", span_s, event.decode_sequences * event.count)
         metrics.add("generation_tokens", event.made_tokens * event.count)
-        self.recent_steps.append(event)
+
+    def _record_interruption(self, event: Preempted) -> None:
+        generation = self._generations.get(event.request.id)
+        # Preempted again while it is being computed again, its last token is still the one before the first time.
+        if generation is not None and event.generated_tokens and math.isnan(generation.timeline.interrupted_s):
+            generation.timeline.interrupted_s = event.at_s + self._frozen_s
+
+    def _record_resumption(self, event: Resumed) -> None:
+        generation = self._generations.get(event.request.id)
+        if generation is not None:
+            gap_s = event.at_s + self._frozen_s - generation.timeline.interrupted_s
+            self.metrics.observe("inter_token_latency_seconds", gap_s)
+            generation.timeline.interrupted_s = math.nan
 
     def _record_admission(self, event: Admitted) -> None:
         generation = self._generations.get(event.request.id)

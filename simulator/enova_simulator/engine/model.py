@@ -213,6 +213,7 @@ def _limits(options: Options, sizes: _Sizes, blocks: int) -> Limits:
         enable_chunked_prefill=bool(options.configuration["enable_chunked_prefill"]),
         enable_prefix_caching=bool(options.configuration["enable_prefix_caching"]),
         scheduling_policy=Policy(options.text("scheduling_policy")),
+        watermark=float(options.configuration["watermark"] or 0.0),
         max_num_queued_reqs=options.integer("max_num_queued_reqs"),
     )
 
