@@ -106,6 +106,8 @@ class ModelAgent:
     inbox: deque[tuple[float, Assignment]] = field(default_factory=deque)
     outbox: deque[tuple[float, NodeReport]] = field(default_factory=deque)
     seen: NodeReport | None = None  # by the leader, on this stream
+    foreign_bytes: int = 0         # of each GPU's memory, held by somebody else
+    strangers: tuple[ReplicaReport, ...] = ()  # reported beside its engines
 
     def holds(self) -> dict[str, str]:
         """Which replica's processes are on which GPU."""
@@ -164,7 +166,8 @@ class ModelAgent:
         """What is, as the stream says it."""
         held = self.holds()
         gpus = tuple(
-            replace(gpu, free_memory_bytes=GIB if gpu.uuid in held else gpu.memory_bytes) for gpu in self.node.gpus
+            replace(gpu, free_memory_bytes=GIB if gpu.uuid in held else gpu.memory_bytes - self.foreign_bytes)
+            for gpu in self.node.gpus
         )
         replicas = tuple(
             ReplicaReport(
@@ -178,7 +181,9 @@ class ModelAgent:
             for engine in self.engines.values()
         )
         revision = self.assignment.revision if self.assignment is not None else 0
-        return NodeReport(assignment_revision=revision, replicas=replicas, gpus=gpus, ingress_connected=True)
+        return NodeReport(
+            assignment_revision=revision, replicas=replicas + self.strangers, gpus=gpus, ingress_connected=True
+        )
 
 
 class World:
@@ -188,7 +193,7 @@ class World:
         self, seed: int = 0, *, nodes: int = 3, gpus: int = 4, gpu_type: str = "H100",
         limits: ReconcileLimits | None = None, delay_s: tuple[float, float] = (0.0, 0.0),
     ) -> None:
-        self.random = random.Random(seed)  # noqa: S311 - a test's own world
+        self.random = random.Random(seed)
         self.now_s = 0.0
         self.store = StoreTwin()
         self.agents: dict[str, ModelAgent] = {}
@@ -216,7 +221,7 @@ class World:
             ),
         )
         self.store.put(node)
-        agent = ModelAgent(node=node, random=random.Random(self.random.random()))  # noqa: S311
+        agent = ModelAgent(node=node, random=random.Random(self.random.random()))
         self.agents[node.name] = agent
         return agent
 

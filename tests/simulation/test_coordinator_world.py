@@ -85,7 +85,8 @@ def check_converged(world: World) -> None:
 def test_whatever_breaks_no_gpu_has_two_engines_and_all_converges_afterwards(first_seed: int) -> None:
     for seed in range(first_seed, first_seed + 20):
         draw = random.Random(seed)
-        world = World(seed, nodes=draw.randrange(1, 5), gpus=draw.choice([1, 2, 4]), delay_s=(0.0, draw.choice([0.1, 2.0])))
+        delay_s = (0.0, draw.choice([0.1, 2.0]))
+        world = World(seed, nodes=draw.randrange(1, 5), gpus=draw.choice([1, 2, 4]), delay_s=delay_s)
         world.refuse_rate = draw.choice([0.0, 0.2])
         try:
             for _ in range(draw.randrange(5, 25)):

@@ -125,7 +125,12 @@ def _mass_loss(liveness: Liveness, now_s: float, limits: LivenessLimits) -> Live
     }
     total = len(liveness.nodes) - len(lost) + len(recent)
     if len(recent) < max(limits.mass_count, limits.mass_share * total):
-        return replace(liveness, held=frozenset(), written_off=written_off)
+        # Most came back: the others' grace begins now, so that those a moment later are not replaced in between.
+        nodes = {
+            name: replace(node, since_s=now_s) if name in liveness.held and name in recent else node
+            for name, node in liveness.nodes.items()
+        }
+        return replace(liveness, nodes=nodes, held=frozenset(), written_off=written_off)
     since_s = liveness.held_since_s if liveness.held else now_s
     if now_s - since_s > limits.mass_hold_s:
         return replace(liveness, held=frozenset(), written_off=frozenset(written_off | recent))
