@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 class Mirror:
-    """The objects of `COLLECTIONS` as of `revision`. `changed` is called after each change."""
+    """The objects of `COLLECTIONS` as of `revision`."""
 
     def __init__(self, store: Store, *, changed: Callable[[], None] = lambda: None) -> None:
         self.revision = 0
@@ -54,8 +54,9 @@ class Mirror:
         self.revisions: dict[str, int] = {}
         self.unreadable: dict[str, str] = {}
         """Keys whose values cannot be decoded, with the reason: their objects are left as they were."""
+        self.changed = changed
+        """Called after each change."""
         self._store = store
-        self._changed = changed
         self._moved = asyncio.Condition()
 
     async def run(self) -> None:
@@ -122,7 +123,7 @@ class Mirror:
         self.revision = revision
         async with self._moved:
             self._moved.notify_all()
-        self._changed()
+        self.changed()
 
     def _see(self, event: Event) -> None:
         if not event.key.startswith(_PREFIXES):

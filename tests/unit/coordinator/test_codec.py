@@ -32,7 +32,7 @@ from enova_coordinator.core.model import (
 from enova_coordinator.store import codec
 
 MEMBER = Member(node="nodes/n", rank=0, claims=(Claim(gpu_uuid="g", memory_bytes=7),))
-CONFIGURATION: Configuration = {"max_num_seqs": 64, "gpu_memory_utilization": 0.5, "enforce_eager": True, "dtype": "auto"}
+CONFIGURATION: Configuration = {"max_num_seqs": 64, "gpu_memory_utilization": 0.5, "enforce_eager": True, "dtype": "x"}
 VALUES: tuple[Stored, ...] = (
     Deployment(
         name="deployments/d", uid="u",
