@@ -86,6 +86,38 @@ async def test_a_client_that_asks_before_it_sends_is_told_to_go_on(folder: Path)
             assert b" 200 " in await reader.readline()
 
 
+async def test_a_proxy_that_speaks_http_1_0_gets_its_stream(folder: Path) -> None:
+    body = json.dumps({**CHAT, "stream": True}).encode()
+    async with ScriptedEngine() as upstream, started(node := IngressNode(folder, node="a")):
+        await serve([node], [(0, node, upstream.url)])
+        async with connection(node) as (reader, writer), asyncio.timeout(2.0):
+            writer.write(b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            answer = await reader.read()
+        assert b" 200 " in answer
+        assert b"chunked" not in answer.lower()
+        assert answer.endswith(b"data: [DONE]\n\n")
+
+
+async def test_bodies_of_unannounced_length_count_as_the_longest(
+    folder: Path, session: aiohttp.ClientSession
+) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield json.dumps(CHAT).encode()
+
+    async with ScriptedEngine() as upstream, started(
+        node := IngressNode(folder, node="a", body_bytes_max=10_000, bodies_bytes_max=15_000)
+    ):
+        upstream.release.clear()
+        await serve([node], [(0, node, upstream.url)])
+        first = asyncio.create_task(session.post(f"{node.url}/chat/completions", data=pieces()).__aenter__())
+        await until_async(lambda: upstream.open == 1)
+        async with session.post(f"{node.url}/chat/completions", data=pieces()) as answer:
+            assert answer.status == 503
+        upstream.release.set()
+        assert (await first).status == 200
+        (await first).close()
+
+
 async def test_connections_over_the_bound_are_closed_and_the_others_served(
     folder: Path, session: aiohttp.ClientSession
 ) -> None:

@@ -317,7 +317,6 @@ class Entry:
             **returned(stream.answer.headers), "x-request-id": exchange.request_id,
             "cache-control": "no-cache", "x-accel-buffering": "no",
         })
-        response.enable_chunked_encoding()
         outcome, reason = Outcome.FINISHED, ""
         try:
             await response.prepare(request)

@@ -130,7 +130,6 @@ class HopServer:
                 return error_response(engine_failed(1), {FAILURE: "broken"})
             return web.Response(status=answer.status, body=body, headers=headers)
         response = web.StreamResponse(status=answer.status, headers=headers)
-        response.enable_chunked_encoding()
         await response.prepare(request)
         try:
             while piece := await answer.chunk():

@@ -273,8 +273,9 @@ class Ingress:
 
     async def _bounded(self, request: web.BaseRequest, handler: Handler) -> web.StreamResponse:
         """Serve if this ingress may hold one more request of this size."""
-        size = request.content_length or 0
         settings = self._settings
+        # A body of unannounced length may become as long as any.
+        size = request.content_length or (settings.body_bytes_max if request.can_read_body else 0)
         if self._open >= settings.requests_max or self._body_bytes + size > settings.bodies_bytes_max:
             return error_response(ingress_full())
         self._open += 1
