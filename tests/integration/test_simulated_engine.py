@@ -327,3 +327,13 @@ def test_an_idle_engine_is_small_and_sleeps(engine: SimulatedEngine) -> None:
     until(lambda: time.monotonic() > began_s + 2)
     after = process.cpu_times()
     assert after.user + after.system - before.user - before.system < 0.1
+
+
+def test_engines_with_one_epoch_and_scale_agree_on_model_time(tmp_path: Path) -> None:
+    epoch_s = time.time() - 100
+    words = ("--simulated-time-scale", "50", "--simulated-clock-epoch", str(epoch_s))
+    with SimulatedEngine(tmp_path, *words) as one, SimulatedEngine(tmp_path, *words) as other:
+        for engine in (one, other):
+            before_s = epoch_s + (time.time() - epoch_s) * 50
+            created_s = engine.complete(max_tokens=1).json()["created"]
+            assert before_s - 1 <= created_s <= epoch_s + (time.time() - epoch_s) * 50
