@@ -22,7 +22,8 @@ _LOOPBACK_OR_ANY = frozenset(
 )
 # Python's shared memory and semaphores, NCCL's and torch's segments: what engines are known to leave behind.
 # Nothing else is ever removed: people keep model weights in /dev/shm.
-_SHARED_MEMORY = re.compile(r"/dev/shm/((?:psm_|sem\.mp-|nccl-|torch_)[A-Za-z0-9_.-]+)")  # noqa: S108
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+_REMOVABLE = re.compile(r"(?:psm_|sem\.mp-|nccl-|torch_)[A-Za-z0-9_.-]+")
 
 
 class Stat(NamedTuple):
@@ -103,12 +104,16 @@ def descendants(table: Mapping[int, Stat], root: int) -> set[int]:
 
 
 def shared_memory(pids: Iterable[int]) -> frozenset[str]:
-    """The names of removable segments in /dev/shm that these processes have mapped or open."""
-    names: set[str] = set()
-    for pid in pids:
-        for text in (_maps(pid), *_links(pid)):
-            names.update(_SHARED_MEMORY.findall(text))
-    return frozenset(names)
+    """The names of removable segments in /dev/shm that these processes have mapped or open.
+
+    They are compared by inode: the C library makes a semaphore under another name, links it to its own and removes
+    the first, so that a mapping bears a name that is gone.
+    """
+    inodes = {inode for pid in pids for inode in _shared_inodes(pid)}
+    if not inodes:
+        return frozenset()
+    entries = [entry for entry in os.scandir(_SHARED_MEMORY) if _REMOVABLE.fullmatch(entry.name)]
+    return frozenset(entry.name for entry in entries if entry.inode() in inodes)
 
 
 def io_bytes(pid: int) -> int:
@@ -142,10 +147,19 @@ def _socket_rows(table: str) -> Iterator[list[str]]:
             yield line.split()
 
 
-def _maps(pid: int) -> str:
+def _shared_inodes(pid: int) -> Iterator[int]:
+    """The inodes of all files of /dev/shm that a process has mapped or open."""
+    prefix = f"{_SHARED_MEMORY}/"
     with contextlib.suppress(*_GONE):
-        return (PROC / str(pid) / "maps").read_text(errors="replace")
-    return ""
+        for line in (PROC / str(pid) / "maps").read_text(errors="replace").splitlines():
+            if prefix in line:
+                yield int(line.split(maxsplit=5)[4])
+    folder = f"/proc/{pid}/fd"
+    with contextlib.suppress(*_GONE):
+        for name in os.listdir(folder):
+            with contextlib.suppress(*_GONE):  # closed since it was listed
+                if os.readlink(f"{folder}/{name}").startswith(prefix):
+                    yield os.stat(f"{folder}/{name}").st_ino
 
 
 def _links(pid: int) -> Iterator[str]:

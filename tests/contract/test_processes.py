@@ -252,6 +252,21 @@ async def test_free_ports_avoid_those_that_are_taken(world: World) -> None:
 
 
 @pytest.mark.network
+async def test_a_semaphore_of_python_is_known_although_its_mapping_bears_another_name(tmp_path: Path) -> None:
+    processes = LocalProcesses()
+    code = "import multiprocessing as m, time; lock = m.Lock(); print('up', flush=True); time.sleep(600)"
+    code = code.replace("m.Lock", "m.get_context('spawn').Lock")  # others are unlinked at once
+    environment = {TOKEN_VARIABLE: f"test-{secrets.token_hex(4)}.x", "PATH": os.environ["PATH"]}
+    engine = processes.spawn(Command(argv=(sys.executable, "-c", code), environment=environment), tmp_path / "log")
+    await until_async(lambda: "up" in (tmp_path / "log").read_text(), timeout_s=20.0)
+    names = processes.shared_memory(engine)
+    assert len(names) == 1
+    await until_async(lambda: processes.kill_all(engine) == 0, timeout_s=10.0)
+    assert processes.remove_shared_memory(names) == tuple(names)
+    await processes.wait(engine)
+
+
+@pytest.mark.network
 async def test_a_free_port_can_be_bound() -> None:
     with socket.create_server(("127.0.0.1", LocalProcesses().free_port(()))) as server:
         assert server.getsockname()[1] > 0
