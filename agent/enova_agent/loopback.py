@@ -19,6 +19,10 @@ BODY_BYTES_MAX = 4 << 20          # a page of metrics has 57 kB; over this somet
 HEAD_BYTES_MAX = 64 << 10
 
 
+class NobodyListens(Unavailable):
+    """No connection could be made."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """Status and body of one answer."""
@@ -77,7 +81,7 @@ class LoopbackClient:
         try:
             return (await loop.create_connection(_Connection, self._host, self._port))[1]
         except OSError as error:
-            raise Unavailable(f"nobody answers on {self._host}:{self._port}: {error}") from error
+            raise NobodyListens(f"nobody answers on {self._host}:{self._port}: {error}") from error
 
     async def _exchange(self, connection: _Connection, request: bytes) -> Answer:
         try:

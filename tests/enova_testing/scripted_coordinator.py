@@ -41,7 +41,7 @@ class Stream:
         return [message.heartbeat for message in self.received if message.HasField("heartbeat")]
 
     def answers(self, kind: str) -> list[Any]:
-        return [getattr(message, kind) for message in self.received if message.HasField(kind)]
+        return [getattr(message, kind) for message in self.received if message.WhichOneof("message") == kind]
 
 
 class ScriptedCoordinator(agent_service_pb2_grpc.AgentServiceServicer):

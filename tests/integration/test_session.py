@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
-from enova_testing.scripted_coordinator import ScriptedCoordinator
-from enova_testing.waiting import until_async
 
 from enova.v1 import agent_service_pb2 as wire
 from enova_agent import convert
@@ -24,6 +22,8 @@ from enova_common.backoff import Backoff
 from enova_common.errors import NotFound
 from enova_common.rpc import error_from_rpc, open_channel
 from enova_common.settings import TlsSettings
+from enova_testing.scripted_coordinator import ScriptedCoordinator
+from enova_testing.waiting import until_async
 
 pytestmark = pytest.mark.network
 
@@ -309,8 +309,9 @@ async def test_models_are_inspected_and_errors_bear_their_reason(
 ) -> None:
     async with Rig(tmp_path, [coordinator.address]):
         await until_async(lambda: coordinator.streams and coordinator.stream.status)
-        coordinator.send(wire.ConnectResponse(inspect_model=wire.InspectModelRequest(request="a", model="/models/tiny")))
-        coordinator.send(wire.ConnectResponse(inspect_model=wire.InspectModelRequest(request="b", model="/nowhere")))
+        for request, model in (("a", "/models/tiny"), ("b", "/nowhere")):
+            inspect = wire.InspectModelRequest(request=request, model=model)
+            coordinator.send(wire.ConnectResponse(inspect_model=inspect))
         await until_async(lambda: len(coordinator.stream.answers("inspect_model_result")) == 2)
         results = {result.request: result for result in coordinator.stream.answers("inspect_model_result")}
         assert results["a"].weight_bytes == 7

@@ -9,8 +9,8 @@ corrected, the histograms keep an entry too many.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
-from itertools import zip_longest
 
 from enova_agent.core.telemetry import CanaryCounts, EngineMetrics, EngineScrape, Histogram
 from enova_common.vllm import FinishReason
@@ -100,7 +100,12 @@ def _sum(one: float | None, other: float | None, sign: float) -> float | None:
 
 
 def _histogram(metric: str, one: Histogram | None, other: Histogram | None, sign: float) -> Histogram:
-    pairs = zip_longest(one.counts if one else (), other.counts if other else (), fillvalue=0)
-    counts = tuple(max(0, int(a + sign * b)) for a, b in pairs)
-    total = (one.sum if one else 0.0) + sign * (other.sum if other else 0.0)
-    return Histogram(metric=metric, counts=counts, sum=max(0.0, total))
+    if other is None:
+        assert one is not None, "one of the two has it"
+        return one
+    one = one or Histogram(metric=metric, counts=(0,) * len(other.counts), sum=0.0)
+    combine = operator.add if sign > 0 else operator.sub
+    counts = tuple(map(combine, one.counts, other.counts))
+    if min(counts) < 0:
+        counts = tuple(max(0, count) for count in counts)
+    return Histogram(metric=metric, counts=counts, sum=max(0.0, one.sum + sign * other.sum))
