@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from enova_coordinator.core.series import MINUTE_S
+
 KEEP_S = 14 * 86_400.0
 FILE_BYTES_MAX = 4 << 30
 QUEUE_MAX = 4_096                  # minutes of nodes that wait for the disk
@@ -46,6 +48,14 @@ class RolledSeries:
 
     ends_s: tuple[float, ...]
     rows: tuple[NDArray[np.float32], ...]
+
+    def on_grid(self) -> tuple[float, NDArray[np.float32]]:
+        """The start of the first minute and a row a minute from there; NaN where the file holds none."""
+        first, last = self.ends_s[0], self.ends_s[-1]
+        grid = np.full((round((last - first) / MINUTE_S) + 1, len(self.rows[0])), np.nan, dtype=np.float32)
+        for end_s, row in zip(self.ends_s, self.rows, strict=True):
+            grid[round((end_s - first) / MINUTE_S)] = row
+        return first - MINUTE_S, grid
 
 
 @dataclass(slots=True)

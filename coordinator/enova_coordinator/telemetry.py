@@ -237,6 +237,11 @@ class Telemetry:
     # What others read.
 
     @property
+    def now_s(self) -> float:
+        """Model time."""
+        return self._now_s()
+
+    @property
     def step(self) -> int:
         """The step of now."""
         return math.floor(self._now_s() / self.limits.step_s)

@@ -1,0 +1,93 @@
+"""Explanations in words and numbers: what an object is waiting for, and what was found about it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from enova_coordinator.core.model import Deployment, Intent, NodeView, Replica, ReplicaState, Snapshot
+from enova_coordinator.core.verdicts import Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What is to be said about one object; `deployment` is the one whose decisions belong to it."""
+
+    state: str
+    sentences: tuple[str, ...]
+    deployment: str = ""
+
+
+def explain(snapshot: Snapshot, name: str, *, verdicts: Mapping[str, Verdict]) -> Explanation | None:
+    """What is known of the object; None if there is none of that name."""
+    if (deployment := snapshot.deployments.get(name)) is not None:
+        sentences = tuple(_deployment(snapshot, deployment, verdicts.get(name)))
+        state = "DELETING" if deployment.deleting else deployment.status.state.value
+        return Explanation(state=state, sentences=sentences, deployment=name)
+    if (replica := snapshot.replicas.get(name)) is not None:
+        sentences = tuple(_replica(replica))
+        return Explanation(state=replica.status.state.value, sentences=sentences, deployment=replica.deployment)
+    if (view := snapshot.nodes.get(name)) is not None:
+        return Explanation(state=view.state.value, sentences=tuple(_node(snapshot, view)))
+    return None
+
+
+def _deployment(snapshot: Snapshot, deployment: Deployment, verdict: Verdict | None) -> Iterator[str]:
+    spec, status = deployment.spec, deployment.status
+    least, most = spec.bounds
+    how = "fixed" if spec.fixed else f"autoscaled between {least} and {most}"
+    paused = ", autoscaling is paused" if spec.autoscaling_paused and not spec.fixed else ""
+    yield (
+        f"It serves {spec.model} as {', '.join(deployment.served_names)}; "
+        f"{status.ready_replicas} of {status.target_replicas} replicas are ready ({how}{paused})."
+    )
+    if deployment.deleting:
+        yield "It is being deleted: its replicas drain, then stop."
+    if status.observed_generation < deployment.generation:
+        yield f"Generation {deployment.generation} is not taken up yet; {status.observed_generation} is."
+    if status.reason:
+        yield f"It is {status.state}: {status.reason}."
+    replicas = snapshot.replicas_of(deployment.name)
+    counts = Counter(replica.status.state.value for replica in replicas)
+    if counts:
+        yield f"Replicas by state: {', '.join(f'{count} {state}' for state, count in sorted(counts.items()))}."
+    for replica in replicas:
+        if replica.status.state is not ReplicaState.READY or not replica.status.in_routing:
+            yield from _replica(replica)
+    if snapshot.replacement_held:
+        yield f"Replacement of what is lost is held: {snapshot.replacement_held}."
+    if verdict is not None:
+        yield f"The detector {verdict.detector} says {verdict.kind}: {verdict.reason}."
+        for each in verdict.evidence:
+            yield f"{each.feature} is {each.value:g} (threshold {each.threshold:g})."
+
+
+def _replica(replica: Replica) -> Iterator[str]:
+    status = replica.status
+    short = replica.name.rsplit("/", 1)[1]
+    where = f" on {replica.node}" if replica.node else ""
+    phase = f" in phase {status.phase}" if status.phase else ""
+    yield f"Replica {short} is {status.state}{where}{phase}{f': {status.reason}' if status.reason else ''}."
+    if status.restarts:
+        yield f"Its engine was restarted {status.restarts} times."
+    if status.gave_up:
+        yield "The agent gave up starting it: the restart budget is spent, or it cannot work."
+    if status.state is ReplicaState.READY and not status.in_routing:
+        yield "It is out of routing: its engine makes no progress."
+    if replica.intent is not Intent.RUN:
+        yield f"It is on its way out ({replica.intent})."
+
+
+def _node(snapshot: Snapshot, view: NodeView) -> Iterator[str]:
+    node = view.node
+    here = [replica for replica in snapshot.replicas.values() if replica.node == node.name]
+    held = {gpu for replica in here for gpu in replica.gpus}
+    yield f"It is {view.state}{f': {view.reason}' if view.reason else ''}."
+    types = Counter(gpu.type for gpu in view.gpus)
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(types.items())) or "no GPU"
+    yield f"It has {kinds}; {len(held)} of {len(view.gpus)} GPUs are held by {len(here)} replicas."
+    if node.draining:
+        yield "It is being drained: its replicas move away, and no new ones come."
+    if view.report is not None and not view.report.ingress_connected:
+        yield "Its ingress is not connected to its agent: it serves by the routes that it last knew."

@@ -1,0 +1,115 @@
+"""When a policy's proposal may become an act: bounds, pauses, one action in flight, a cool-down. Pure.
+
+A policy is judged by its proposals alone; these are the coordinator's rules around every policy. What they forbid is
+recorded as HOLD, once for as long as it stays the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from enova_coordinator.core.model import DecisionAction, Deployment, Intent, Replica, ReplicaState
+from enova_recommender.scaling.bounds import Bounds, clamp
+from enova_recommender.scaling.types import Action, Proposal
+
+
+class Guard(StrEnum):
+    """Which rule held a proposal back."""
+
+    FIXED = "FIXED"
+    PAUSED = "PAUSED"
+    IN_FLIGHT = "IN_FLIGHT"
+    NO_GPU = "NO_GPU"
+    COOLDOWN = "COOLDOWN"
+    BOUNDS = "BOUNDS"
+    NOT_APPLICABLE = "NOT_APPLICABLE"
+
+
+# What a person can change, or should know; the others pass by themselves and are not recorded.
+RECORDED = frozenset({Guard.PAUSED, Guard.NO_GPU, Guard.BOUNDS, Guard.NOT_APPLICABLE})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ruling:
+    """What becomes of a proposal: an act, or a HOLD with the rule that held it; None where nothing was proposed."""
+
+    action: DecisionAction
+    to_replicas: int
+    reason: str
+    guard: Guard | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """When the deployment was last acted on (model time); minus infinity for never."""
+
+    last_act_s: float
+
+
+_ACTIONS = {
+    Action.SCALE_UP: DecisionAction.SCALE_UP,
+    Action.SCALE_DOWN: DecisionAction.SCALE_DOWN,
+    Action.RECONFIGURE: DecisionAction.RECONFIGURE,
+}
+
+
+def rule(
+    proposal: Proposal,
+    deployment: Deployment,
+    replicas: tuple[Replica, ...],
+    *,
+    history: History,
+    now_s: float,
+    cooldown_s: float,
+) -> Ruling | None:
+    """The ruling on one proposal; None where the policy wants nothing."""
+    if proposal.action is Action.KEEP:
+        return None
+    target = deployment.status.target_replicas
+    least, most = deployment.spec.bounds
+    bounds = Bounds(min_replicas=least, max_replicas=most)
+    guard, why = _guard(proposal, deployment, replicas, history.last_act_s + cooldown_s - now_s)
+    if guard is not None:
+        return _hold(proposal, target, guard, why)
+    clamped = clamp(proposal, bounds)
+    if clamped.replicas == target and proposal.action is not Action.RECONFIGURE:
+        return _hold(proposal, target, Guard.BOUNDS, clamped.reason)
+    reason = f"{proposal.reason}; {clamped.reason}" if clamped.reason else proposal.reason
+    return Ruling(action=_ACTIONS[proposal.action], to_replicas=clamped.replicas, reason=reason)
+
+
+def settled(deployment: Deployment, replicas: tuple[Replica, ...]) -> bool:
+    """Whether every replica that is wanted is ready, and no other is left: nothing is in flight."""
+    running = [replica for replica in replicas if replica.intent is Intent.RUN]
+    ready = [replica for replica in running if replica.status.state is ReplicaState.READY]
+    return len(running) == len(ready) == deployment.status.target_replicas
+
+
+def _guard(
+    proposal: Proposal, deployment: Deployment, replicas: tuple[Replica, ...], cooldown_left_s: float
+) -> tuple[Guard | None, str]:
+    if deployment.spec.fixed:
+        return Guard.FIXED, "the number of replicas is fixed"
+    if deployment.spec.autoscaling_paused:
+        return Guard.PAUSED, "autoscaling is paused"
+    unplaced = [replica for replica in replicas if replica.intent is Intent.RUN and not replica.members]
+    if proposal.action is Action.SCALE_UP and unplaced:
+        return Guard.NO_GPU, f"{len(unplaced)} replicas wait for GPUs already: {unplaced[0].status.reason}"
+    if not settled(deployment, replicas):
+        return Guard.IN_FLIGHT, "the last change is not complete"
+    if cooldown_left_s > 0:
+        return Guard.COOLDOWN, f"{cooldown_left_s:.0f} s of the cool-down are left"
+    if proposal.action is Action.RECONFIGURE:
+        # A configuration is the user's to write; the proposal is recorded so that it can be followed.
+        return Guard.NOT_APPLICABLE, "the configuration is the user's: enova apply it to follow the proposal"
+    return None, ""
+
+
+def _hold(proposal: Proposal, target: int, guard: Guard, why: str) -> Ruling:
+    return Ruling(
+        action=DecisionAction.HOLD,
+        to_replicas=target,
+        reason=f"{proposal.action} to {proposal.replicas} replicas was wanted ({proposal.reason}); held: {why}",
+        guard=guard,
+    )

@@ -1,0 +1,62 @@
+"""Which figures a coordinator shows to Prometheus."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from enova_coordinator.observability import Figure
+
+if TYPE_CHECKING:
+    from enova_coordinator.coordinator import Coordinator
+
+
+def figures(coordinator: Coordinator) -> list[Figure]:
+    """All of them, as they are now. Called from the metrics server's thread: it reads, and copies what may change."""
+    return [*_leadership(coordinator), *_telemetry(coordinator), *_policy(coordinator)]
+
+
+def _leadership(coordinator: Coordinator) -> list[Figure]:
+    current, controller = coordinator.chair.current, coordinator.controller
+    leads = current is not None and current.fence.is_leading()
+    snapshot = controller.snapshot
+    nodes = Counter(view.state.value for view in snapshot.nodes.values()) if leads else Counter[str]()
+    replicas = Counter(each.status.state.value for each in snapshot.replicas.values()) if leads else Counter[str]()
+    return [
+        Figure(name="leading", help="1 while this coordinator leads", values={"": float(leads)}),
+        Figure(name="term", help="Of its leadership", values={"": float(current.fence.term if current else 0)}),
+        Figure(name="nodes", help="By state", values={k: float(v) for k, v in nodes.items()}, label="state"),
+        Figure(name="replicas", help="By state", values={k: float(v) for k, v in replicas.items()}, label="state"),
+        Figure(name="agents", help="Open streams", values={"": float(len(coordinator.agents.sessions()))}),
+        Figure(name="loop_lag_seconds", help="Of the event loop", values={"": controller.loop_lag_s}),
+        Figure(name="rounds", help="Of reconciling", values={"": float(controller.rounds)}, counter=True),
+    ]
+
+
+def _telemetry(coordinator: Coordinator) -> list[Figure]:
+    telemetry, rollups = coordinator.telemetry, coordinator.rollups.figures
+    rejected = {reason: float(count) for reason, count in dict(telemetry.rejected).items()}
+    dropped = {reason: float(count) for reason, count in dict(rollups.dropped).items()}
+    return [
+        Figure(name="frames", help="Taken in", values={"": float(telemetry.frames)}, counter=True),
+        Figure(name="samples", help="Taken in", values={"": float(telemetry.samples)}, counter=True),
+        Figure(
+            name="rejected", help="Frames and figures that were refused", values=rejected, label="reason", counter=True
+        ),
+        Figure(name="rollups", help="Minutes of nodes written", values={"": float(rollups.written)}, counter=True),
+        Figure(
+            name="rollups_dropped", help="Minutes of nodes not kept", values=dropped, label="reason", counter=True
+        ),
+    ]
+
+
+def _policy(coordinator: Coordinator) -> list[Figure]:
+    process, loop = coordinator.policies.figures, coordinator.policy_figures
+    decisions = {action: float(count) for action, count in dict(loop.decisions).items()}
+    return [
+        Figure(name="policy_calls", help="Observations asked", values={"": float(process.calls)}, counter=True),
+        Figure(name="policy_starts", help="Child processes begun", values={"": float(process.starts)}, counter=True),
+        Figure(name="policy_timeouts", help="Killed as hung", values={"": float(process.timeouts)}, counter=True),
+        Figure(name="policy_crashes", help="Ended by themselves", values={"": float(process.crashes)}, counter=True),
+        Figure(name="decisions", help="Recorded", values=decisions, label="action", counter=True),
+    ]

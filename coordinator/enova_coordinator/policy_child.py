@@ -1,0 +1,76 @@
+"""The child process that policies run in: a request a line of work, read from stdin, answered on stdout.
+
+It knows nothing but the recommender. numpy (and later statsmodels) hold the interpreter's lock for as long as they
+like here, and may crash: neither delays a heartbeat in the coordinator. It ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import struct
+import sys
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from enova_recommender.scaling import POLICIES
+from enova_recommender.scaling.types import Observation, Proposal
+
+HEADER = struct.Struct("!I")
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRequest:
+    """One observation for one policy."""
+
+    number: int
+    policy: str
+    observation: Observation
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyAnswer:
+    """The proposal, or what the policy raised."""
+
+    number: int
+    proposal: Proposal | None = None
+    error: str = ""
+
+
+def encode(message: PolicyRequest | PolicyAnswer) -> bytes:
+    """A message with its length in front."""
+    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return HEADER.pack(len(body)) + body
+
+
+def answer(request: PolicyRequest) -> PolicyAnswer:
+    """What the policy says; whatever it raises is an answer too."""
+    try:
+        proposal = POLICIES[request.policy].decide(request.observation)
+    except Exception as error:  # noqa: BLE001  # a policy's defect must reach the decision's record, whatever it is
+        return PolicyAnswer(request.number, error=f"{type(error).__name__}: {error}")
+    return PolicyAnswer(request.number, proposal=proposal)
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    while len(head := requests.read(HEADER.size)) == HEADER.size:
+        body = requests.read(HEADER.unpack(head)[0])
+        request = pickle.loads(body)  # noqa: S301  # from our parent, over a pipe that only it holds
+        answers.write(encode(answer(request)))
+        answers.flush()
+
+
+def main() -> None:
+    """Serve until stdin ends, or the parent does (even when this process is stopped then)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's interrupt is the parent's business
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        return  # the parent ended before the line above
+    _serve(sys.stdin.buffer, sys.stdout.buffer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""The leader's scaling loop: stored frames to a policy in its child process, proposals to recorded decisions.
+
+Each round asks for every deployment that serves, autoscaled or not: the verdict is shown for all, and acts follow for
+those that `core.scaling_guard` lets pass. What a policy saw is recorded with the decision: its series, and the newest
+frame of each node that they came from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from enova_common.errors import EnovaError
+from enova_coordinator.agents import Agents, ModelFacts
+from enova_coordinator.core import verdicts
+from enova_coordinator.core.model import Decision, DecisionAction, DecisionInput, Deployment, NodeState, Snapshot
+from enova_coordinator.core.observation import (
+    FEATURES,
+    gpu_facts,
+    model_facts,
+    series_of,
+    sizes,
+    wanted_replicas,
+)
+from enova_coordinator.core.scaling_guard import RECORDED, History, Ruling, rule
+from enova_coordinator.policy_process import PolicyProcess
+from enova_coordinator.settings import ScalingSettings
+from enova_coordinator.telemetry import Telemetry
+from enova_recommender.catalog import models as catalogue
+from enova_recommender.scaling import DEFAULT_POLICY
+from enova_recommender.scaling.types import Action, Observation, Proposal, ReplicaSeries
+from enova_recommender.scaling.types import ModelFacts as PolicyModelFacts
+
+MINUTES = 9                        # of each series that a policy gets: it needs five, and looks at three
+INTERVAL_REAL_S_MIN = 0.2          # under a fast model clock
+
+log = logging.getLogger(__name__)
+
+
+class Control(Protocol):
+    """The part of the controller that scaling needs."""
+
+    snapshot: Snapshot
+
+    async def set_target(self, deployment: str, replicas: int, decision: Decision) -> None:
+        """Make this the deployment's target and record why."""
+        ...
+
+    async def record_decision(self, decision: Decision) -> Decision:
+        """Record a decision that changes nothing."""
+        ...
+
+
+@dataclass(slots=True)
+class PolicyLoopFigures:
+    """What the loop did, for the coordinator's own metrics."""
+
+    rounds: int = 0
+    proposals: int = 0
+    failures: int = 0
+    decisions: dict[str, int] = field(default_factory=dict)
+
+
+class PolicyLoop:
+    """Asks, judges and acts, while this coordinator leads."""
+
+    def __init__(
+        self,
+        control: Control,
+        telemetry: Telemetry,
+        agents: Agents,
+        process: PolicyProcess,
+        *,
+        settings: ScalingSettings,
+        real_s: Callable[[float], float],
+        verdicts_by_name: dict[str, verdicts.Verdict],
+        models: dict[str, ModelFacts],
+    ) -> None:
+        self.figures = PolicyLoopFigures()
+        self._control = control
+        self._telemetry = telemetry
+        self._agents = agents
+        self._process = process
+        self._settings = settings
+        self._interval_s = max(INTERVAL_REAL_S_MIN, real_s(settings.interval_s))
+        self._verdicts = verdicts_by_name
+        self._models = models
+        self._last_act_s: dict[str, float] = {}
+        self._held: dict[str, tuple[str, int]] = {}
+
+    async def run(self) -> None:
+        """Ask round after round, until cancelled."""
+        while True:
+            started_s = time.monotonic()
+            for deployment in list(self._control.snapshot.deployments.values()):
+                if not deployment.deleting:
+                    await self._step(deployment)
+            self._forget()
+            self.figures.rounds += 1
+            await asyncio.sleep(max(INTERVAL_REAL_S_MIN, self._interval_s - (time.monotonic() - started_s)))
+
+    async def _step(self, deployment: Deployment) -> None:
+        """One deployment; its failure is kept as its verdict, and costs the others nothing."""
+        policy = deployment.spec.policy or DEFAULT_POLICY
+        try:
+            await self._decide(deployment, policy)
+        except EnovaError as error:
+            self.figures.failures += 1
+            log.warning("no decision for %s: %s", deployment.name, error)
+            self._say(verdicts.unknown(deployment.name, policy, str(error), now_s=time.time()))
+
+    async def _decide(self, deployment: Deployment, policy: str) -> None:
+        now_s = self._telemetry.now_s
+        model = await self._model(deployment)
+        observed = self._observe(deployment, model, now_s)
+        if observed is None:
+            reason = "no replica has been measured yet, or its model or GPU is not known"
+            self._say(verdicts.unknown(deployment.name, policy, reason, now_s=time.time()))
+            return
+        frames = self._frames(deployment)
+        proposal = await self._process.decide(policy, observed)
+        self.figures.proposals += 1
+        self._say(verdicts.of_proposal(deployment.name, policy, proposal, now_s=time.time()))
+        current = self._control.snapshot.deployments.get(deployment.name)
+        if proposal.action is Action.KEEP or current is None or current.generation != deployment.generation:
+            return                 # a user changed it meanwhile: what was observed is not what runs
+        ruling = rule(
+            proposal,
+            current,
+            self._control.snapshot.replicas_of(deployment.name),
+            history=History(last_act_s=self._last_act_s.get(deployment.name, -math.inf)),
+            now_s=now_s,
+            cooldown_s=self._settings.cooldown_s,
+        )
+        if ruling is not None:
+            decision = _decision(current, policy=policy, ruling=ruling, proposal=proposal, observed=observed)
+            await self._carry_out(current, ruling, replace(decision, frames=frames))
+
+    async def _carry_out(self, deployment: Deployment, ruling: Ruling, decision: Decision) -> None:
+        name = deployment.name
+        if ruling.action is DecisionAction.HOLD:
+            if ruling.guard not in RECORDED or self._held.get(name) == (ruling.guard, ruling.to_replicas):
+                return
+            await self._control.record_decision(decision)
+            self._held[name] = (ruling.guard, ruling.to_replicas)
+        else:
+            await self._control.set_target(name, ruling.to_replicas, decision)
+            self._last_act_s[name] = decision.model_time_s
+            self._held.pop(name, None)
+        counts = self.figures.decisions
+        counts[ruling.action.value] = counts.get(ruling.action.value, 0) + 1
+
+    def _observe(self, deployment: Deployment, model: PolicyModelFacts | None, now_s: float) -> Observation | None:
+        snapshot = self._control.snapshot
+        gpu = gpu_facts(snapshot, deployment)
+        if model is None or gpu is None:
+            return None
+        replicas = wanted_replicas(snapshot, deployment)
+        found: list[ReplicaSeries] = []
+        for replica in replicas:
+            minutes = self._telemetry.replica_minutes(replica.name, count=MINUTES)
+            found.append(series_of(replica.name, minutes.first_end_s if minutes else now_s, minutes))
+        if not any(each.series for each in found):
+            return None
+        return Observation(
+            now_s=now_s,
+            replicas=deployment.status.target_replicas,
+            series=tuple(found),
+            configuration=sizes(snapshot, deployment),
+            model=model,
+            gpu=gpu,
+        )
+
+    async def _model(self, deployment: Deployment) -> PolicyModelFacts | None:
+        name = deployment.spec.model
+        known = self._models.get(name)
+        if known is None and name not in catalogue():
+            views = self._control.snapshot.nodes.items()
+            ready = tuple(node for node, view in views if view.state is NodeState.READY)
+            known = self._models[name] = await self._agents.inspect(name, nodes=ready)
+        config = json.loads(known.config_json) if known is not None and known.config_json else None
+        weight_bytes = known.weight_bytes if known is not None else 0
+        return model_facts(name, config, weight_bytes=weight_bytes)
+
+    def _frames(self, deployment: Deployment) -> tuple[str, ...]:
+        replicas = wanted_replicas(self._control.snapshot, deployment)
+        return self._telemetry.newest_frames(sorted({replica.node for replica in replicas if replica.node}))
+
+    def _say(self, verdict: verdicts.Verdict) -> None:
+        self._verdicts[verdict.object] = verdicts.updated(self._verdicts, verdict)
+
+    def _forget(self) -> None:
+        living = self._control.snapshot.deployments
+        kept: tuple[dict[str, object], ...] = (self._verdicts, self._last_act_s, self._held)  # type: ignore[assignment]
+        for values in kept:
+            for name in [name for name in values if name not in living]:
+                del values[name]
+
+
+def _decision(
+    deployment: Deployment, *, policy: str, ruling: Ruling, proposal: Proposal, observed: Observation
+) -> Decision:
+    return Decision(
+        name="",                       # it and the term are filled in when it is written
+        deployment=deployment.name,
+        action=ruling.action,
+        actor=f"policy/{policy}",
+        reason=ruling.reason,
+        from_replicas=deployment.status.target_replicas,
+        to_replicas=ruling.to_replicas,
+        model_time_s=observed.now_s,
+        inputs=_inputs(observed),
+        from_configuration=_plain_sizes(observed.configuration.tensor_parallel_size, observed),
+        to_configuration=_plain_sizes(proposal.configuration.tensor_parallel_size, observed),
+    )
+
+
+def _plain_sizes(tensor_parallel_size: int, observed: Observation) -> Mapping[str, float | int]:
+    current = observed.configuration
+    return {
+        "tensor_parallel_size": tensor_parallel_size,
+        "gpu_memory_utilization": current.gpu_memory_utilization,
+        "max_num_seqs": current.max_num_seqs,
+    }
+
+
+def _inputs(observed: Observation) -> tuple[DecisionInput, ...]:
+    return tuple(
+        DecisionInput(
+            object=replica.replica,
+            feature=feature.value,
+            start_s=series.start_s,
+            step_s=series.step_s,
+            values=series.values,
+        )
+        for replica in observed.series
+        for feature, series in replica.series.items()
+        if feature in FEATURES
+    )

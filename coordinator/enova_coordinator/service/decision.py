@@ -1,0 +1,115 @@
+"""DecisionService: why things are as they are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from enova.v1 import decision_service_pb2, decision_service_pb2_grpc
+from enova_common.errors import NotFound
+from enova_coordinator.core.explain import explain
+from enova_coordinator.core.model import Decision
+from enova_coordinator.service import convert, names, paging
+from enova_coordinator.service.leading import Chair, actor
+from enova_coordinator.service.watching import watch
+from enova_coordinator.store import Store, codec
+
+Context = Any  # grpc.aio.ServicerContext of whatever messages
+EXPLAIN_DECISIONS = 5
+EXPLAIN_EVENTS = 10
+
+
+class DecisionService(decision_service_pb2_grpc.DecisionServiceServicer):
+    """See decision_service.proto."""
+
+    def __init__(self, store: Store, chair: Chair) -> None:
+        self._store = store
+        self._chair = chair
+
+    async def GetDecision(  # noqa: N802
+        self, request: decision_service_pb2.GetDecisionRequest, context: Context
+    ) -> decision_service_pb2.Decision:
+        """One decision."""
+        actor(context)
+        name = names.decision_name(request.name)
+        entry = await self._store.get(codec.key(name))
+        if entry is None:
+            raise NotFound(f"there is no {name}", field="name", metadata={"name": name})
+        return convert.decision_message(codec.decode_as(Decision, entry.value, key=entry.key))
+
+    async def ListDecisions(  # noqa: N802
+        self, request: decision_service_pb2.ListDecisionsRequest, context: Context
+    ) -> decision_service_pb2.ListDecisionsResponse:
+        """A page of the decisions about one deployment, or about all; newest first."""
+        actor(context)
+        deployment = names.deployment_name(request.deployment, "deployment") if request.deployment else ""
+        newest_first = await self._decisions(deployment)
+        size = paging.page_size(request.page_size)
+        last = paging.decode_token("decisions", request.page_token)
+        at = next((index + 1 for index, each in enumerate(newest_first) if each.name == last), 0) if last else 0
+        taken = newest_first[at : at + size]
+        more = len(newest_first) > at + size
+        return decision_service_pb2.ListDecisionsResponse(
+            decisions=[convert.decision_message(each) for each in taken],
+            next_page_token=paging.encode_token("decisions", taken[-1].name) if more else "",
+        )
+
+    async def WatchDecisions(  # noqa: N802
+        self, request: decision_service_pb2.WatchDecisionsRequest, context: Context
+    ) -> AsyncIterator[decision_service_pb2.WatchDecisionsResponse]:
+        """First the decisions as they are (or those after resume_revision), then each as it is taken."""
+        actor(context)
+        deployment = names.deployment_name(request.deployment, "deployment") if request.deployment else ""
+        prefix = codec.prefix("decisions", deployment)
+        async for batch in watch(self._store, Decision, prefix, resume_revision=request.resume_revision):
+            yield decision_service_pb2.WatchDecisionsResponse(
+                revision=batch.revision, decisions=[convert.decision_message(each) for each in batch.changed]
+            )
+
+    async def ListEvents(  # noqa: N802
+        self, request: decision_service_pb2.ListEventsRequest, context: Context
+    ) -> decision_service_pb2.ListEventsResponse:
+        """A page of what the leader remembers that happened; newest first."""
+        actor(context)
+        newest_first = self._chair.leading().events.list(request.object)
+        size = paging.page_size(request.page_size)
+        last = paging.decode_token("events", request.page_token)
+        at = next((index + 1 for index, each in enumerate(newest_first) if each.name == last), 0) if last else 0
+        taken = newest_first[at : at + size]
+        more = len(newest_first) > at + size
+        return decision_service_pb2.ListEventsResponse(
+            events=[convert.event_message(each) for each in taken],
+            next_page_token=paging.encode_token("events", taken[-1].name) if more else "",
+        )
+
+    async def WatchEvents(  # noqa: N802
+        self, request: decision_service_pb2.WatchEventsRequest, context: Context
+    ) -> AsyncIterator[decision_service_pb2.WatchEventsResponse]:
+        """What happens from now on."""
+        actor(context)
+        async for events in self._chair.leading().events.watch(request.object):
+            yield decision_service_pb2.WatchEventsResponse(events=[convert.event_message(each) for each in events])
+
+    async def Explain(  # noqa: N802
+        self, request: decision_service_pb2.ExplainRequest, context: Context
+    ) -> decision_service_pb2.ExplainResponse:
+        """In words and numbers."""
+        actor(context)
+        leading = self._chair.leading()
+        snapshot, name = leading.control.snapshot, request.name
+        explanation = explain(snapshot, name, verdicts=leading.verdicts)
+        if explanation is None:
+            raise NotFound(f"there is no {name[:120]}", field="name", remedy="enova get deployments, replicas, nodes")
+        decisions = await self._decisions(explanation.deployment) if explanation.deployment else []
+        return decision_service_pb2.ExplainResponse(
+            name=name,
+            state=explanation.state,
+            sentences=explanation.sentences,
+            decisions=[convert.decision_message(each) for each in decisions[:EXPLAIN_DECISIONS]],
+            events=[convert.event_message(each) for each in leading.events.list(name)[:EXPLAIN_EVENTS]],
+        )
+
+    async def _decisions(self, deployment: str) -> list[Decision]:
+        entries, _ = await self._store.range(codec.prefix("decisions", deployment))
+        decisions = [codec.decode_as(Decision, entry.value, key=entry.key) for entry in entries]
+        return sorted(decisions, key=lambda each: (each.create_time_s, each.name), reverse=True)

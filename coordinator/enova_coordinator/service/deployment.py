@@ -1,0 +1,347 @@
+"""DeploymentService: what users ask for."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from google.protobuf.empty_pb2 import Empty
+
+from enova.v1 import cluster_pb2, deployment_service_pb2, deployment_service_pb2_grpc
+from enova_common.errors import AlreadyExists, InvalidField, NotFound, RetryableError
+from enova_coordinator.core.model import (
+    Decision,
+    DecisionAction,
+    Deployment,
+    DeploymentSpec,
+    NodeState,
+    Variant,
+)
+from enova_coordinator.core.validation import FieldProblem, conflicts, name_problems, scale_problems, spec_problems
+from enova_coordinator.service import convert, names, paging
+from enova_coordinator.service.leading import Chair, Leading, actor
+from enova_coordinator.service.masks import merged
+from enova_coordinator.service.watching import watch
+from enova_coordinator.service.writes import Call, Writes, call, check_etag
+from enova_coordinator.store import Store, codec
+from enova_recommender.scaling import POLICIES
+
+Context = Any  # grpc.aio.ServicerContext of whatever messages
+INSPECT_NODES_MAX = 3      # that are asked for a model before it is called missing
+
+log = logging.getLogger(__name__)
+
+
+class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
+    """See deployment_service.proto. `now_s` is the wall clock."""
+
+    def __init__(
+        self,
+        store: Store,
+        chair: Chair,
+        writes: Writes,
+        *,
+        now_s: Callable[[], float],
+        model_time_s: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._chair = chair
+        self._writes = writes
+        self._now_s = now_s
+        self._model_time_s = model_time_s
+
+    async def GetDeployment(  # noqa: N802
+        self, request: deployment_service_pb2.GetDeploymentRequest, context: Context
+    ) -> cluster_pb2.Deployment:
+        """One deployment."""
+        actor(context)
+        name = names.deployment_name(request.name)
+        return await self._message(await self._writes.read(Deployment, name))
+
+    async def ListDeployments(  # noqa: N802
+        self, request: deployment_service_pb2.ListDeploymentsRequest, context: Context
+    ) -> deployment_service_pb2.ListDeploymentsResponse:
+        """A page of all deployments, by name."""
+        actor(context)
+        size = paging.page_size(request.page_size)
+        after = paging.decode_token("deployments", request.page_token)
+        prefix = codec.prefix("deployments")
+        entries, _ = await self._store.range(prefix, start_after=after, limit=size + 1)
+        values = [codec.decode_as(Deployment, entry.value, key=entry.key) for entry in entries[:size]]
+        token = paging.encode_token("deployments", entries[size - 1].key) if len(entries) > size else ""
+        variants = await self._variant_names()
+        return deployment_service_pb2.ListDeploymentsResponse(
+            deployments=[convert.deployment_message(value, variants.get(value.name, ())) for value in values],
+            next_page_token=token,
+        )
+
+    async def CreateDeployment(  # noqa: N802
+        self, request: deployment_service_pb2.CreateDeploymentRequest, context: Context
+    ) -> cluster_pb2.Deployment:
+        """A new deployment; its name must be free."""
+        actor(context)
+        leading = self._chair.leading()
+        _raise_first(name_problems(request.deployment_id, "deployment_id"))
+        name = f"deployments/{request.deployment_id}"
+        by = call("CreateDeployment", request)
+        if (made := await self._writes.repeated(by)) is not None:
+            return await self._message(await self._writes.read(Deployment, made))
+        wanted = convert.spec(request.deployment)
+        await self._check(leading, name, wanted, None)
+
+        def edit(before: Deployment | None) -> Deployment:
+            if before is not None:
+                raise AlreadyExists(
+                    f"{name} exists", field="deployment_id", remedy="choose another name, or update it (enova apply)"
+                )
+            return self._new(name, wanted)
+
+        return await self._write(name, edit, by=by, validate_only=request.validate_only)
+
+    async def UpdateDeployment(  # noqa: N802
+        self, request: deployment_service_pb2.UpdateDeploymentRequest, context: Context
+    ) -> cluster_pb2.Deployment:
+        """Changes the fields of the mask, or all desired fields; with allow_missing creates it."""
+        actor(context)
+        leading = self._chair.leading()
+        name = request.deployment.name
+        _raise_first(name_problems(name.removeprefix("deployments/"), "deployment.name"))
+        by = call("UpdateDeployment", request)
+        if (made := await self._writes.repeated(by)) is not None:
+            return await self._message(await self._writes.read(Deployment, made))
+        stored = await self._find(name)
+        if stored is None and not request.allow_missing:
+            raise NotFound(f"there is no {name}", field="deployment.name", remedy="create it, or set allow_missing")
+        wanted = self._wanted(stored, request)
+        await self._check(leading, name, wanted, stored)
+
+        def edit(before: Deployment | None) -> Deployment:
+            if before is None:
+                return self._new(name, wanted)
+            _check_alive(before)
+            check_etag(request.deployment.etag, before.etag, name)
+            return self._changed(before, self._wanted(before, request))
+
+        return await self._write(name, edit, by=by, validate_only=request.validate_only)
+
+    async def DeleteDeployment(  # noqa: N802
+        self, request: deployment_service_pb2.DeleteDeploymentRequest, context: Context
+    ) -> Empty:
+        """Asks for its end: replicas drain and stop, then it is gone."""
+        actor(context)
+        self._chair.leading()
+        name = names.deployment_name(request.name)
+        by = call("DeleteDeployment", request)
+        if await self._writes.repeated(by) is not None:
+            return Empty()
+        if await self._find(name) is None:
+            if request.allow_missing:
+                return Empty()
+            raise NotFound(f"there is no {name}", field="name", remedy="enova get deployments lists them")
+
+        def edit(before: Deployment | None) -> Deployment | None:
+            if before is None or before.deleting:
+                return before
+            check_etag(request.etag, before.etag, name)
+            return replace(before, delete_time_s=self._now_s(), update_time_s=self._now_s())
+
+        await self._writes.change(Deployment, name, edit, by=by, validate_only=request.validate_only)
+        return Empty()
+
+    async def ScaleDeployment(  # noqa: N802
+        self, request: deployment_service_pb2.ScaleDeploymentRequest, context: Context
+    ) -> cluster_pb2.Deployment:
+        """A fixed number becomes the new number; an autoscaled deployment goes on from it."""
+        who = actor(context)
+        leading = self._chair.leading()
+        name = names.deployment_name(request.name)
+        by = call("ScaleDeployment", request)
+        if (made := await self._writes.repeated(by)) is not None:
+            return await self._message(await self._writes.read(Deployment, made))
+        stored = await self._writes.read(Deployment, name)
+        _check_alive(stored)
+        check_etag(request.etag, stored.etag, name)
+        _raise_first(scale_problems(stored.spec, request.replicas))
+        if not request.validate_only:
+            await leading.control.set_target(name, request.replicas, self._scaling(stored, request.replicas, who))
+            await self._writes.remember(by, name)
+        return await self._message(await self._writes.read(Deployment, name))
+
+    async def WatchDeployments(  # noqa: N802
+        self, request: deployment_service_pb2.WatchDeploymentsRequest, context: Context
+    ) -> AsyncIterator[deployment_service_pb2.WatchDeploymentsResponse]:
+        """First everything as it is (or what changed after resume_revision), then every change."""
+        actor(context)
+        wanted = names.deployment_name(request.name) if request.name else ""
+        prefix = codec.prefix("deployments")
+        async for batch in watch(self._store, Deployment, prefix, resume_revision=request.resume_revision):
+            changed = [await self._message(value) for value in batch.changed if wanted in {"", value.name}]
+            deleted = [name for name in batch.deleted if wanted in {"", name}]
+            yield deployment_service_pb2.WatchDeploymentsResponse(
+                revision=batch.revision, changed=changed, deleted=deleted
+            )
+
+    async def ListVariants(  # noqa: N802
+        self, request: deployment_service_pb2.ListVariantsRequest, context: Context
+    ) -> deployment_service_pb2.ListVariantsResponse:
+        """A page of the variants of one deployment, or of all."""
+        actor(context)
+        prefix = codec.prefix("variants", names.parent_deployment(request.parent))
+        entries, _ = await self._store.range(prefix)
+        taken, token = paging.page(
+            entries,
+            collection="variants",
+            size=request.page_size,
+            token=request.page_token,
+            key=lambda entry: entry.key,
+        )
+        return deployment_service_pb2.ListVariantsResponse(
+            variants=[
+                convert.variant_message(codec.decode_as(Variant, entry.value, key=entry.key), str(entry.mod_revision))
+                for entry in taken
+            ],
+            next_page_token=token,
+        )
+
+    async def InspectModel(  # noqa: N802
+        self, request: deployment_service_pb2.InspectModelQuery, context: Context
+    ) -> deployment_service_pb2.InspectModelResponse:
+        """The facts of a model as a host sees them."""
+        actor(context)
+        leading = self._chair.leading()
+        if not request.model.strip():
+            raise InvalidField("must not be empty", field="model", remedy="give a path on the hosts, or a model's id")
+        nodes = (names.node_name(request.node, "node"),) if request.node else _ready_nodes(leading)
+        facts = await leading.agents.inspect(request.model, nodes=nodes)
+        leading.models[request.model] = facts
+        return deployment_service_pb2.InspectModelResponse(
+            node=facts.node,
+            config_json=facts.config_json,
+            weight_bytes=facts.weight_bytes,
+            digest=facts.digest,
+            vocabulary_size=facts.vocabulary_size,
+        )
+
+    async def _find(self, name: str) -> Deployment | None:
+        try:
+            return await self._writes.read(Deployment, name)
+        except NotFound:
+            return None
+
+    async def _write(
+        self, name: str, edit: Callable[[Deployment | None], Deployment], *, by: Call, validate_only: bool
+    ) -> cluster_pb2.Deployment:
+        written = await self._writes.change(Deployment, name, edit, by=by, validate_only=validate_only)
+        assert written is not None, name
+        return await self._message(written)
+
+    async def _message(self, value: Deployment) -> cluster_pb2.Deployment:
+        entries, _ = await self._store.range(codec.prefix("variants", value.name))
+        return convert.deployment_message(value, [codec.name(entry.key) for entry in entries])
+
+    async def _variant_names(self) -> dict[str, list[str]]:
+        entries, _ = await self._store.range(codec.prefix("variants"))
+        found: dict[str, list[str]] = {}
+        for entry in entries:
+            name = codec.name(entry.key)
+            found.setdefault(name.rsplit("/variants/", 1)[0], []).append(name)
+        return found
+
+    def _new(self, name: str, spec: DeploymentSpec) -> Deployment:
+        now_s = self._now_s()
+        return Deployment(name=name, uid=str(uuid.uuid4()), spec=spec, create_time_s=now_s, update_time_s=now_s)
+
+    def _changed(self, before: Deployment, spec: DeploymentSpec) -> Deployment:
+        if spec == before.spec:
+            return before
+        return replace(before, spec=spec, generation=before.generation + 1, update_time_s=self._now_s())
+
+    def _wanted(
+        self, before: Deployment | None, request: deployment_service_pb2.UpdateDeploymentRequest
+    ) -> DeploymentSpec:
+        if before is None or not request.update_mask.paths:
+            return convert.spec(request.deployment)
+        return convert.spec(
+            merged(
+                convert.deployment_message(before, ()),
+                request.deployment,
+                request.update_mask.paths,
+                allowed=convert.DESIRED_FIELDS,
+            )
+        )
+
+    async def _check(
+        self, leading: Leading, name: str, wanted: DeploymentSpec, before: Deployment | None
+    ) -> None:
+        """Raises InvalidField for the first problem; says how many more there are."""
+        if before is not None:
+            _check_alive(before)
+        problems = list(spec_problems(wanted, policies=POLICIES))
+        entries, _ = await self._store.range(codec.prefix("deployments"))
+        others = {
+            value.name: value
+            for value in (codec.decode_as(Deployment, entry.value, key=entry.key) for entry in entries)
+        }
+        served = wanted.served_names or (name.removeprefix("deployments/"),)
+        problems += conflicts(name, served, others)
+        _raise_first(problems)
+        if before is None or before.spec.model != wanted.model:
+            await self._inspect(leading, wanted.model)
+
+    async def _inspect(self, leading: Leading, model: str) -> None:
+        """Raises InvalidField if the hosts that are ready say that they cannot use the model."""
+        refusal: InvalidField | None = None
+        for node in _ready_nodes(leading)[:INSPECT_NODES_MAX]:
+            try:
+                leading.models[model] = await leading.agents.inspect(model, nodes=(node,))
+            except RetryableError as error:
+                log.warning("%s could not be asked for %s: %s", node, model, error)
+            except InvalidField as error:
+                refusal = error
+            else:
+                return
+        if refusal is not None:
+            raise refusal
+
+    def _scaling(self, before: Deployment, replicas: int, who: str) -> Decision:
+        current = before.status.target_replicas
+        if replicas == current:
+            action = DecisionAction.HOLD
+        else:
+            action = DecisionAction.SCALE_UP if replicas > current else DecisionAction.SCALE_DOWN
+        return Decision(
+            name="",                   # it and the numbers of replicas are filled in when it is written
+            deployment=before.name,
+            action=action,
+            actor=who,
+            reason=f"{who.removeprefix('user/')} asked for {replicas} replicas",
+            model_time_s=self._model_time_s(),
+        )
+
+
+def _ready_nodes(leading: Leading) -> tuple[str, ...]:
+    views = leading.control.snapshot.nodes
+    return tuple(name for name, view in sorted(views.items()) if view.state is NodeState.READY)
+
+
+def _check_alive(deployment: Deployment) -> None:
+    if deployment.deleting:
+        raise NotFound(
+            f"{deployment.name} is being deleted",
+            reason="DELETING",
+            field="name",
+            remedy="wait until it is gone, then create it anew",
+        )
+
+
+def _raise_first(problems: Sequence[FieldProblem]) -> None:
+    if not problems:
+        return
+    first, others = problems[0], problems[1:]
+    more = f"; also {', '.join(f'{each.field}: {each.message}' for each in others)}" if others else ""
+    raise InvalidField(first.message + more, field=first.field, remedy=first.remedy)
+
+

@@ -1,0 +1,49 @@
+"""Watching a collection in the store: first everything, or what changed since a revision, then every change."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from enova_common.errors import TooLarge
+from enova_coordinator.core.model import Decision, Deployment, Replica
+from enova_coordinator.store import Changed, Compacted, Store, codec
+
+V = TypeVar("V", Deployment, Replica, Decision)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Generic[V]):
+    """What changed at one revision."""
+
+    revision: int
+    changed: tuple[V, ...] = ()
+    deleted: tuple[str, ...] = ()
+
+
+async def watch(store: Store, kind: type[V], prefix: str, *, resume_revision: int) -> AsyncIterator[Batch[V]]:
+    """Changes of the objects under a prefix. Raises TooLarge (OUT_OF_RANGE) where the history is gone."""
+    after = resume_revision
+    if not after:
+        entries, after = await store.range(prefix)
+        values = tuple(codec.decode_as(kind, entry.value, key=entry.key) for entry in entries)
+        yield Batch(after, values)
+    try:
+        async with contextlib.aclosing(store.watch(prefix, after=after)) as batches:
+            async for batch in batches:
+                entries = [event.entry for event in batch.events if isinstance(event, Changed)]
+                yield Batch(
+                    batch.revision,
+                    tuple(codec.decode_as(kind, entry.value, key=entry.key) for entry in entries),
+                    tuple(codec.name(event.key) for event in batch.events if not isinstance(event, Changed)),
+                )
+    except Compacted as error:
+        raise TooLarge(
+            f"what changed since revision {after} is forgotten (kept from {error.revision} on)",
+            reason="RESUME_REVISION_COMPACTED",
+            field="resume_revision",
+            remedy="watch again without it: the first message then holds everything",
+            metadata={"oldest_revision": str(error.revision)},
+        ) from error
