@@ -100,6 +100,7 @@ async def main(name: str, prefix: str, endpoint: str, ttl_s: int) -> None:
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    report("standing")
     running = asyncio.create_task(candidate.election.run(candidate.serve))
     while line := await reader.readline():
         candidate.orders.put_nowait(json.loads(line))

@@ -52,6 +52,12 @@ class CandidateProcess:
         except TimeoutError:
             raise AssertionError(f"{self.name} never reported {wanted}; it said {self.reports[-10:]}") from None
 
+    @property
+    def term(self) -> int:
+        """The term in which it leads, by its own account; 0 if it does not."""
+        terms = [said for said in self.reports if said["event"] in ("leading", "ended")]
+        return int(terms[-1]["term"]) if terms and terms[-1]["event"] == "leading" else 0
+
     def order(self, **values: object) -> None:
         """Tell it what to do in its next round."""
         assert self.process.stdin is not None

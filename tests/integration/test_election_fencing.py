@@ -97,9 +97,8 @@ async def leading(candidates: list[CandidateProcess], after_term: int) -> tuple[
     async with asyncio.timeout(PATIENCE_S):
         while True:
             for candidate in candidates:
-                terms = [said for said in candidate.reports if said["event"] in ("leading", "ended")]
-                if terms and terms[-1]["event"] == "leading" and terms[-1]["term"] > after_term:
-                    return int(terms[-1]["term"]), candidate
+                if candidate.term > after_term:
+                    return candidate.term, candidate
             await asyncio.sleep(0.01)
 
 
