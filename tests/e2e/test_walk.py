@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from enova_testing.fleet import MODEL, UpFleet, up
-from enova_testing.telemetry import telemetry
+from enova_testing.telemetry import settled, telemetry
 from enova_testing.waiting import until
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
@@ -92,7 +92,7 @@ def test_load_serves_everything_and_ends_in_one_line_of_json(chat: UpFleet) -> N
 
 
 def test_the_coordinator_has_counted_what_was_sent(chat: UpFleet) -> None:
-    before = telemetry(chat, "deployments/chat").counted
+    before = settled(chat, "deployments/chat")
     for _ in range(5):
         body = {"model": "chat", "prompt": [1, 2, 3, 4], "max_tokens": 6, "ignore_eos": True}
         assert httpx.post(f"{chat.openai}/completions", json=body, timeout=30).status_code == 200
