@@ -10,40 +10,13 @@ import ctypes
 import os
 import pickle
 import signal
-import struct
 import sys
-from dataclasses import dataclass
 from typing import BinaryIO
 
+from enova_coordinator.policy_messages import HEADER, PolicyAnswer, PolicyRequest, encode
 from enova_recommender.scaling import POLICIES
-from enova_recommender.scaling.types import Observation, Proposal
 
-HEADER = struct.Struct("!I")
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyRequest:
-    """One observation for one policy."""
-
-    number: int
-    policy: str
-    observation: Observation
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyAnswer:
-    """The proposal, or what the policy raised."""
-
-    number: int
-    proposal: Proposal | None = None
-    error: str = ""
-
-
-def encode(message: PolicyRequest | PolicyAnswer) -> bytes:
-    """A message with its length in front."""
-    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    return HEADER.pack(len(body)) + body
 
 
 def answer(request: PolicyRequest) -> PolicyAnswer:

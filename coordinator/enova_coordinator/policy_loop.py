@@ -111,9 +111,16 @@ class PolicyLoop:
         try:
             await self._decide(deployment, policy)
         except EnovaError as error:
-            self.figures.failures += 1
             log.warning("no decision for %s: %s", deployment.name, error)
-            self._say(verdicts.unknown(deployment.name, policy, str(error), now_s=time.time()))
+            reason = str(error)
+        except Exception as error:
+            # A defect here must cost one deployment its decisions, not the leader its term.
+            log.exception("no decision for %s", deployment.name)
+            reason = f"internal error: {type(error).__name__}"
+        else:
+            return
+        self.figures.failures += 1
+        self._say(verdicts.unknown(deployment.name, policy, reason, now_s=time.time()))
 
     async def _decide(self, deployment: Deployment, policy: str) -> None:
         now_s = self._telemetry.now_s

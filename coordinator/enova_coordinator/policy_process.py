@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 
 from enova_common.errors import FatalError, TimedOut, Unavailable
-from enova_coordinator.policy_child import HEADER, PolicyAnswer, PolicyRequest, encode
+from enova_coordinator.policy_messages import HEADER, PolicyAnswer, PolicyRequest, encode
 from enova_recommender.scaling.types import Observation, Proposal
 
 ANSWER_BYTES_MAX = 1 << 20

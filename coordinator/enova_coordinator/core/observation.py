@@ -128,12 +128,11 @@ def model_facts(name: str, config: Mapping[str, object] | None, *, weight_bytes:
 
 
 def _shape(name: str, config: Mapping[str, object] | None) -> ModelShape | None:
-    if config is None:
-        return catalogue().get(name)
     try:
-        return parse_shape(config, name=name)
+        return parse_shape(config or {}, name=name)
     except ShapeError:
-        return None                    # an architecture that the recommender has no words for
+        # No config.json (a catalogued model on simulated engines), or an architecture without words for it.
+        return catalogue().get(name)
 
 
 def _rough_facts(family: str, config: Mapping[str, object], weight_bytes: int) -> ModelFacts | None:
