@@ -37,6 +37,8 @@ CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
+    # A proxy that the environment names is for the web, not for the fleet's own store.
+    ("grpc.enable_http_proxy", 0),
     # Each store has connections of its own: closing one never touches another.
     ("grpc.use_local_subchannel_pool", 1),
 )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 
+from enova_common.address import parse_address
 from enova_common.errors import InvalidField
 
 
@@ -38,10 +38,8 @@ def check_settings(settings: EtcdSettings) -> None:
     if not settings.endpoints:
         raise InvalidField("no endpoint", field="endpoints", remedy="name at least one etcd member as host:port")
     for endpoint in settings.endpoints:
-        host, separator, port = endpoint.rpartition(":")
-        if not (separator and host and port.isdigit()):
-            raise InvalidField(f"not host:port: {endpoint!r}", field="endpoints", remedy="leave out http:// and paths")
-        if settings.ca_file is None and not _is_loopback(host):
+        address = parse_address(endpoint, field="endpoints")
+        if settings.ca_file is None and not address.is_loopback:
             text = f"{endpoint} is not on this host and would be reached in plaintext"
             raise InvalidField(text, field="ca_file", remedy="set ca_file (and certificate_file, key_file)")
     if (settings.certificate_file is None) != (settings.key_file is None):
@@ -68,12 +66,3 @@ def _read(path: Path | None, name: str) -> bytes | None:
         return path.read_bytes()
     except OSError as error:
         raise InvalidField(f"cannot read {path}: {error.strerror}", field=name) from error
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
