@@ -83,10 +83,11 @@ def test_every_module_says_what_it_is_for() -> None:
 def guessed_sleeps(tree: ast.AST, *, polling: bool = False) -> Iterator[int]:
     """The lines of sleeps of a constant length outside of a `while`: inside of one it is the step of a poll."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"time.sleep", "asyncio.sleep"} and not polling:
-            # sleep(0) only yields to the loop.
-            if node.args and isinstance(node.args[0], ast.Constant) and node.args[0].value != 0:
-                yield node.lineno
+        sleeps = isinstance(node, ast.Call) and ast.unparse(node.func) in {"time.sleep", "asyncio.sleep"}
+        if sleeps and not polling:
+            match node:
+                case ast.Call(args=[ast.Constant(value=length)]) if length != 0:  # 0 only yields to the loop
+                    yield node.lineno
         yield from guessed_sleeps(node, polling=polling or isinstance(node, ast.While))
 
 

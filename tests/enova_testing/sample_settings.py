@@ -87,6 +87,7 @@ SAMPLES = (
             "data_dir": '"/var/lib/enova/ingress"',
             "socket": '"/run/enova/agent.sock"',
             "listen": '"0.0.0.0:8000"',
+            "advertise": '"gpu-host-1:8000"',
             "hop_listen": '"0.0.0.0:8001"',
             "hop_advertise": '"gpu-host-1:8001"',
             "tls.cert": '"/etc/enova/tls/openai.crt"',

@@ -226,9 +226,12 @@ class Ingress:
 
     def _hello(self) -> IngressHello:
         addresses = self.addresses()
+        openai_address = self._settings.advertise or addresses["openai_address"]
+        if self._settings.tls is not None:
+            openai_address = f"https://{openai_address}"  # whoever is told must not try in plaintext
         return IngressHello(
             instance=self.instance, pid=os.getpid(),
-            openai_address=addresses["openai_address"], hop_address=addresses["hop_address"],
+            openai_address=openai_address, hop_address=addresses["hop_address"],
         )
 
     def _gauges(self) -> Mapping[str, float]:
@@ -301,7 +304,8 @@ class Ingress:
     def _hop_endpoint(self, target: RouteTarget) -> Endpoint:
         try:
             if self._hop_tls is not None:
-                return endpoint_of_url(target.hop_address, tls=self._hop_tls, peer=PEER_PREFIX + target.node)
+                peer = PEER_PREFIX + target.node.removeprefix("nodes/")
+                return endpoint_of_url(target.hop_address, tls=self._hop_tls, peer=peer)
             if not is_loopback(target.hop_address):
                 raise Unreachable(f"{target.hop_address} is another host and no hop_tls is set")
             return endpoint_of_url(target.hop_address)

@@ -39,6 +39,9 @@ class IngressSettings:
     listen: str = "127.0.0.1:8000"
     """Where applications connect, host:port; port 0 is any free one."""
 
+    advertise: str = ""
+    """The host:port by which applications reach `listen`, where that is another one; `enova get nodes` shows it."""
+
     tls: ServingTls | None = None
     """Towards applications; without it `listen` must be on the loopback, or `insecure_http` set."""
 
