@@ -167,6 +167,7 @@ def start_up(data_dir: Path, arguments: Sequence[str] = ()) -> UpFleet:
     deadline = time.monotonic() + READY_TIMEOUT_S
     ready, _, _ = select.select([process.stdout], [], [], deadline - time.monotonic())
     line = process.stdout.readline() if ready else ""
+    process.stdout.close()  # one line is all that comes
     fleet = UpFleet(process, json.loads(line) if line else {}, data_dir)
     if not line:
         process.kill()
