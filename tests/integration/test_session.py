@@ -143,7 +143,7 @@ async def test_hello_comes_first_then_status_and_heartbeats_with_lag(
 async def test_an_assignment_is_obeyed_and_reported(coordinator: ScriptedCoordinator, tmp_path: Path) -> None:
     async with Rig(tmp_path, [coordinator.address]) as rig:
         await until_async(lambda: coordinator.streams and coordinator.stream.status)
-        member = wire.AssignedMember(replica="deployments/d/replicas/r", uid="x", model="m", desired=1)
+        member = wire.AssignedMember(replica="deployments/d/replicas/r", uid="x", model="m")
         coordinator.send(wire.ConnectResponse(assignment=wire.Assignment(revision=9, members=[member])))
         await until_async(lambda: rig.node.assignments)
         assert rig.node.assignments[0].term == 5

@@ -68,7 +68,7 @@ _SCALAR_PLACES = _places(_SCALARS)
 _HISTOGRAM_PLACES = _places({vllm.METRIC_PREFIX + metric: metric for metric in HISTOGRAMS})
 
 _LABEL = re.compile(r'([A-Za-z_][A-Za-z0-9_]*)="((?:[^"\\]|\\.)*)"')
-_SERIES = re.compile(r'([A-Za-z_:][A-Za-z0-9_:]*)(?:\{((?:[^"]|"(?:[^"\\]|\\.)*")*)\})?')
+_SERIES = re.compile(r'([A-Za-z_:][A-Za-z0-9_:]*)(?:\{((?:[A-Za-z_][A-Za-z0-9_]*="(?:[^"\\]|\\.)*",?)*)\})?')
 
 
 class MalformedExposition(ValueError):

@@ -1,0 +1,87 @@
+"""Requests of the agent's own never count as traffic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from enova_agent.core.canary import CanaryFilter
+from enova_agent.core.telemetry import CanaryCounts, EngineMetrics, EngineScrape, Histogram
+
+
+def metrics(*, finished: int, tokens: int, steps: int = 0, slow: int = 0) -> EngineMetrics:
+    """An engine that finished so many requests, `slow` of them in the second bucket."""
+    return EngineMetrics(
+        running=0.0,
+        prompt_tokens_total=10.0 * finished,
+        generation_tokens_total=float(tokens),
+        iterations_total=float(steps or tokens),
+        finished_total={"length": float(finished)},
+        histograms=(
+            Histogram(metric="e2e_request_latency_seconds", counts=(finished - slow, finished), sum=1.0 * slow),
+        ),
+    )
+
+
+def scrape(
+    value: EngineMetrics | None, *, sent: int = 0, answered: int | None = None, instance: str = "i"
+) -> EngineScrape:
+    done = sent if answered is None else answered
+    counts = CanaryCounts(started=sent, finished=done, prompt_tokens=10 * done, output_tokens=done)
+    return EngineScrape(replica="r", instance=instance, taken_s=0.0, metrics=value, canaries=counts)
+
+
+def test_an_idle_engine_with_canaries_alone_shows_nothing() -> None:
+    canaries = CanaryFilter()
+    for count in range(1, 6):
+        seen = canaries.metrics(scrape(metrics(finished=count, tokens=count), sent=count))
+        assert seen is not None
+        assert seen.finished == 0
+        assert seen.generation_tokens_total == 0.0
+        assert seen.prompt_tokens_total == 0.0
+        assert seen.iterations_total == 0.0
+        assert seen.histograms[0].counts == (0, 0)
+
+
+def test_a_canary_in_flight_that_the_engine_counts_already_shows_nothing_either() -> None:
+    canaries = CanaryFilter()
+    seen = canaries.metrics(scrape(metrics(finished=1, tokens=1), sent=1, answered=0))
+    assert seen is not None
+    assert seen.finished == 0
+
+
+def test_requests_of_others_stay_whole() -> None:
+    canaries = CanaryFilter()
+    canaries.metrics(scrape(metrics(finished=1, tokens=1), sent=1))
+    seen = canaries.metrics(scrape(metrics(finished=4, tokens=91, slow=3), sent=1))
+    assert seen is not None
+    assert seen.finished == 3
+    assert seen.generation_tokens_total == 90.0
+    assert seen.histograms[0].counts == (0, 3)
+    assert seen.histograms[0].sum == 3.0
+
+
+def test_mixed_with_others_counts_and_tokens_are_still_right() -> None:
+    canaries = CanaryFilter()
+    canaries.metrics(scrape(metrics(finished=0, tokens=0)))
+    seen = canaries.metrics(scrape(metrics(finished=3, tokens=41), sent=1))
+    assert seen is not None
+    assert (seen.finished, seen.generation_tokens_total, seen.prompt_tokens_total) == (2, 40.0, 20.0)
+
+
+def test_a_restarted_engine_starts_anew() -> None:
+    canaries = CanaryFilter()
+    canaries.metrics(scrape(metrics(finished=5, tokens=5), sent=5))
+    seen = canaries.metrics(scrape(metrics(finished=2, tokens=20), sent=0, instance="j"))
+    assert seen is not None
+    assert (seen.finished, seen.generation_tokens_total) == (2, 20.0)
+
+
+def test_missing_stays_missing() -> None:
+    canaries = CanaryFilter()
+    assert canaries.metrics(scrape(None, sent=3)) is None
+    canaries.metrics(scrape(metrics(finished=1, tokens=1), sent=1))
+    blank = replace(metrics(finished=1, tokens=1), iterations_total=None)
+    seen = canaries.metrics(scrape(blank, sent=1))
+    assert seen is not None
+    assert seen.iterations_total is None
+    assert seen.preemptions_total is None
