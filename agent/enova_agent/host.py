@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from enova_agent.core.machine import Limits
+from enova_agent.core.progress import HangLimits
 from enova_agent.core.telemetry import EngineMetrics
 from enova_agent.engine import EngineProbe
 from enova_agent.engine_settings import EngineSettings
@@ -48,6 +50,8 @@ class Host:
     """The node as its replicas need it."""
 
     settings: EngineSettings
+    limits: Limits
+    hang_limits: HangLimits
     processes: Processes
     probe: EngineProbe
     log_folder: Path

@@ -91,6 +91,7 @@ class Replica:
         self._held: HeldReplica | None = None
         self._due_s: dict[str, float] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._closed = False
         self._start_time_s = 0.0
         self._ready_time_s = 0.0
 
@@ -212,7 +213,7 @@ class Replica:
             _log.debug("%s: %s comes too late in %s", self.name, type(event).__name__, self.machine.stage)
             return
         before = self.machine
-        self.machine, actions = life.step(before, event, self._host.settings.limits)
+        self.machine, actions = life.step(before, event, self._host.limits)
         if self.machine.stage is not before.stage:
             self._entered(before)
         for action in actions:
@@ -246,6 +247,7 @@ class Replica:
 
     async def close(self) -> None:
         """Stop looking at it; its engine is left as it is."""
+        self._closed = True        # what ends in this instant must not begin anything
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -467,9 +469,9 @@ class Replica:
         return True
 
     def _begin(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        """Run it as the only task of its name; if one runs already, that one is enough."""
+        """Run it as the only task of its name; if one runs already, that one is enough. After `close`, nothing."""
         running = self._tasks.get(name)
-        if running is not None and not running.done():
+        if self._closed or (running is not None and not running.done()):
             work.close()
             return
         self._tasks[name] = asyncio.create_task(self._guarded(name, work), name=f"{self.name} {name}")

@@ -84,6 +84,8 @@ class Supervisor:
         self._ingress = False
         self._host = Host(
             settings=settings,
+            limits=settings.limits,
+            hang_limits=settings.hang_limits,
             processes=processes,
             probe=probe,
             log_folder=self._log_folder,

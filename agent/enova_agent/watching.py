@@ -107,7 +107,7 @@ class EngineWatch:
     def judge(self, now_s: float, held: HeldReplica | None) -> progress.Judgement:
         """What all that means now."""
         self._state, judgement = progress.judge(
-            self._state, self._observation(now_s, held), self._host.settings.hang_limits
+            self._state, self._observation(now_s, held), self._host.hang_limits
         )
         self._activity = None
         return judgement
