@@ -26,6 +26,7 @@ from enova_coordinator.core.model import (
     Deployment,
     NodeObservation,
     NodeState,
+    ReplicaState,
     Severity,
     Snapshot,
 )
@@ -70,6 +71,7 @@ class ControllerSettings:
     interval_s: float = 1.0        # a round without any event: ages and delays pass
     pause_s: float = 0.02          # between rounds, so that events which come together are looked at together
     reached_timeout_s: float = 5.0
+    quiet_s: float = 5.0           # without a full look, while all serves and nothing changed
     liveness: LivenessLimits = field(default_factory=LivenessLimits)
     reconcile: ReconcileLimits = field(default_factory=ReconcileLimits)
 
@@ -132,6 +134,8 @@ class Controller:
         self._leadership: Leadership | None = None
         self._written = 0          # the newest revision of our own writes
         self._assigned: dict[str, int] = {}
+        self._quiet: Snapshot | None = None
+        self._quiet_until_s = 0.0
 
     def wake(self) -> None:
         """Something changed: look soon."""
@@ -143,15 +147,19 @@ class Controller:
         self._liveness = Liveness(started_s=self._monotonic_s())
         self._leadership, self._written = leadership, leadership.term
         self._assigned.clear()
+        self._quiet = None
         self.table = RouteTable()
         lag = asyncio.create_task(self._lag.run(), name="loop-lag")
         try:
             while leadership.is_leading():
                 self._wake.clear()
+                started_s = self._monotonic_s()
                 await self._round(leadership)
+                round_s = self._monotonic_s() - started_s
                 with contextlib.suppress(TimeoutError):  # nothing woke us: the beat of every second
                     await asyncio.wait_for(self._wake.wait(), self._settings.interval_s)
-                await asyncio.sleep(self._settings.pause_s)
+                # At least as long as the round took: streams and calls get half of the loop, however large the fleet.
+                await asyncio.sleep(max(self._settings.pause_s, round_s))
         finally:
             self._leadership = None
             lag.cancel()
@@ -177,12 +185,35 @@ class Controller:
             # It cannot happen; if it did, every further placement would rest on it.
             self._failed("; ".join(problems))
             return
+        if self._is_quiet(snapshot):
+            return
         self._tell(snapshot)
         plan = reconcile(snapshot, now_s=self._wall_s(), limits=self._settings.reconcile)
         for change in plan.changes:
             if not leadership.is_leading():
                 return
             await self._apply(leadership, change)
+        serving = all(replica.status.state is ReplicaState.READY for replica in snapshot.replicas.values())
+        if serving and not plan.changes:
+            self._quiet = snapshot
+            self._quiet_until_s = self._monotonic_s() + self._settings.quiet_s
+
+    def _is_quiet(self, snapshot: Snapshot) -> bool:
+        """Whether the last round found everything as it should be, and nothing is different now."""
+        before = self._quiet
+        same = (
+            before is not None
+            and self._monotonic_s() < self._quiet_until_s
+            and before.revision == snapshot.revision
+            and before.nodes.keys() == snapshot.nodes.keys()
+            and all(
+                view.state is before.nodes[name].state and view.report is before.nodes[name].report
+                for name, view in snapshot.nodes.items()
+            )
+        )
+        if not same:
+            self._quiet = None
+        return same
 
     def _look(self) -> Snapshot:
         now_s = self._monotonic_s()

@@ -84,7 +84,7 @@ def replicas(draw: st.DrawFn, name: str, variant: Variant, free: dict[str, list[
     open_nodes = sorted(node for node, gpus in free.items() if gpus)
     state = ReplicaState.PENDING
     members: tuple[Member, ...] = ()
-    if open_nodes and draw(st.integers(0, 3)):
+    if open_nodes and draw(st.integers(0, 3)) > 0:
         node = draw(st.sampled_from(open_nodes))
         gpu = free[node].pop()
         members = (Member(node=node, claims=(Claim(gpu_uuid=gpu.uuid, memory_bytes=gpu.memory_bytes // 2),)),)

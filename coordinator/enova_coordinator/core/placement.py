@@ -10,7 +10,7 @@ smallest run of neighbouring free indexes that fits, since neighbours share swit
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from enova_common.vllm import DEFAULTS
 from enova_coordinator.core.model import (
@@ -49,22 +49,22 @@ class Inventory:
     """The fleet's GPUs with what holds them, while a round hands them out."""
 
     def __init__(self, snapshot: Snapshot, replicas: Iterable[Replica]) -> None:
+        self.handed_out = 0
+        """Places that were given in this round."""
         self._nodes = tuple(snapshot.nodes[name] for name in sorted(snapshot.nodes))
-        self._holders: dict[tuple[str, str], str] = {}
+        self._unheld = {view.node.name: {gpu.uuid: gpu for gpu in view.gpus} for view in self._nodes}
+        self._held: dict[str, list[tuple[str, Gpu]]] = {}
         self._deployment_nodes: dict[tuple[str, str], int] = {}
         known: set[tuple[str, str]] = set()
         for replica in replicas:
             known.add((replica.name, replica.uid))
-            self.hold(replica)
+            self._hold(replica)
         self._strangers = {view.node.name: _strangers(view, known) for view in self._nodes}
 
-    def hold(self, replica: Replica) -> None:
-        """Count a placed replica's claims."""
-        for member in replica.members:
-            here = (replica.deployment, member.node)
-            self._deployment_nodes[here] = self._deployment_nodes.get(here, 0) + 1
-            for claim in member.claims:
-                self._holders[member.node, claim.gpu_uuid] = replica.name
+    def give(self, replica: Replica) -> None:
+        """Count the claims of a replica that was just placed."""
+        self.handed_out += 1
+        self._hold(replica)
 
     def place(
         self, deployment: Deployment, variant: Variant, *, gpu_budget: int | None = None, without: str = ""
@@ -83,16 +83,39 @@ class Inventory:
         if not self._nodes:
             return Unplaced(reason="no node is registered")
         for gpu_type in self._types(deployment, variant):
-            fits = [
-                (view, chosen)
-                for view in self._nodes
-                if not self._refusal(view, deployment)
-                and (chosen := _best_run(self._free(view, gpu_type, variant, without), count))
-            ]
-            if fits:
-                view, chosen = min(fits, key=lambda fit: self._rank(fit[0], gpu_type, deployment, variant, without))
-                return Placed(gpu_type=gpu_type, members=(_member(view, chosen, variant),))
+            place = self._place_on(gpu_type, deployment, variant, without)
+            if place is not None:
+                return place
         return Unplaced(reason=self._reasons(deployment, variant))
+
+    def _hold(self, replica: Replica) -> None:
+        for member in replica.members:
+            here = (replica.deployment, member.node)
+            self._deployment_nodes[here] = self._deployment_nodes.get(here, 0) + 1
+            unheld = self._unheld.get(member.node, {})
+            for claim in member.claims:
+                gpu = unheld.pop(claim.gpu_uuid, None)
+                if gpu is not None:
+                    self._held.setdefault(replica.name, []).append((member.node, gpu))
+
+    def _place_on(self, gpu_type: str, deployment: Deployment, variant: Variant, without: str) -> Placed | None:
+        count = variant.gpus_per_replica
+        returned = self._held.get(without, [])
+        best: tuple[tuple[int, int, int, str], NodeView, tuple[Gpu, ...]] | None = None
+        for view in self._nodes:
+            name = view.node.name
+            free = [gpu for gpu in self._unheld[name].values() if gpu.type == gpu_type and _has_memory(gpu, variant)]
+            free += [gpu for node, gpu in returned if node == name and gpu.type == gpu_type]
+            if len(free) < count or self._refusal(view, deployment):
+                continue
+            here = self._deployment_nodes.get((deployment.name, name), 0)
+            rank = (variant.failed_nodes.count(name), here, len(free), name)
+            if best is None or rank < best[0]:
+                best = rank, view, tuple(free)
+        if best is None:
+            return None
+        _, view, candidates = best
+        return Placed(gpu_type=gpu_type, members=(_member(view, _best_run(candidates, count), variant),))
 
     def _types(self, deployment: Deployment, variant: Variant) -> tuple[str, ...]:
         if variant.gpu_type:
@@ -123,25 +146,6 @@ class Inventory:
             return f"still ends {self._strangers[node.name]}, which nobody wants"
         return ""
 
-    def _free(self, view: NodeView, gpu_type: str, variant: Variant, without: str) -> tuple[Gpu, ...]:
-        return tuple(
-            gpu
-            for gpu in view.gpus
-            if gpu.type == gpu_type
-            and self._holders.get((view.node.name, gpu.uuid), without) == without
-            and (_has_memory(gpu, variant) or self._holders.get((view.node.name, gpu.uuid)) is not None)
-        )
-
-    def _rank(
-        self, view: NodeView, gpu_type: str, deployment: Deployment, variant: Variant, without: str
-    ) -> tuple[int, int, int, str]:
-        return (
-            variant.failed_nodes.count(view.node.name),
-            self._deployment_nodes.get((deployment.name, view.node.name), 0),
-            len(self._free(view, gpu_type, variant, without)),
-            view.node.name,
-        )
-
     def _reasons(self, deployment: Deployment, variant: Variant) -> str:
         types = self._types(deployment, variant)
         sentences = [self._reason(view, types, deployment, variant) for view in self._nodes[:MAX_REASONS]]
@@ -156,7 +160,7 @@ class Inventory:
         there = [gpu for gpu in view.gpus if gpu.type in types]
         if not there:
             return f"{short} has no GPU of type {' or '.join(types) or 'any'}"
-        unheld = [gpu for gpu in there if (view.node.name, gpu.uuid) not in self._holders]
+        unheld = [gpu for gpu in there if gpu.uuid in self._unheld[view.node.name]]
         crowded = sum(not _has_memory(gpu, variant) for gpu in unheld)
         free = f"{len(unheld) - crowded} of {len(there)} {'/'.join(types)} free"
         text = f"{short} has {free}, {variant.gpus_per_replica} needed"
@@ -167,11 +171,6 @@ def in_clusters(view: NodeView, deployment: Deployment) -> bool:
     """Whether the deployment may use this node's cluster."""
     clusters = deployment.spec.hardware.clusters
     return not clusters or view.node.cluster in clusters
-
-
-def placed(replica: Replica, place: Placed) -> Replica:
-    """The replica with its place."""
-    return replace(replica, members=place.members)
 
 
 def _strangers(view: NodeView, known: set[tuple[str, str]]) -> str:
@@ -196,9 +195,7 @@ def _has_memory(gpu: Gpu, variant: Variant) -> bool:
 
 
 def _best_run(free: tuple[Gpu, ...], count: int) -> tuple[Gpu, ...]:
-    """`count` of the free GPUs: from the shortest run of neighbours that fits, else from several; () = too few."""
-    if len(free) < count:
-        return ()
+    """`count` of the free GPUs: from the shortest run of neighbours that fits, else from several."""
     ordered = sorted(free, key=lambda gpu: (gpu.index, gpu.uuid))
     runs: list[list[Gpu]] = []
     for gpu in ordered:

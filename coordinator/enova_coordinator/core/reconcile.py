@@ -41,6 +41,7 @@ class ReconcileLimits:
     lost_grace_s: float = 20.0     # from LOST to replacement
     surge: int = 1                 # replicas over the target while old ones are replaced
     creates_per_round: int = 32    # of one deployment, so that its change fits one transaction
+    places_per_round: int = 256    # of all deployments: bounds how long a round holds the loop
     failure_delay_s: float = 10.0  # before a replica that gave up is replaced; doubles with each failure in a row
     failure_delay_max_s: float = 600.0
     failure_reset_s: float = 3600.0  # without a failure, after which the next one counts as the first
@@ -191,6 +192,8 @@ class _Round:
         for replica in self._running():
             if replica.members or replica.variant != self.variant.name:
                 continue
+            if self.inventory.handed_out >= self.limits.places_per_round:
+                return None        # the rest has its turn in the next round
             place = self._find_place()
             if isinstance(place, Unplaced):
                 self._explain_pending(place)
@@ -218,7 +221,7 @@ class _Round:
         )
         placed = replace(replica, members=place.members, status=status)
         self.draft.put(placed)
-        self.inventory.hold(placed)
+        self.inventory.give(placed)
         _note(self.draft, placed, "ReplicaPlaced", f"on {placed.node}, {len(placed.gpus)} x {place.gpu_type}")
 
     def _explain_pending(self, place: Unplaced) -> None:

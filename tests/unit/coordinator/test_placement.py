@@ -89,7 +89,7 @@ def test_the_node_with_fewest_replicas_of_the_deployment_comes_first_then_the_fu
     world = snapshot(view("a", ["H100"] * 4), view("b", ["H100"] * 4), view("c", ["H100"] * 2))
     inventory = Inventory(world, ())
     assert chosen(inventory.place(deployment(), variant()))[0] == "nodes/c"
-    inventory.hold(holder("c", "c-0", of="d"))
+    inventory.give(holder("c", "c-0", of="d"))
     assert chosen(inventory.place(deployment(), variant()))[0] == "nodes/a"
     assert chosen(inventory.place(deployment("e"), variant()))[0] == "nodes/c"
 
@@ -105,7 +105,7 @@ def test_the_first_allowed_type_with_room_is_taken() -> None:
     wanted = deployment(hardware=Hardware(allow=("H100", "A100")))
     inventory = Inventory(world, ())
     assert chosen(inventory.place(wanted, variant()))[1] == ["a-1"]
-    inventory.hold(holder("a", "a-1"))
+    inventory.give(holder("a", "a-1"))
     assert chosen(inventory.place(wanted, variant()))[1] == ["a-0"]
     assert isinstance(inventory.place(wanted, variant(gpu_type="H100")), Unplaced)
 
@@ -119,7 +119,7 @@ def test_the_cpu_slot_is_the_last_choice_and_needs_no_memory() -> None:
     world = snapshot(view("a", ["CPU"], free_gib=0), view("b", ["L4"]))
     inventory = Inventory(world, ())
     assert chosen(inventory.place(deployment(), variant()))[0] == "nodes/b"
-    inventory.hold(holder("b", "b-0"))
+    inventory.give(holder("b", "b-0"))
     assert chosen(inventory.place(deployment(), variant()))[0] == "nodes/a"
 
 
