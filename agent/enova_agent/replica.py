@@ -474,7 +474,9 @@ class Replica:
         if self._closed or (running is not None and not running.done()):
             work.close()
             return
-        self._tasks[name] = asyncio.create_task(self._guarded(name, work), name=f"{self.name} {name}")
+        task = asyncio.create_task(self._guarded(name, work), name=f"{self.name} {name}")
+        task.add_done_callback(lambda _: work.close())  # one that is cancelled before it began would be left open
+        self._tasks[name] = task
 
     async def _guarded(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         try:
