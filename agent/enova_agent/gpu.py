@@ -288,7 +288,10 @@ def _memory(handle: Any) -> Any:
 
 
 def _temperature(handle: Any) -> int:
-    return int(pynvml.nvmlDeviceGetTemperatureV(handle, pynvml.NVML_TEMPERATURE_GPU))
+    try:
+        return int(pynvml.nvmlDeviceGetTemperatureV(handle, pynvml.NVML_TEMPERATURE_GPU))
+    except pynvml.NVMLError_FunctionNotFound:  # drivers before 570
+        return int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
 
 
 def _throttle_reasons(handle: Any) -> int:

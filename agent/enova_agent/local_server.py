@@ -63,15 +63,15 @@ class LocalServer:
         self._routes: RoutesUpdate | None = None
         self._engines = EnginesUpdate()
         self._peers: list[_Peer] = []  # in the order of connecting
+        self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
-        self.messages_received = 0
 
     async def start(self) -> None:
         """Listens. A socket that another process serves is left alone: raises Conflict."""
         await asyncio.to_thread(_make_way, self._path)
         previous = os.umask(0o177)  # the socket is never open to others, not even between bind and chmod
         try:
-            self._server = await asyncio.start_unix_server(self._serve, str(self._path), limit=LINE_BYTES_MAX)
+            self._server = await asyncio.start_unix_server(self._accept, str(self._path), limit=LINE_BYTES_MAX)
         finally:
             os.umask(previous)
 
@@ -81,6 +81,7 @@ class LocalServer:
             self._server.close()
         for peer in tuple(self._peers):
             peer.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         with contextlib.suppress(FileNotFoundError):  # somebody tidied up before us
             self._path.unlink()
 
@@ -116,6 +117,11 @@ class LocalServer:
         for peer in self._peers:
             peer.tell(update)
 
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._peers) >= CONNECTIONS_MAX:
             log.warning("a connection to %s is refused: %d are open", self._path, len(self._peers))
@@ -148,7 +154,6 @@ class LocalServer:
         self._on_held(None if held is None else HeldUpdate(replicas=held))
 
     async def _receive(self, peer: _Peer, line: bytes) -> None:
-        self.messages_received += 1
         match decode(line):
             case IngressHello() as hello:
                 if hello.version != VERSION:
