@@ -55,7 +55,7 @@ class TlsFiles:
 
 
 class EtcdServer:
-    """One member, with its data in `directory`; the same ports at each start."""
+    """One member, by default a cluster of its own, with its data in `directory`; the same ports at each start."""
 
     def __init__(
         self,
@@ -64,13 +64,17 @@ class EtcdServer:
         *,
         quota_bytes: int = 0,
         tls: TlsFiles | None = None,
+        name: str = "member",
         arguments: Sequence[str] = (),
     ) -> None:
         self.binaries = binaries or installed_versions()[0]
         self.endpoint = f"127.0.0.1:{_free_port()}"
         self.tls = tls
+        self.data = directory / "data"
+        self.peer = f"http://127.0.0.1:{_free_port()}"
+        self.name = name
+        self.cluster: Sequence[EtcdServer] = (self,)
         self._directory = directory
-        self._peer = f"http://127.0.0.1:{_free_port()}"
         self._quota_bytes = quota_bytes
         self._arguments = tuple(arguments)
         self._log_start = 0
@@ -78,6 +82,11 @@ class EtcdServer:
 
     def start(self) -> None:
         """Start, and wait until it serves."""
+        self.launch()
+        self.wait()
+
+    def launch(self) -> None:
+        """Start without waiting: a member serves only once most of its cluster runs."""
         assert self._process is None, "started already"
         self._directory.mkdir(parents=True, exist_ok=True)
         log = self._directory / "etcd.log"
@@ -86,7 +95,10 @@ class EtcdServer:
             self._process = subprocess.Popen(
                 self._command(), stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=_environment()
             )
-        until(self._serves, timeout_s=START_TIMEOUT_S, what=f"etcd serves; see {log}")
+
+    def wait(self) -> None:
+        """Wait until it serves."""
+        until(self._serves, timeout_s=START_TIMEOUT_S, what=f"etcd serves; see {self._directory}/etcd.log")
 
     def stop(self) -> None:
         """Stop as an operator does; no error if it does not run."""
@@ -122,13 +134,13 @@ class EtcdServer:
         client = f"{scheme}://{self.endpoint}"
         command = [
             str(self.binaries.server),
-            "--name=member",
-            f"--data-dir={self._directory / 'data'}",
+            f"--name={self.name}",
+            f"--data-dir={self.data}",
             f"--listen-client-urls={client}",
             f"--advertise-client-urls={client}",
-            f"--listen-peer-urls={self._peer}",
-            f"--initial-advertise-peer-urls={self._peer}",
-            f"--initial-cluster=member={self._peer}",
+            f"--listen-peer-urls={self.peer}",
+            f"--initial-advertise-peer-urls={self.peer}",
+            "--initial-cluster=" + ",".join(f"{member.name}={member.peer}" for member in self.cluster),
             *TICKS,
         ]
         if self._quota_bytes:
@@ -168,6 +180,17 @@ class EtcdServer:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def start_cluster(directory: Path, size: int = 3) -> list[EtcdServer]:
+    """A cluster of that many members, all serving."""
+    members = [EtcdServer(directory / f"member-{i}", name=f"member-{i}") for i in range(size)]
+    for member in members:
+        member.cluster = members
+        member.launch()
+    for member in members:
+        member.wait()
+    return members
 
 
 def _environment() -> dict[str, str]:

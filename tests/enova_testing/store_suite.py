@@ -106,7 +106,7 @@ class Watched:
                         raise AssertionError(f"the watch ended: {self.error!r}") from self.error
                     await asyncio.sleep(0.01)
         except TimeoutError:
-            raise AssertionError(f"never told: {what}; told: {self.told()}") from None
+            raise AssertionError(f"never told: {what}; told at last: {self.told()[-10:]}") from None
 
     async def until_error(self, patience_s: float) -> None:
         """Wait until the watch ended with an error."""
