@@ -267,6 +267,37 @@ async def test_a_semaphore_of_python_is_known_although_its_mapping_bears_another
 
 
 @pytest.mark.network
+@pytest.mark.root
+async def test_with_a_cgroup_even_a_process_that_hides_everything_ends_with_its_engine(tmp_path: Path) -> None:
+    folder = next(
+        Path(line.split()[1]) for line in Path("/proc/mounts").read_text().splitlines() if line.split()[2] == "cgroup2"
+    ) / f"enova-test-{secrets.token_hex(4)}"
+    folder.mkdir()
+    processes = LocalProcesses(cgroup=folder)
+    environment = {TOKEN_VARIABLE: f"test-{secrets.token_hex(4)}.x", "PATH": os.environ["PATH"]}
+    # A session of its own, no parent, no token: nothing but the cgroup knows where it came from.
+    hide = "sleep 0.3; env -i setsid sh -c 'sleep 600 & echo $! > \"$0\"' \"$0\"; echo up; exec sleep 600"
+    engine = processes.spawn(
+        Command(argv=("sh", "-c", hide, str(tmp_path / "pid")), environment=environment), tmp_path / "log"
+    )
+    await until_async(lambda: "up" in (tmp_path / "log").read_text(), timeout_s=10.0)
+    hidden = int((tmp_path / "pid").read_text())
+    entry = procfs.stat(hidden)
+    assert entry is not None
+    assert entry.alive
+    await until_async(lambda: processes.kill_all(engine) == 0, timeout_s=10.0)
+    assert await processes.wait(engine) == Ending(signal=9)
+
+    def is_gone() -> bool:
+        processes.sweep()
+        return procfs.stat(hidden) is None
+
+    await until_async(is_gone, timeout_s=10.0)
+    processes.kill_all(engine)     # the last zombie is reaped: the engine's own cgroup can go
+    folder.rmdir()
+
+
+@pytest.mark.network
 async def test_a_free_port_can_be_bound() -> None:
     with socket.create_server(("127.0.0.1", LocalProcesses().free_port(()))) as server:
         assert server.getsockname()[1] > 0

@@ -61,7 +61,7 @@ class Supervised:
         self.settings = settings
         self.uid = uid or f"node-{secrets.token_hex(4)}"
         self.notices: list[Notice] = []
-        self.changes = 0
+        self.gpu_utilization: float | None = None  # of every GPU, as the agent reads it
         self._processes = processes or LocalProcesses()
         self._revision = 0
         self._loop_task: asyncio.Task[None] | None = None
@@ -86,8 +86,9 @@ class Supervised:
             node_uid=self.uid,
             processes=self._processes,
             probe=HttpProbe(),
-            on_change=self._count_change,
+            on_change=lambda: None,
             on_notice=self.notices.append,
+            gpu_utilization=lambda _: self.gpu_utilization,
         )
         await self.supervisor.adopt()
         self._loop_task = asyncio.create_task(self.supervisor.run())
@@ -110,9 +111,6 @@ class Supervised:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
             self._loop_task = None
-
-    def _count_change(self) -> None:
-        self.changes += 1
 
     def assign(self, *members: MemberSpec) -> None:
         """All that shall run from now on."""
@@ -173,6 +171,13 @@ async def inject(endpoint: str, kind: str, **values: float) -> None:
         session.post(f"{endpoint}/simulated/fault", json={"kind": kind, **values}) as response,
     ):
         assert response.status == 200, await response.text()
+
+
+async def gpu_utilization(endpoint: str) -> float:
+    """How busy the simulated engine says its GPUs are."""
+    async with aiohttp.ClientSession() as session, session.get(f"{endpoint}/simulated/gpu") as response:
+        value = await response.json()
+        return float(value["gpus"][0]["utilization"])
 
 
 def with_program(settings: EngineSettings, *words: str) -> EngineSettings:

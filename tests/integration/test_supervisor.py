@@ -19,7 +19,7 @@ from enova_agent.core.local import HeldReplica, HeldUpdate
 from enova_agent.core.model import Desired, ReplicaState
 from enova_agent.process import LocalProcesses
 from enova_common.errors import NotFound
-from enova_testing.supervised import QUICK, Supervised, complete, exists, inject, member, with_program
+from enova_testing.supervised import QUICK, Supervised, complete, exists, gpu_utilization, inject, member, with_program
 from enova_testing.waiting import until_async
 
 pytestmark = pytest.mark.network
@@ -155,6 +155,29 @@ async def test_an_engine_that_hangs_with_health_200_is_restarted(tmp_path: Path)
         await inject(before.endpoint, "hang")
         await agent.restarted(before, timeout_s=20.0)
         assert "no progress" in agent.noticed("EngineFailed")[0]
+
+
+async def test_an_engine_deep_in_a_step_is_left_alone_and_the_same_engine_hung_is_not(tmp_path: Path) -> None:
+    async with Supervised(tmp_path, HASTY) as agent:
+        agent.assign(member())
+        before = await agent.reaches(ReplicaState.READY)
+        request = asyncio.create_task(complete(before.endpoint, max_tokens=1000))
+        agent.supervisor.held(HeldUpdate(replicas={before.replica: HeldReplica(in_flight=1, silent_s=60.0)}))
+        await inject(before.endpoint, "slow", factor=100_000)  # one step now takes longer than the test
+        begun_s = time.monotonic()
+
+        async def time_passed() -> bool:
+            agent.gpu_utilization = await gpu_utilization(before.endpoint)
+            assert agent.view().in_routing, agent.view()
+            return time.monotonic() - begun_s > 3 * HASTY.hung_after_s
+
+        await until_async(time_passed, timeout_s=30.0)
+        assert (agent.view().pid, agent.view().state) == (before.pid, ReplicaState.READY)
+        await inject(before.endpoint, "hang")
+        agent.gpu_utilization = 0.0
+        await until_async(lambda: agent.view().state is not ReplicaState.READY, timeout_s=HASTY.hung_after_s + 3.0)
+        with pytest.raises(aiohttp.ClientError):
+            await request
 
 
 async def test_an_engine_that_ignores_sigterm_and_left_a_grandchild_ends_in_time(tmp_path: Path) -> None:
