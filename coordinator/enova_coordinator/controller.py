@@ -45,7 +45,7 @@ LAG_PERIOD_S = 0.1
 SET_TARGET_ATTEMPTS = 5
 SETTLE_S = 0.3                     # until what refused a write is seen here
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Fleet(Protocol):
@@ -176,6 +176,10 @@ class Controller:
             if error.reason == OUTCOME_UNKNOWN:
                 leadership.end(f"the outcome of a write is unknown: {error}")
             self._failed(str(error))
+        except Exception as error:
+            # A defect must cost a round, not the term: else the next leader meets it, and nobody leads.
+            log.exception("round failed")
+            self._failed(f"internal error: {type(error).__name__}: {error}")
         self.rounds += 1
 
     async def _step(self, leadership: Leadership) -> None:
@@ -254,7 +258,7 @@ class Controller:
                 raise
             return
         if not result.succeeded:
-            _log.info("refused, since the world moved on: a change of %s", change.subject)
+            log.info("refused, since the world moved on: a change of %s", change.subject)
             self._wake.set()
             return
         self._written = max(self._written, result.revision)
@@ -273,7 +277,7 @@ class Controller:
             self.events.record(SELF, "MassLoss", after.replacement_held, Severity.WARNING)
 
     def _failed(self, text: str) -> None:
-        _log.warning("round failed: %s", text)
+        log.warning("round failed: %s", text)
         self.last_error = text
         self.events.record(SELF, "RoundFailed", text, Severity.WARNING)
 

@@ -355,7 +355,9 @@ class World:
             all(agent.connected for agent in self.agents.values() if agent.up)
             and all(replica.status.state in resting and replica.intent is Intent.RUN for replica in self.replicas())
             and all(
-                engine.state is ReplicaState.READY for agent in self.agents.values() for engine in agent.engines.values()
+                engine.state is ReplicaState.READY
+                for agent in self.agents.values()
+                for engine in agent.engines.values()
             )
             and self.running() == {replica.name for replica in self.replicas() if replica.members}
             and not self.plan().changes

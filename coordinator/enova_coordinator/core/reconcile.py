@@ -283,7 +283,7 @@ def _standing(crew: Crew, variant: Variant, *, others_leaving: bool) -> tuple[De
     if reasons and not crew.new_ready and crew.target:
         return DeploymentState.FAILED, _kept(reasons[0], crew)
     waiting = [
-        f"{_short(replica)} is {replica.status.state}: {replica.status.reason}"
+        ": ".join(filter(None, (f"{_short(replica)} is {replica.status.state}", replica.status.reason)))
         for replica in crew.new
         if not is_ready(replica)
     ]
