@@ -35,7 +35,7 @@ import uvloop
 
 from enova_agent.core.model import LocalEngine, Route, RouteTarget
 from enova_agent.ingress.state import State, save_state
-from enova_agent.ingress.upstream import Limits, Upstream, endpoint_of_url
+from enova_agent.ingress.upstream import Limits, Upstream, UpstreamError, endpoint_of_url
 
 CLIENTS = 32
 STREAMS, CHUNKS = 100, 200
@@ -117,11 +117,16 @@ class Load:
 
     async def one(self, due_s: float | None = None) -> None:
         start_s = time.perf_counter() if due_s is None else due_s
-        answer = await self.upstream.request(
-            self.endpoint, "POST", "/v1/chat/completions", headers=HEADERS, body=BODY
-        )
-        await answer.read(1 << 20)
-        self.rows.append((start_s, time.perf_counter() - start_s, answer.status))
+        try:
+            answer = await self.upstream.request(
+                self.endpoint, "POST", "/v1/chat/completions", headers=HEADERS, body=BODY
+            )
+            await answer.read(1 << 20)
+            status = answer.status
+        except UpstreamError as error:
+            print(f"a request failed: {error}", file=sys.stderr)
+            status = 0
+        self.rows.append((start_s, time.perf_counter() - start_s, status))
 
     async def closed(self, duration_s: float) -> None:
         end_s = time.perf_counter() + duration_s

@@ -55,6 +55,7 @@ PEER_PREFIX = "spiffe://enova/ingress/"
 FORWARDED = ("content-type", "accept", "x-request-id", "traceparent", "tracestate")  # of a request, to the engine
 RETURNED = ("content-type", "x-request-id", "retry-after", "cache-control")          # of an engine's answer
 SERVER = {"server": "enova"}  # in place of the names and versions of the libraries
+AWAY_MAX = 1024  # addresses whose absence is remembered as logged
 WHOLE_BYTES_MAX = 1 << 20  # an answer of a known length up to this is passed on in one piece
 
 _log = logging.getLogger(__name__)
@@ -150,6 +151,7 @@ class HopClient:
         self._upstream = upstream
         self._router = router
         self._endpoint = endpoint
+        self._away: set[str] = set()  # addresses whose absence was logged
         self._loop = asyncio.get_running_loop()
 
     async def open(self, target: RouteTarget, errand: Errand) -> Answer:
@@ -163,8 +165,13 @@ class HopClient:
                 self._endpoint(target), "POST", PREFIX + errand.path, headers=headers, body=errand.body
             )
         except Unreachable as error:
-            _log.warning("%s is not reached at %s: %s", target.replica, target.hop_address, error)
+            if target.hop_address not in self._away:
+                _log.warning("node %s is not reached at %s: %s", target.node, target.hop_address, error)
+                if len(self._away) >= AWAY_MAX:
+                    self._away.clear()
+                self._away.add(target.hop_address)
             raise NotTaken(no_replica(errand.served_name), full=False, node_away=True) from error
+        self._away.discard(target.hop_address)
         load = load_of_header(response.headers.get(LOAD, ""))
         if load is not None:
             self._router.heard(target.replica, load, now_s=self._loop.time())

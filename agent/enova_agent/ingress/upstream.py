@@ -25,6 +25,10 @@ BUFFERED_BYTES_MAX = 256 * 1024
 HEAD_BYTES_MAX = 64 * 1024       # of an answer's status line and headers
 IDLE_CONNECTION_S = 2.5          # uvicorn, vLLM's server, closes idle connections after 5 s
 IDLE_CONNECTIONS_MAX = 512       # per endpoint
+CONNECT_SLICES = 5
+SMALL_BODY_BYTES = 48 * 1024     # fits every receive buffer: a host that lives acknowledges it though no program reads
+
+_THIS_HOST = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 class UpstreamError(Exception):
@@ -58,7 +62,7 @@ class Limits:
     connect_s: float = 0.5
     first_byte_s: float = 1800.0    # a prompt may wait and be read for minutes
     idle_s: float = 120.0           # between two pieces of an answer
-    unacknowledged_s: float = 1.0   # bytes sent to a host that is gone (TCP_USER_TIMEOUT)
+    unacknowledged_s: float = 1.0   # a request to another host, unless it is large: then ten times as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,20 +196,31 @@ class Upstream:
 
     async def _connect(self, endpoint: Endpoint) -> _Connection:
         loop = asyncio.get_running_loop()
+        connecting = loop.create_task(loop.create_connection(
+            lambda: _Connection(self, endpoint), endpoint.host, endpoint.port,
+            ssl=endpoint.tls, server_hostname=endpoint.host if endpoint.tls else None,
+        ))
+        taken = False
         try:
-            async with asyncio.timeout(self.limits.connect_s):
-                _, connection = await loop.create_connection(
-                    lambda: _Connection(self, endpoint),
-                    endpoint.host,
-                    endpoint.port,
-                    ssl=endpoint.tls,
-                    server_hostname=endpoint.host if endpoint.tls else None,
-                )
+            await self._in_time(connecting)
+            _, connection = await connecting
+            taken = True
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
-            raise Unreachable(f"{endpoint.host}:{endpoint.port}: {error or 'no connection in time'}") from error
+            raise Unreachable(f"{endpoint.host}:{endpoint.port}: {error}") from error
+        finally:
+            if not taken:
+                connecting.add_done_callback(_abandoned)
+                connecting.cancel()
         connection.check_peer()
-        connection.bound_unacknowledged(self.limits.unacknowledged_s)
         return connection
+
+    async def _in_time(self, connecting: asyncio.Task[tuple[asyncio.Transport, _Connection]]) -> None:
+        """Wait for a connection. The time counts in slices: a loop that was late has not given the peer its time."""
+        for _ in range(CONNECT_SLICES):
+            done, _ = await asyncio.wait((connecting,), timeout=self.limits.connect_s / CONNECT_SLICES)
+            if done:
+                return
+        raise TimeoutError(f"no connection within {self.limits.connect_s:g} s")
 
     def opened(self, connection: _Connection) -> None:
         """A connection is open (called by it)."""
@@ -243,6 +258,7 @@ class _Connection(asyncio.Protocol):
         self._head_done = False
         self._body_done = False
         self._reusable = False
+        self._unacknowledged_s = 0.0
         self._parts: list[bytes] = []
         self._parts_bytes = 0
         self._paused = False
@@ -270,6 +286,7 @@ class _Connection(asyncio.Protocol):
         self._headers, self._head_bytes = {}, 0
         self._head_done = self._body_done = self._reusable = False
         self._error = None
+        self._bound_unacknowledged(limits.unacknowledged_s * (1 if len(body) <= SMALL_BODY_BYTES else 10))
         self._last_byte_s = self._loop.time()
         self._timer = self._loop.call_later(limits.first_byte_s, self._check_silence)
         if len(body) < 16384:
@@ -326,9 +343,12 @@ class _Connection(asyncio.Protocol):
             self.abort()
             raise WrongPeer(f"the peer at {self.endpoint.host}:{self.endpoint.port} is not {self.endpoint.peer}")
 
-    def bound_unacknowledged(self, limit_s: float) -> None:
-        """Let the kernel end the connection when bytes that were sent stay unacknowledged."""
+    def _bound_unacknowledged(self, limit_s: float) -> None:
+        """Let the kernel end the connection when a host that is gone acknowledges nothing; this host is not gone."""
+        if self._unacknowledged_s == limit_s or self.endpoint.host in _THIS_HOST:
+            return
         assert self._transport is not None
+        self._unacknowledged_s = limit_s
         sock = self._transport.get_extra_info("socket")
         if sock is not None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limit_s * 1000))
@@ -459,6 +479,12 @@ class _Connection(asyncio.Protocol):
             self._wake()
         else:
             self._headers = {}
+
+
+def _abandoned(connecting: asyncio.Task[tuple[asyncio.Transport, _Connection]]) -> None:
+    """Nobody waits for this connection any more: close it if it was made all the same."""
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result()[1].abort()
 
 
 class _HeadTooLarge(Exception):
