@@ -1,4 +1,4 @@
-"""The agent's local socket: newest truth to every ingress, several at once, slow and lying peers, one agent a socket."""
+"""The agent's local socket: newest truth to every ingress, several at once, slow and lying peers, one agent each."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ async def test_a_peer_that_reads_slowly_gets_the_newest_of_each_kind(server: Loc
         server.set_routes(table(revision, size=2_000))
         await asyncio.sleep(0)
     transport.resume_reading()
-    revisions = []
+    revisions: list[int] = []
     while not revisions or revisions[-1] != 99:
         message = await peer.until(RoutesUpdate)
         assert isinstance(message, RoutesUpdate)
