@@ -59,6 +59,7 @@ def environment(folder: Path) -> dict[str, str]:
         "ENOVA_AGENT_SIMULATED_MODELS": str(models),
         "ENOVA_AGENT_ENGINE_KIND": "simulated",
         "ENOVA_AGENT_ENGINE_COMMAND": "enova-simulated-engine",
+        "ENOVA_AGENT_ENGINE_EXTRA_ARGUMENTS": "--simulated-time-scale,20",
     }
 
 
@@ -97,7 +98,8 @@ if namespaces_work():  # elsewhere it is not collected
         nodes = json.loads((one.folder / "etc" / "enova" / "nodes.json").read_text())
         assert {(node["name"], node["state"]) for node in nodes} == {("nodes/gpu-1", "READY"), ("nodes/gpu-2", "READY")}
         shell.type(f"for n in $(seq 12); do {ASK} >/dev/null; done", timeout_s=60)
-        until(lambda: served(one) and served(two), what="both hosts to have served what came in at gpu-2")
+        # One replica a host: whichever is at gpu-1 was reached by a hop.
+        until(lambda: served(two) == {"v1-0", "v1-1"}, what="both hosts to have served what came in at gpu-2")
 
         command = ["env", "-i", f"PATH={env['PATH']}", "enova", "--api", "gpu-1:7700", "get", "nodes", "-o", "json"]
         refused = subprocess.run(two.inside(*command), capture_output=True, text=True, check=False, timeout=30)
@@ -113,7 +115,8 @@ def listens(host: Host, port: int) -> bool:
     return subprocess.run(host.inside(sys.executable, "-c", trial), capture_output=True, check=False).returncode == 0
 
 
-def served(host: Host) -> bool:
-    """Whether the host's ingress has records of requests that its own engine served."""
-    folder = host.folder / "var" / "lib" / "enova" / "ingress" / "records"
-    return any(path.read_text().strip() for path in folder.glob("*.jsonl"))
+def served(entry: Host) -> set[str]:
+    """The replicas that served what came in at this host, by its ingress's request records."""
+    folder = entry.folder / "var" / "lib" / "enova" / "ingress" / "records"
+    rows = [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+    return {row["replica"].rpartition("/")[2] for row in rows if row["outcome"] == "FINISHED"}
