@@ -238,12 +238,12 @@ class Controller:
     def _tell(self, snapshot: Snapshot) -> None:
         for assignment in snapshot.assignments.values():
             if self._assigned.get(assignment.name) != assignment.revision:
-                self._assigned[assignment.name] = assignment.revision
                 self._fleet.assign(assignment.name.replace("assignments/", "nodes/"), assignment)
+                self._assigned[assignment.name] = assignment.revision
         table = next_table(self.table, snapshot)
         if table is not self.table:
-            self.table = table
             self._fleet.route(table)
+            self.table = table
 
     async def _apply(self, leadership: Leadership, change: Change) -> None:
         try:

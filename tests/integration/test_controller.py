@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
@@ -40,13 +41,21 @@ from enova_coordinator.store import (
     ModRevisionIs,
     Operation,
     Put,
+    Store,
     TransactionResult,
     codec,
 )
+from enova_coordinator.store.etcd import EtcdSettings, EtcdStore
 from enova_coordinator.store.sqlite import SqliteStore
+from enova_testing.etcd_server import EtcdServer
 from enova_testing.waiting import until_async
 
 GIB = 1 << 30
+ON_BOTH = pytest.mark.parametrize(
+    "real_store",
+    ["sqlite", pytest.param("etcd", marks=[pytest.mark.etcd, pytest.mark.network])],
+    indirect=True,
+)
 SETTINGS = ControllerSettings(interval_s=0.1, pause_s=0.001, liveness=LivenessLimits(takeover_grace_s=0.0))
 
 
@@ -56,6 +65,7 @@ class ObedientFleet:
     def __init__(self) -> None:
         self.reports: dict[str, NodeReport] = {}
         self.tables: list[RouteTable] = []
+        self.defect: Exception | None = None
         self.wake: Callable[[], None] = lambda: None
 
     def connect(self, node: Node) -> None:
@@ -82,20 +92,27 @@ class ObedientFleet:
         self.wake()
 
     def route(self, table: RouteTable) -> None:
+        if self.defect is not None:
+            defect, self.defect = self.defect, None
+            raise defect
         self.tables.append(table)
 
 
-class FaultyStore(SqliteStore):
-    """A store whose next transaction on a key happens, or not, and then fails in a given way."""
+class FaultyStore:
+    """A store whose next transaction on a key fails in a given way, before it is carried out."""
 
-    fail_on = ""
-    failure: Exception | None = None
+    def __init__(self, store: Store) -> None:
+        self.fail_on = ""
+        self.failure: Exception | None = None
+        self._store = store
+        self.get, self.range, self.watch = store.get, store.range, store.watch
+        self.lease, self.compact, self.close = store.lease, store.compact, store.close
 
     async def transact(self, compares: Sequence[Compare], operations: Sequence[Operation]) -> TransactionResult:
         if self.failure is not None and any(self.fail_on in operation.key for operation in operations):
             failure, self.failure = self.failure, None
             raise failure
-        return await super().transact(compares, operations)
+        return await self._store.transact(compares, operations)
 
 
 @dataclass
@@ -146,8 +163,23 @@ def decision(actor: str = "policy/p") -> Decision:
 
 
 @pytest.fixture
-async def coordinator() -> AsyncIterator[Coordinator]:
-    store = await FaultyStore.open(":memory:")
+async def real_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    if getattr(request, "param", "sqlite") == "sqlite":
+        store: Store = await SqliteStore.open(":memory:")
+        yield store
+        await store.close()
+        return
+    server = EtcdServer(tmp_path)
+    server.start()
+    store = await EtcdStore.open(EtcdSettings(endpoints=(server.endpoint,)))
+    yield store
+    await store.close()
+    server.kill()
+
+
+@pytest.fixture
+async def coordinator(real_store: Store) -> AsyncIterator[Coordinator]:
+    store = FaultyStore(real_store)
     fleet = ObedientFleet()
     loop = asyncio.get_running_loop()
     mirror = Mirror(store)
@@ -176,9 +208,9 @@ async def coordinator() -> AsyncIterator[Coordinator]:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-    await store.close()
 
 
+@ON_BOTH
 async def test_a_deployment_becomes_ready_and_routed_and_leaves_nothing_when_deleted(coordinator: Coordinator) -> None:
     await coordinator.deploy(DeploymentSpec(model="m", replicas=2))
     await coordinator.ready(2)
@@ -193,6 +225,7 @@ async def test_a_deployment_becomes_ready_and_routed_and_leaves_nothing_when_del
     await until_async(lambda: "chat" not in coordinator.fleet.tables[-1].routes)
 
 
+@ON_BOTH
 async def test_a_decision_and_its_target_are_written_at_one_revision(coordinator: Coordinator) -> None:
     await coordinator.deploy(DeploymentSpec(model="m", min=1, max=4))
     await coordinator.ready(1)
@@ -279,6 +312,7 @@ async def test_who_does_not_lead_sets_no_target(coordinator: Coordinator) -> Non
     assert caught.value.reason == "NOT_LEADER"
 
 
+@ON_BOTH
 async def test_a_write_of_unknown_outcome_ends_the_term_and_the_next_one_goes_on(coordinator: Coordinator) -> None:
     coordinator.store.fail_on = "replicas/chat/"
     coordinator.store.failure = TimedOut("no answer", reason=OUTCOME_UNKNOWN)
@@ -333,3 +367,12 @@ async def test_a_user_s_change_between_look_and_write_wins(coordinator: Coordina
     assert (await coordinator.deployment()).spec.priority == 19
     variants, _ = await coordinator.store.range(codec.prefix("variants"))
     assert [codec.decode_as(Variant, entry.value).retired for entry in variants] == [False]
+
+
+async def test_a_defect_costs_a_round_and_not_the_term(coordinator: Coordinator) -> None:
+    coordinator.fleet.defect = KeyError("a defect")
+    await coordinator.deploy(DeploymentSpec(model="m", replicas=1))
+    await coordinator.ready(1)
+    await until_async(lambda: coordinator.fleet.tables[-1].routes["chat"].targets)
+    assert len(coordinator.leaderships) == 1
+    assert any("internal error: KeyError" in event.message for event in coordinator.controller.events.list())
