@@ -154,6 +154,13 @@ async def test_strangers_certificates_do_not_connect(
             await EtcdStore.open(wrong)
 
 
+def test_own_certificate_that_is_no_good_is_named(tmp_path: Path) -> None:
+    junk = tmp_path / "junk.pem"
+    junk.write_text("no certificate")
+    with pytest.raises(certs.BadCertificate, match=str(junk)):
+        EtcdStore(EtcdSettings(endpoints=("127.0.0.1:1",), ca_file=junk, certificate_file=junk, key_file=junk))
+
+
 # -- members that are away ----------------------------------------------------------------------------------------
 
 

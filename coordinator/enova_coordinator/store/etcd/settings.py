@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 
 from enova_common.address import parse_address
+from enova_common.certs import check_certificate
 from enova_common.errors import InvalidField
 
 
@@ -49,9 +51,14 @@ def check_settings(settings: EtcdSettings) -> None:
 
 
 def channel_credentials(settings: EtcdSettings) -> grpc.ChannelCredentials | None:
-    """TLS with the files of the settings, read now; None for plaintext."""
+    """TLS with the files of the settings, read now; None for plaintext.
+
+    Raises BadCertificate for one that is out of date: from the other side gRPC would only hear a closed connection.
+    """
     if settings.ca_file is None:
         return None
+    if settings.certificate_file is not None:
+        check_certificate(settings.certificate_file, time.time())
     return grpc.ssl_channel_credentials(
         root_certificates=_read(settings.ca_file, "ca_file"),
         private_key=_read(settings.key_file, "key_file"),
