@@ -54,6 +54,10 @@ class Supervisor(Protocol):
         """What enova itself asked of each engine."""
         ...
 
+    def resident_bytes(self) -> Mapping[str, int]:
+        """What the processes of each engine hold in memory."""
+        ...
+
     def logs(self, replica: str, *, tail_lines: int, follow: bool) -> AsyncIterator[list[str]]:
         """Lines of a replica's engine."""
         ...
@@ -97,22 +101,26 @@ class EngineFigures:
     def scrapes(self) -> Mapping[str, EngineScrape]:
         """The newest scrape of each replica."""
         canaries = self._supervisor.canaries()
+        memory = self._supervisor.resident_bytes()
         views = {view.replica: view for view in self._supervisor.views()}
         return {
-            name: _engine_scrape(name, scrape, canaries.get(name, CanaryCount()), views[name])
+            name: _engine_scrape(views[name], scrape, canaries.get(name, CanaryCount()), memory.get(name))
             for name, scrape in self._supervisor.scrapes().items()
             if name in views and scrape.time_s > 0
         }
 
 
-def _engine_scrape(name: str, scrape: Scrape, canaries: CanaryCount, view: ReplicaView) -> EngineScrape:
+def _engine_scrape(
+    view: ReplicaView, scrape: Scrape, canaries: CanaryCount, resident_bytes: int | None
+) -> EngineScrape:
     return EngineScrape(
-        replica=name,
+        replica=view.replica,
         # A process id may come again, a process with the same start time does not.
         instance=f"{view.uid}.{view.pid}.{view.start_time_s:.3f}",
         taken_s=scrape.time_s,
         metrics=scrape.metrics,
         error=scrape.error,
+        resident_memory_bytes=None if resident_bytes is None else float(resident_bytes),
         canaries=CanaryCounts(
             started=canaries.started,
             finished=canaries.requests,

@@ -112,6 +112,11 @@ class Replica:
         """The engine's URL; empty while there is none."""
         return f"http://{command.LOOPBACK}:{self.port}" if self.port else ""
 
+    @property
+    def resident_bytes(self) -> int | None:
+        """What its processes hold in memory, as last measured; None before the first time."""
+        return None if self._usage is None else self._usage.resident_bytes
+
     def view(self) -> ReplicaView:
         """What the coordinator is told."""
         held = self._held

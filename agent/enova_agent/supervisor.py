@@ -147,6 +147,11 @@ class Supervisor:
         """What enova itself asked of each engine since it started: its counters hold that too."""
         return {name: replica.watch.canaries for name, replica in self._replicas.items() if replica.watch is not None}
 
+    def resident_bytes(self) -> Mapping[str, int]:
+        """What the processes of each engine hold in memory, where it was measured."""
+        known = ((name, replica.resident_bytes) for name, replica in self._replicas.items())
+        return {name: size for name, size in known if size is not None}
+
     async def logs(self, replica: str, *, tail_lines: int, follow: bool) -> AsyncIterator[list[str]]:
         """Lines of a replica's engine, safe to print; with `follow` until the caller stops. Raises NotFound."""
         known = self._replicas.get(replica)
