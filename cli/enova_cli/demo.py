@@ -18,13 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -32,13 +31,13 @@ from rich.table import Table
 from enova.v1 import cluster_pb2, decision_service_pb2
 from enova_cli.client import Client
 from enova_cli.commands.deployments import apply_deployment, wait_ready
-from enova_cli.commands.load import measured_load, trace_requests
+from enova_cli.commands.load import decision_rows, measured_load, trace_requests
 from enova_cli.load.generator import Progress, Target
 from enova_cli.load.report import Report, report_table, summary_lines
 from enova_cli.manifest import parse_manifest
 from enova_cli.output import Format, short
 from enova_cli.plain import enum_word, rfc3339, to_plain
-from enova_cli.up.layout import TOKEN_VARIABLE
+from enova_cli.up.leftovers import remaining
 from enova_common.errors import EnovaError, TimedOut
 
 UP_TIMEOUT_S = 60.0
@@ -59,6 +58,7 @@ class Scenario:
     load_s: float  # model time of the trace that is replayed
     ready_timeout_s: float
     scales: bool  # whether the load is such that the policy must act
+    every: int = 1  # of the trace's requests, one of so many is sent
     output_tokens_max: int = 1_000_000
 
 
@@ -70,13 +70,14 @@ SIMULATED = Scenario(
         "min": 1,
         "max": 6,
         "objectives": {"ttft_p95_s": 1.0, "tpot_p95_s": 0.05},
-        # Few sequences a replica: one carries a third of the trace's rate, so that the load must be shared.
+        # Few sequences a replica: one carries less than half of the trace's rate, so that the load must be shared.
         "configuration": {"max_num_seqs": 4, "max_model_len": 8192},
     },
     time_scale=20.0,
-    load_s=540.0,
+    load_s=900.0,
     ready_timeout_s=60.0,
     scales=True,
+    every=2,
 )
 
 
@@ -125,13 +126,12 @@ class Demo:
     async def run(self) -> int:
         """The whole demonstration; the exit code."""
         process = await self._start()
-        token = (self.directory / "token").read_text().strip()
         try:
             async with Client([self._facts["api"]], None) as client:
                 await self._show(client)
         finally:
             await self._end(process)
-        left = await asyncio.to_thread(_processes_with, token)
+        left = await asyncio.to_thread(remaining, self.directory)
         self._check("no process is left", ", ".join(left), passed=not left)
         return self._verdict()
 
@@ -171,21 +171,19 @@ class Demo:
         if self.scenario.scales:
             decisions = await self._scaled_in(client, deployment.name)
             self._check_decisions(decisions)
+            report = replace(report, decisions=decision_rows(decisions))
         self._print_report(report)
 
     async def _drive(self, client: Client, name: str) -> Report:
         """Replay the trace, watch, and kill an engine on the way."""
-        trace = resources.files("enova_cli.samples") / "azure_conv_first9min.csv.gz"
+        trace = resources.files("enova_cli.samples") / "azure_conv_first15min.csv.gz"
         with resources.as_file(trace) as path:
             requests = [r for r in trace_requests(path, seed=0) if r.arrival_s < self.scenario.load_s]
+        requests = requests[:: self.scenario.every]
         limit = self.scenario.output_tokens_max
         if limit < 1_000_000:
-            import dataclasses
-
             requests = [
-                dataclasses.replace(
-                    r, prompt_tokens=min(r.prompt_tokens, 8 * limit), output_tokens=min(r.output_tokens, limit)
-                )
+                replace(r, prompt_tokens=min(r.prompt_tokens, 8 * limit), output_tokens=min(r.output_tokens, limit))
                 for r in requests
             ]
         target = Target(url=self._facts["openai"], model=short(name), time_scale=self.scenario.time_scale)
@@ -220,11 +218,12 @@ class Demo:
         self.console.print(f"killed the engine of {self.killed}")
 
         async def recovered() -> bool:
-            replicas = await self._ready(client, name, wanted)
-            return any(r.pid != replica.pid for r in replicas) and all(r.pid != replica.pid for r in replicas)
+            return any(
+                now.name == replica.name and now.pid != replica.pid for now in await self._ready(client, name, wanted)
+            )
 
         await _poll(recovered)
-        detail = f"{wanted} ready again after {time.monotonic() - began:.1f} s"
+        detail = f"{self.killed} is ready again after {time.monotonic() - began:.1f} s"
         self._check("a killed engine comes back", detail, passed=True)
 
     async def _ready(self, client: Client, name: str, wanted: int) -> list[cluster_pb2.Replica]:
@@ -312,18 +311,6 @@ async def _poll(condition: Callable[[], Awaitable[Any]]) -> Any:
             if value:
                 return value
         await asyncio.sleep(POLL_S)
-
-
-def _processes_with(token: str) -> list[str]:
-    """Processes of the fleet that are still there: programs carry the token, engines the name of their replica."""
-    left = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            environment = process.environ()
-            engine = environment.get("ENOVA_REPLICA", "").startswith("deployments/demo/")
-            if (environment.get(TOKEN_VARIABLE) == token or engine) and process.pid != os.getpid():
-                left.append(f"{process.pid} {process.name()}")
-    return left
 
 
 def _view(deployment: cluster_pb2.Deployment, replicas: list[cluster_pb2.Replica], progress: Progress) -> Table:

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from enova_cli.up.leftovers import remaining
 from enova_testing.waiting import until
 
 READY_TIMEOUT_S = 60.0
@@ -94,9 +93,8 @@ class UpFleet:
         return self.process.wait(STOP_TIMEOUT_S)
 
     def left(self) -> list[str]:
-        """Processes of this fleet that are still there: programs by their token, engines by their node's folder."""
-        token = (self.data_dir / "token").read_text().strip()
-        return processes_of(token, self.data_dir)
+        """Processes of this fleet that are still there, engines included."""
+        return remaining(self.data_dir)
 
     def logs(self) -> str:
         """The ends of all programs' logs, for a failing test."""
@@ -120,19 +118,6 @@ def run_enova(
         check=False,
     )
     return Result(done.returncode, done.stdout, done.stderr)
-
-
-def processes_of(token: str, data_dir: Path) -> list[str]:
-    """Every process that carries the token of a data directory, or runs an engine of one of its nodes."""
-    left = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            environment = process.environ()
-            mine = environment.get("ENOVA_UP_TOKEN") == token
-            engine = "ENOVA_ENGINE_TOKEN" in environment and str(data_dir) in " ".join(environment.values())
-            if (mine or engine) and process.pid != os.getpid():
-                left.append(f"{process.pid} {' '.join(process.cmdline())[:120]}")
-    return left
 
 
 @contextlib.contextmanager

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 
-from enova.v1 import cluster_pb2
+from enova.v1 import cluster_pb2, decision_service_pb2
 from enova_cli.client import Client
 from enova_cli.commands.deployments import Duration
 from enova_cli.context import Context, pass_context
@@ -121,11 +122,13 @@ async def measured_load(
         with contextlib.suppress(asyncio.CancelledError):
             await watch
     decisions = [d for d in reversed(await client.list_decisions(deployment)) if d.name not in before]
-    rows = [
-        {key: plain[key] for key in ("create_time", "actor", "action", "from_replicas", "to_replicas", "reason")}
-        for plain in map(to_plain, decisions)
-    ]
-    return summarise(results, gpu_seconds=cost.gpu_seconds, decisions=rows)
+    return summarise(results, gpu_seconds=cost.gpu_seconds, decisions=decision_rows(decisions))
+
+
+def decision_rows(decisions: Iterable[decision_service_pb2.Decision]) -> list[dict[str, Any]]:
+    """What a report says of each decision."""
+    keys = ("create_time", "actor", "action", "from_replicas", "to_replicas", "reason")
+    return [{key: plain[key] for key in keys} for plain in map(to_plain, decisions)]
 
 
 @click.command()

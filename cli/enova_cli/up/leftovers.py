@@ -1,20 +1,29 @@
-"""What an earlier `enova up` on the same data directory left running, found by token and ended.
+"""The processes of one data directory: what an earlier `enova up` left running, and what is left after one.
 
-Engines are not touched: their agents' journals know them, and the new agents adopt them.
+Programs carry the directory's token in their environment, engines a token that begins with their node's uid.
 """
 
 from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
 from enova_cli.up.layout import TOKEN_VARIABLE
 
 END_TIMEOUT_S = 5.0
+ENGINE_VARIABLE = "ENOVA_ENGINE_TOKEN"
 
 
 def end_leftovers(token: str) -> list[int]:
-    """End every process that carries the token; their pids."""
-    found = [process for process in psutil.process_iter() if _has_token(process, token)]
+    """End every program that carries the token; their pids.
+
+    Engines are not touched: their agents' journals know them, and the new agents adopt them.
+    """
+    found = _find(lambda environment: environment.get(TOKEN_VARIABLE) == token)
     for process in found:
         process.terminate()
     _, alive = psutil.wait_procs(found, timeout=END_TIMEOUT_S)
@@ -24,8 +33,31 @@ def end_leftovers(token: str) -> list[int]:
     return [process.pid for process in found]
 
 
-def _has_token(process: psutil.Process, token: str) -> bool:
+def remaining(data_dir: Path) -> list[str]:
+    """Every program and engine of a data directory that still runs, as "pid command"."""
+    token = (data_dir / "token").read_text().strip()
+    uids = tuple(json.loads(path.read_text())["uid"] + "." for path in data_dir.glob("nodes/*/agent/node.json"))
+
+    def ours(environment: dict[str, str]) -> bool:
+        engine = environment.get(ENGINE_VARIABLE, "")
+        return environment.get(TOKEN_VARIABLE) == token or (bool(uids) and engine.startswith(uids))
+
+    return [f"{process.pid} {_command(process)}" for process in _find(ours)]
+
+
+def _find(wanted: Callable[[dict[str, str]], bool]) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and wanted(process.environ()):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue  # gone, or somebody else's
+    return found
+
+
+def _command(process: psutil.Process) -> str:
     try:
-        return process.environ().get(TOKEN_VARIABLE) == token
+        return " ".join(process.cmdline())
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-        return False  # gone, or somebody else's
+        return "gone meanwhile"
