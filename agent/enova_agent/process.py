@@ -232,7 +232,7 @@ class LocalProcesses:
                 break
         left = len(self._living(process, everywhere=True))
         if left == 0:
-            self._members.pop(process.token, None)
+            self._reap(self._members.pop(process.token, set()))
             if folder is not None:
                 with contextlib.suppress(OSError):  # busy until the last zombie is reaped; the next run makes another
                     folder.rmdir()
@@ -307,6 +307,13 @@ class LocalProcesses:
             with contextlib.suppress(ChildProcessError):  # its owner fetched the status in this instant
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
         self._zombies = zombies
+
+    def _reap(self, members: set[tuple[int, int]]) -> None:
+        """Orphans of a dead engine that fell to this process; `wait` sees to the first process itself."""
+        for pid, _ in members:
+            if pid not in self._first:
+                with contextlib.suppress(ChildProcessError):  # another parent's, or reaped
+                    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
 
     def _living(self, process: EngineProcess, *, everywhere: bool) -> list[procfs.Stat]:
         """The engine's living processes; `everywhere` also searches all environments for its token (slow)."""
