@@ -6,6 +6,8 @@ kept for a day, and answers a repetition with what the first one made.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable
@@ -16,11 +18,13 @@ from google.protobuf.message import Message
 
 from enova_common.errors import Conflict, InvalidField, NotFound
 from enova_coordinator.core.model import Deployment, Node, Replica, RequestRecord
-from enova_coordinator.service.leading import Chair
+from enova_coordinator.service.leading import Chair, Leading
 from enova_coordinator.store import Compare, Delete, ModRevisionIs, Operation, Put, Store, codec
 
 REQUEST_KEEP_S = 86_400.0
 ATTEMPTS_MAX = 10                  # the leader writes beside users; each attempt reads anew
+SEEN_TIMEOUT_S = 1.0
+SEEN_POLL_S = 0.005
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 V = TypeVar("V", Deployment, Node, Replica)
@@ -107,8 +111,9 @@ class Writes:
             if by.id:
                 compares.append(ModRevisionIs(codec.key(by.record_name), 0))
                 operations.append(Put(codec.key(by.record_name), codec.encode(self._record(by, name))))
-            if (await self._store.transact(compares, operations)).succeeded:
-                leading.control.wake()
+            result = await self._store.transact(compares, operations)
+            if result.succeeded:
+                await self._seen(leading, result.revision)
                 return after
             if not leading.fence.is_leading():
                 raise self._chair.refusal()
@@ -122,6 +127,15 @@ class Writes:
             key = codec.key(by.record_name)
             compares = [self._chair.leading().fence.guard(), ModRevisionIs(key, 0)]
             await self._store.transact(compares, [Put(key, codec.encode(self._record(by, name)))])
+
+    @staticmethod
+    async def _seen(leading: Leading, revision: int) -> None:
+        """Wait a moment until the leader looks at a state that has the write: callers read what they wrote."""
+        leading.control.wake()
+        with contextlib.suppress(TimeoutError):  # a busy leader sees it later; the write stands
+            async with asyncio.timeout(SEEN_TIMEOUT_S):
+                while leading.control.snapshot.revision < revision:
+                    await asyncio.sleep(SEEN_POLL_S)
 
     async def _read(self, kind: type[V], name: str) -> tuple[V | None, int]:
         entry = await self._store.get(codec.key(name))
