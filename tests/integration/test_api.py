@@ -426,7 +426,7 @@ async def test_verdicts_are_listed(api: Api, agent: ScriptedAgent) -> None:
     assert not answer.verdicts
 
 
-@pytest.mark.parametrize("name", ["", "nodes/", "deployments/a/b", "deployments/ä", "../x", "deployments/" + "a" * 9999])
+@pytest.mark.parametrize("name", ["", "nodes/", "deployments/a/b", "deployments/ä", "..", "deployments/" + "a" * 9999])
 async def test_a_name_that_cannot_be_is_refused_with_its_field(api: Api, name: str) -> None:
     error = await refused(api.GetDeployment(deployment_service_pb2.GetDeploymentRequest(name=name)))
     assert error.field == "name"
