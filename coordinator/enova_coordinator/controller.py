@@ -189,6 +189,8 @@ class Controller:
             # It cannot happen; if it did, every further placement would rest on it.
             self._failed("; ".join(problems))
             return
+        for name, problem in self._mirror.unreadable.items():
+            self.events.record(name, "Unreadable", problem, Severity.WARNING)
         if self._is_quiet(snapshot):
             return
         self._tell(snapshot)

@@ -53,7 +53,7 @@ class Mirror:
         self.assignments: dict[str, Assignment] = {}
         self.revisions: dict[str, int] = {}
         self.unreadable: dict[str, str] = {}
-        """Keys whose values cannot be decoded, with the reason: their objects are left as they were."""
+        """Names of objects that cannot be decoded, with the reason: they and what they own are left alone."""
         self.changed = changed
         """Called after each change."""
         self._store = store
@@ -94,6 +94,7 @@ class Mirror:
             nodes=views,
             revisions=dict(self.revisions),
             replacement_held=liveness.replacement_held,
+            unreadable=frozenset(self.unreadable),
         )
 
     async def _list(self) -> None:
@@ -105,8 +106,8 @@ class Mirror:
         else:
             raise Unavailable("the store changes too fast to be listed at one revision", reason="STORE_BUSY")
         entries = [entry for found, _ in listings for entry in found]
-        listed = {codec.name(entry.key) for entry in entries}
-        for name in set(self.revisions) - listed:
+        listed = {_name(entry.key) for entry in entries}
+        for name in {*self.revisions, *self.unreadable} - listed:
             self._drop(name)
         for entry in entries:
             self._keep(entry)
@@ -131,22 +132,24 @@ class Mirror:
         if isinstance(event, Changed):
             self._keep(event.entry)
         else:
-            self._drop(codec.name(event.key))
+            self._drop(_name(event.key))
 
     def _keep(self, entry: Entry) -> None:
+        name = _name(entry.key)
         try:
-            name, value = codec.name(entry.key), codec.decode(entry.value, key=entry.key)
-        except (EnovaError, ValueError) as error:
+            value = codec.decode(entry.value, key=entry.key)
+        except EnovaError as error:
             # One object that cannot be read must not blind the leader for all others: it is left alone, and named.
-            self.unreadable[entry.key] = str(error)
+            self.unreadable[name] = str(error)
             _log.error("left alone: %s", error)
             return
-        self.unreadable.pop(entry.key, None)
+        self.unreadable.pop(name, None)
         self.revisions[name] = entry.mod_revision
         self._place(name, value)
 
     def _drop(self, name: str) -> None:
         self.revisions.pop(name, None)
+        self.unreadable.pop(name, None)
         for values in (self.deployments, self.variants, self.replicas, self.nodes, self.assignments):
             values.pop(name, None)
 
@@ -169,6 +172,13 @@ class Mirror:
 
 
 _PREFIXES = tuple(codec.prefix(collection) for collection in COLLECTIONS)
+
+
+def _name(key: str) -> str:
+    try:
+        return codec.name(key)
+    except ValueError:
+        return key                 # nobody's object: it is listed as unreadable under its key
 
 
 def _view(node: Node, liveness: Liveness, observation: NodeObservation | None, *, now_s: float) -> NodeView:

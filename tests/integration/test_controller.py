@@ -353,7 +353,7 @@ async def test_a_value_that_cannot_be_read_is_left_alone_and_blinds_nobody(coord
     entry = await coordinator.store.get(key)
     assert entry is not None
     assert entry.value == data
-    assert "version 99" in coordinator.controller._mirror.unreadable[key]
+    assert "version 99" in coordinator.controller._mirror.unreadable["deployments/broken"]
 
 
 async def test_a_user_s_change_between_look_and_write_wins(coordinator: Coordinator) -> None:

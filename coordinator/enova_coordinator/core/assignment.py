@@ -18,14 +18,20 @@ class AssignmentSettings:
 def changed_assignments(snapshot: Snapshot, settings: AssignmentSettings) -> tuple[Assignment, ...]:
     """The assignments that are not yet what the replicas of the snapshot ask for.
 
+    What belongs to a deployment that cannot be read stays assigned as it is: engines outlive a coordinator's defects.
     Revisions are at least the store's own, so that they grow even for a node that was deleted and came back.
     """
     wanted = _members(snapshot, settings)
+    frozen = snapshot.frozen
     changed: list[Assignment] = []
     for node in sorted(snapshot.nodes):
         name = node.replace("nodes/", "assignments/")
+        if name in snapshot.unreadable:
+            continue
         before = snapshot.assignments.get(name)
-        members = tuple(sorted(wanted.get(node, ()), key=lambda member: (member.replica, member.member.rank)))
+        kept = [member for member in before.members if _owner(member) in frozen] if before is not None else []
+        found = kept + [member for member in wanted.get(node, ()) if _owner(member) not in frozen]
+        members = tuple(sorted(found, key=lambda member: (member.replica, member.member.rank)))
         if before is None or before.members != members:
             revision = max(before.revision + 1 if before is not None else 1, snapshot.revision)
             changed.append(Assignment(name=name, revision=revision, members=members))
@@ -41,6 +47,10 @@ def _members(snapshot: Snapshot, settings: AssignmentSettings) -> dict[str, list
         for member in replica.members:
             members.setdefault(member.node, []).append(_assigned(replica, variant, member, settings))
     return members
+
+
+def _owner(member: AssignedMember) -> str:
+    return member.replica.rpartition("/replicas/")[0]
 
 
 def _assigned(replica: Replica, variant: Variant, member: Member, settings: AssignmentSettings) -> AssignedMember:

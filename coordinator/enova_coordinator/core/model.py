@@ -486,6 +486,13 @@ class Snapshot:
     assignments: Mapping[str, Assignment] = field(default_factory=dict)
     revisions: Mapping[str, int] = field(default_factory=dict)  # mod revision by full name
     replacement_held: str = ""     # why nothing lost may be replaced now (mass loss); "" = it may
+    unreadable: frozenset[str] = frozenset()  # names of stored objects that this release cannot read
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Deployments of which something cannot be read: nothing of theirs is started, stopped or written."""
+        parts = (name.split("/") for name in self.unreadable if name.startswith("deployments/"))
+        return frozenset("/".join(part[:2]) for part in parts)
 
     def replicas_of(self, deployment: str) -> tuple[Replica, ...]:
         """A deployment's replicas, oldest first."""

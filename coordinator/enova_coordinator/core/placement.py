@@ -1,10 +1,11 @@
 """Which GPUs a replica gets: a whole set of one type on one node, or for each node the reason why not.
 
-A GPU is free if no replica in the store claims it (whatever its state: claims end with the record) and its last
-report shows the memory that the engine will ask for. A node that reports engines which the store does not know is
-left alone until its agent ended them. Among the nodes that have room: those where the variant did not fail, then
-those with the fewest replicas of the same deployment (spread), then the fullest (best fit). Within a node: the
-smallest run of neighbouring free indexes that fits, since neighbours share switches and islands.
+A GPU is free if no replica in the store claims it (whatever its state: claims end with the record), no assignment
+gives it to one, and its last report shows the memory that the engine will ask for. A node that reports engines which
+the store does not know is left alone until its agent ended them. Among the nodes that have room: those where the
+variant did not fail, then those with the fewest replicas of the same deployment (spread), then the fullest (best
+fit). Within a node: the smallest run of neighbouring free indexes that fits, since neighbours share switches and
+islands.
 """
 
 from __future__ import annotations
@@ -59,6 +60,12 @@ class Inventory:
         for replica in replicas:
             known.add((replica.name, replica.uid))
             self._hold(replica)
+        for assignment in snapshot.assignments.values():
+            # What a node was last told to run holds its GPUs even if the record is gone or cannot be read.
+            for assigned in assignment.members:
+                known.add((assigned.replica, assigned.uid))
+                for claim in assigned.member.claims:
+                    self._unheld.get(assigned.member.node, {}).pop(claim.gpu_uuid, None)
         self._strangers = {view.node.name: _strangers(view, known) for view in self._nodes}
 
     def give(self, replica: Replica) -> None:

@@ -142,7 +142,7 @@ class Draft:
         ]
         for name in self.snapshot.assignments:
             node = name.replace("assignments/", "nodes/")
-            if node not in self.snapshot.nodes:
+            if node not in self.snapshot.nodes and node not in self.snapshot.unreadable:
                 changes.append(Change(subject=node, writes=(self._delete(name),)))
         for owner in sorted({*self.snapshot.deployments, *self.owners()}):
             changes += self._changes(owner)

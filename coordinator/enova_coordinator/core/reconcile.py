@@ -51,20 +51,23 @@ class ReconcileLimits:
 def reconcile(snapshot: Snapshot, *, now_s: float, limits: ReconcileLimits) -> Plan:
     """The changes that one round wants; empty when everything is as it should be."""
     draft = Draft(snapshot)
+    frozen = snapshot.frozen
     for replica in snapshot.replicas.values():
-        _observe(draft, replica, now_s)
+        if replica.deployment not in frozen:
+            _observe(draft, replica, now_s)
     for replica in tuple(draft.replicas.values()):
-        if gone(replica, snapshot, lost_grace_s=limits.lost_grace_s):
+        if replica.deployment not in frozen and gone(replica, snapshot, lost_grace_s=limits.lost_grace_s):
             _remove(draft, replica)
     for owner in draft.owners():
         deployment = draft.deployments.get(owner)
-        if deployment is None or deployment.deleting:
+        if owner not in frozen and (deployment is None or deployment.deleting):
             _wind_down(draft, owner, now_s)
     # Claims that this round removes count still: their removal may be refused where a placement is not.
     inventory = Inventory(snapshot, snapshot.replicas.values())
     living = (deployment for deployment in draft.deployments.values() if not deployment.deleting)
     for deployment in sorted(living, key=lambda each: (each.spec.priority, each.create_time_s, each.name)):
-        _Round(draft, inventory, deployment, now_s, limits).run()
+        if deployment.name not in frozen:
+            _Round(draft, inventory, deployment, now_s, limits).run()
     return draft.plan(changed_assignments(snapshot, limits.assignment))
 
 
@@ -128,7 +131,8 @@ class _Round:
         if replica.status.state is not ReplicaState.LOST or snapshot.replacement_held:
             return False
         views = [snapshot.nodes.get(member.node) for member in replica.members]
-        return any(
+        readable = (member.node not in snapshot.unreadable for member in replica.members)
+        return all(readable) and any(
             view is None or (view.state is NodeState.LOST and view.state_age_s >= self.limits.lost_grace_s)
             for view in views
         )

@@ -37,7 +37,8 @@ def observed_status(replica: Replica, snapshot: Snapshot, *, now_s: float) -> Re
     lost = _lost_reason(replica, snapshot)
     if lost:
         return _entered(before, replace(before, state=ReplicaState.LOST, reason=lost), now_s)
-    if any(snapshot.nodes[member.node].report is None for member in replica.members):
+    views = [snapshot.nodes.get(member.node) for member in replica.members]
+    if any(view is None or view.report is None for view in views):
         return before
     reports = [_report(replica, member, snapshot) for member in replica.members]
     found = [report for report in reports if report is not None]
@@ -56,7 +57,8 @@ def gone(replica: Replica, snapshot: Snapshot, *, lost_grace_s: float) -> bool:
 def _member_gone(replica: Replica, member: Member, snapshot: Snapshot, lost_grace_s: float) -> bool:
     view = snapshot.nodes.get(member.node)
     if view is None:
-        return True                # the node was deleted, and its replicas with it
+        # A node that was deleted takes its replicas with it; one that cannot be read is still there.
+        return member.node not in snapshot.unreadable
     if view.state is NodeState.LOST:
         # Nothing else can be placed there. When the node returns, its assignment lacks this replica, and it takes
         # nothing new while it still reports it.
@@ -76,9 +78,9 @@ def _member_gone(replica: Replica, member: Member, snapshot: Snapshot, lost_grac
 def _lost_reason(replica: Replica, snapshot: Snapshot) -> str:
     for member in replica.members:
         view = snapshot.nodes.get(member.node)
-        if view is None:
+        if view is None and member.node not in snapshot.unreadable:
             return f"{member.node} was deleted"
-        if view.state is NodeState.LOST:
+        if view is not None and view.state is NodeState.LOST:
             return f"{member.node} is lost: {view.reason}"
     return ""
 

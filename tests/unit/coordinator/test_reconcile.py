@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from enova_coordinator.core.model import (
@@ -10,10 +12,12 @@ from enova_coordinator.core.model import (
     Hardware,
     Intent,
     NodeState,
+    Replica,
     ReplicaReport,
     ReplicaState,
 )
-from enova_coordinator.core.reconcile import ReconcileLimits
+from enova_coordinator.core.plan import Put
+from enova_coordinator.core.reconcile import ReconcileLimits, reconcile
 from enova_testing.world import GIB, World
 
 
@@ -429,3 +433,40 @@ def test_a_suspect_node_keeps_its_replicas_and_takes_no_new_ones() -> None:
     assert world.liveness.nodes["nodes/node-0"].state is NodeState.SUSPECT
     states = [replica.status.state for replica in world.replicas("chat")]
     assert states == [ReplicaState.READY, ReplicaState.PENDING]
+
+
+def unreadable_plan(world: World, *names: str, without: str = "") -> list[str]:
+    """The names of what would be written if some objects could not be read and one had never been."""
+    snapshot = world.snapshot()
+    fields = {
+        field: {name: value for name, value in getattr(snapshot, field).items() if name != without}
+        for field in ("deployments", "variants", "replicas", "nodes")
+    }
+    blind = replace(snapshot, unreadable=frozenset(names), **fields)  # type: ignore[arg-type]
+    plan = reconcile(blind, now_s=2_000_000.0, limits=world.limits)
+    return [write.name for change in plan.changes for write in change.writes]
+
+
+@pytest.mark.parametrize(
+    "name", ["deployments/chat", "deployments/chat/variants/v1", "deployments/chat/replicas/v1-0"]
+)
+def test_nothing_of_a_deployment_that_cannot_be_read_is_stopped_or_written(name: str) -> None:
+    world = deployed("chat", spec(replicas=2))
+    assert unreadable_plan(world, name, without=name) == []
+    assert unreadable_plan(world, without=name) != [], "the same, but readable and truly gone"
+
+
+def test_replicas_on_a_node_that_cannot_be_read_stay() -> None:
+    world = deployed("chat", spec(replicas=2))
+    node = world.replicas("chat")[0].node
+    assert unreadable_plan(world, node, without=node) == []
+
+
+def test_a_gpu_of_a_replica_that_cannot_be_read_is_given_to_nobody() -> None:
+    world = deployed("chat", spec(), nodes=1, gpus=1)
+    world.deploy("other", spec())
+    snapshot = world.snapshot()
+    blind = replace(snapshot, replicas={}, unreadable=frozenset({world.replicas("chat")[0].name}))
+    plan = reconcile(blind, now_s=2_000_000.0, limits=world.limits)
+    made = [write.value for change in plan.changes for write in change.writes if isinstance(write, Put)]
+    assert [value.members for value in made if isinstance(value, Replica)] == [()]
