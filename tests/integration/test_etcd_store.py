@@ -319,7 +319,7 @@ async def test_full_etcd_is_repaired_as_documented(tmp_path: Path) -> None:
     with pytest.raises(Exhausted):
         await store.lease(60)
     await lease.keepalive()
-    # The steps of docs/store.md.
+    # The steps of docs/store-operations.md.
     server.control("alarm", "disarm")
     server.control("del", "--prefix", "/enova/test-filler/")
     revision = json.loads(server.control("endpoint", "status", "--write-out=json"))[0]["Status"]["header"]["revision"]

@@ -191,7 +191,7 @@ class Connection:
             self._cluster_id = header.cluster_id
         if header.cluster_id != self._cluster_id:
             text = f"this is another etcd cluster ({header.cluster_id:x}) than before ({self._cluster_id:x})"
-            remedy = "correct the endpoints; after a restore see docs/store.md"
+            remedy = "correct the endpoints; after a restore see docs/store-operations.md"
             raise FatalError(text, reason="STORE_REPLACED", remedy=remedy)
 
     async def _send(self, member: Member, send: Send[_A], deadline: float, attempt_timeout_s: float | None) -> _A:

@@ -13,7 +13,7 @@ ANSWER_TOO_LARGE = "STORE_ANSWER_TOO_LARGE"
 # etcd says these in words only: its codes are shared with other errors.
 _TOKEN_PROBLEMS = ("invalid auth token", "revision of auth store is old", "user name is empty")
 GRANT_REMEDY = "grant the coordinator's user read and write on the prefix /enova/"
-_NO_SPACE_REMEDY = "compact and defragment etcd, then clear the alarm: docs/store.md"
+_NO_SPACE_REMEDY = "compact and defragment etcd, then clear the alarm: docs/store-operations.md"
 
 
 class TokenRefused(Denied):

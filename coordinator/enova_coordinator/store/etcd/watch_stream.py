@@ -18,7 +18,7 @@ from itertools import groupby
 
 from enova.etcd import rpc_pb2
 from enova_common.backoff import Backoff
-from enova_common.errors import EnovaError, RetryableError, Unavailable
+from enova_common.errors import EnovaError, RetryableError, TimedOut, Unavailable
 from enova_coordinator.store import Changed, Compacted, Deleted, Entry, Event, Revision, WatchBatch, prefix_end
 from enova_coordinator.store.etcd.connection import Connection
 from enova_coordinator.store.etcd.failures import GRANT_REMEDY, TokenRefused, mentions_token
@@ -72,8 +72,11 @@ async def _stream(connection: Connection, prefix: str, after: Revision) -> Async
     parts: list[rpc_pb2.WatchResponse] = []
     try:
         with connection.errors(member):
-            await call.write(_create(prefix, after))
-            while isinstance(response := await call.read(), rpc_pb2.WatchResponse):
+            # A member confirms a watch at once. Later, pings notice a member that hangs, and etcd one without a leader.
+            async with asyncio.timeout(connection.settings.attempt_timeout_s):
+                await call.write(_create(prefix, after))
+                response = await call.read()
+            while isinstance(response, rpc_pb2.WatchResponse):
                 connection.check_cluster(response.header)
                 if response.canceled:
                     raise _canceled(response)
@@ -81,10 +84,14 @@ async def _stream(connection: Connection, prefix: str, after: Revision) -> Async
                 if not response.fragment:
                     yield _joined(parts)
                     parts = []
+                response = await call.read()
         raise Unavailable(f"etcd at {member.address} ended the watch", reason="STORE_UNAVAILABLE")
     except TokenRefused:
         connection.forget_token(token)
         raise
+    except TimeoutError as error:
+        connection.avoid(member)
+        raise TimedOut(f"etcd at {member.address} did not confirm the watch", reason="STORE_TIMED_OUT") from error
     except RetryableError:
         connection.avoid(member)
         raise
