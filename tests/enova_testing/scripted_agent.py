@@ -58,6 +58,11 @@ class ScriptedAgent:
         """The replicas that this node runs."""
         return [each.replica for each in self.assignment.members if each.desired == each.DESIRED_RUN]
 
+    @property
+    def waiting(self) -> int:
+        """Messages that are not sent yet."""
+        return self._outgoing.qsize()
+
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[ScriptedAgent]:
         """The agent, welcomed; its stream ends with the block."""
