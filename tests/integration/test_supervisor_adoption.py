@@ -146,7 +146,6 @@ async def test_a_process_with_our_token_that_the_journal_does_not_know_is_ended(
         assert not exists(stray.pid)
         assert exists(known.pid)
         assert agent.noticed("StrayEnded")
-        os.waitid(os.P_PID, stray.pid, os.WEXITED)
 
 
 async def test_a_pid_that_now_names_another_process_is_not_adopted(tmp_path: Path) -> None:
@@ -167,8 +166,7 @@ async def test_a_pid_that_now_names_another_process_is_not_adopted(tmp_path: Pat
         assert after.pid != innocent.pid
         assert exists(innocent.pid)
         assert not exists(before.pid)  # it bears our token, and the journal named no such engine
-        LocalProcesses().kill_all(innocent)
-        os.waitid(os.P_PID, innocent.pid, os.WEXITED)
+        await until_async(lambda: LocalProcesses().kill_all(innocent) == 0)
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
