@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enova_agent.core.progress import Activity, HangLimits, Judgement, Observation, Verdict, Watch, judge
@@ -69,6 +69,7 @@ _ENGINES = st.builds(
 )
 
 
+@settings(deadline=None)  # a loaded machine is slow, not wrong
 @given(_ENGINES, _TICKS, st.floats(0.0, 30.0))
 def test_a_stopped_engine_is_found_within_ten_seconds_whatever_it_did(
     engine: Engine, ticks: list[float], healthy_s: float
@@ -87,6 +88,7 @@ def test_a_stopped_engine_is_found_within_ten_seconds_whatever_it_did(
     assert verdicts.index(Verdict.SUSPECT) < verdicts.index(Verdict.HUNG)
 
 
+@settings(deadline=None)
 @given(_ENGINES, _TICKS, st.booleans(), st.floats(0.06, 4.0), st.floats(0.1, 400.0))
 def test_an_engine_that_computes_is_never_suspected(
     engine: Engine, ticks: list[float], counts: bool, share: float, answer_s: float
@@ -98,6 +100,7 @@ def test_an_engine_that_computes_is_never_suspected(
         steps += 1
 
 
+@settings(deadline=None)
 @given(_ENGINES, _TICKS)
 def test_an_engine_that_goes_on_heals_or_never_was_a_suspect(engine: Engine, ticks: list[float]) -> None:
     steps, was_suspect = 0, False
