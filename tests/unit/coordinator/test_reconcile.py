@@ -470,3 +470,28 @@ def test_a_gpu_of_a_replica_that_cannot_be_read_is_given_to_nobody() -> None:
     plan = reconcile(blind, now_s=2_000_000.0, limits=world.limits)
     made = [write.value for change in plan.changes for write in change.writes if isinstance(write, Put)]
     assert [value.members for value in made if isinstance(value, Replica)] == [()]
+
+
+def test_a_round_creates_and_places_a_bounded_number_and_the_next_goes_on() -> None:
+    limits = ReconcileLimits(creates_per_round=4, places_per_round=3)
+    world = World(nodes=4, gpus=8, limits=limits)
+    world.run(1.0)
+    world.deploy("a", spec(replicas=10))
+    world.deploy("b", spec(replicas=10))
+    world.run(1.0)
+    assert len(world.replicas("a")) == len(world.replicas("b")) == 4
+    assert sum(bool(replica.members) for replica in world.replicas()) == 3
+    world.run(25.0)
+    assert (world.serving("a"), world.serving("b")) == (10, 10)
+
+
+def test_changes_of_many_objects_are_cut_so_that_each_fits_a_transaction() -> None:
+    world = deployed("chat", spec(replicas=150), nodes=20, gpus=8)
+    world.run(15.0)
+    assert world.serving("chat") == 150
+    world.delete("chat")
+    plan = world.plan()
+    assert [len(change.writes) for change in plan.changes] == [100, 51]
+    assert sum(len(change.notes) for change in plan.changes) == 150
+    world.run(15.0)
+    assert world.replicas() == []
