@@ -51,7 +51,7 @@ from enova_agent.core.events import (
     Tick,
     TokenGenerated,
 )
-from enova_agent.core.failure import Cause, Ending, Fault, classify
+from enova_agent.core.failure import Cause, Ending, Fault, classify, is_chatter
 from enova_agent.core.local import HeldReplica
 from enova_agent.core.machine import Goal, Machine, Stage
 from enova_agent.core.model import LocalEngine, MemberSpec, ReplicaView
@@ -411,7 +411,8 @@ class Replica:
     def _read_log(self, now_s: float) -> None:
         lines = self._log.read()
         if lines:
-            self._lines.extend(lines)
+            # Our own scrapes would push out what was said a minute ago.
+            self._lines.extend(line for line in lines if not is_chatter(line))
             if self.machine.stage is Stage.STARTING:
                 self._see_phases(lines, now_s)
         if self._is_due("rotate", now_s, 1.0):

@@ -63,6 +63,7 @@ class SimulatedGpus:
         self._interval_s = interval_s
         self._monotonic_s = monotonic_s
         self._clients: dict[str, LoopbackClient] = {}
+        self._without: set[str] = set()  # engines that answer but know nothing of simulated GPUs: a real vLLM
         self._read: dict[str, tuple[GpuSample, float]] = {}
 
     def describe(self) -> tuple[GpuFacts, ...]:
@@ -111,7 +112,8 @@ class SimulatedGpus:
             endpoints = {endpoint for endpoint in self._endpoints() if endpoint}
             for gone in self._clients.keys() - endpoints:
                 self._clients.pop(gone).close()
-            answers = await asyncio.gather(*(self._ask(endpoint) for endpoint in sorted(endpoints)))
+            self._without &= endpoints
+            answers = await asyncio.gather(*(self._ask(endpoint) for endpoint in sorted(endpoints - self._without)))
             read = {sample.uuid: (sample, read_s) for answer in answers for sample, read_s in answer}
             # An engine that does not answer keeps its last readings, which grow old; one that is gone, none.
             self._read = {uuid: kept for uuid, kept in self._read.items() if endpoints} | read
@@ -124,6 +126,8 @@ class SimulatedGpus:
             client = self._clients[endpoint] = LoopbackClient(address.hostname or "127.0.0.1", address.port or 80)
         try:
             answer = await client.get("/simulated/gpu", timeout_s=READ_TIMEOUT_S)
+            if answer.status == 404:
+                self._without.add(endpoint)
             if answer.status != 200:
                 return []
             value = json.loads(answer.body)

@@ -89,6 +89,14 @@ _PATTERNS: tuple[tuple[Fault, str, str], ...] = (
     ),
 )
 _COMPILED = tuple((fault, summary, re.compile(pattern)) for fault, summary, pattern in _PATTERNS)
+# Where no pattern names the cause. A process of vLLM that dies (here or by a signal) takes the others along: who died
+# says more than the errors that follow in every request, and these more than the orderly end after them.
+_TELLING = (
+    re.compile(r"Fatal Python error|Worker proc .* died unexpectedly"),
+    re.compile(r"engine core exited unexpectedly|EngineDeadError"),
+    re.compile(r"\b[A-Za-z_.]+(?:Error|Exception)\b: "),
+)
+_CHATTER = re.compile(r"nanobind|^ - (?:leaked|\.\.\. skipped)|HTTP/1\.[01]\" \d{3}|^INFO:  |DeprecationWarning")
 _LINES_KEPT = 200
 _DETAIL_LENGTH_MAX = 400
 
@@ -104,9 +112,24 @@ def classify(ending: Ending, lines: Sequence[str]) -> Cause:
                 return Cause(fault=fault, detail=_shorten(f"{ending}: {summary}: {line.strip()}"))
     if ending.signal == 9:
         return Cause(fault=Fault.CRASHED, detail=f"{ending}, by a person or by the kernel for want of host memory")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    last = _last_words(lines[-_LINES_KEPT:])
     words = f"; last words: {last}" if last else ", silently"
     return Cause(fault=Fault.CRASHED, detail=_shorten(f"{ending}{words}"))
+
+
+def is_chatter(line: str) -> bool:
+    """True of a line that never tells why an engine ended: each request it answered, the server's orderly end."""
+    return not line.strip() or _CHATTER.search(line) is not None
+
+
+def _last_words(lines: Sequence[str]) -> str:
+    """The newest line that tells most of why it ended; any other where none does."""
+    said = [line.strip() for line in reversed(lines) if not is_chatter(line)]
+    for telling in _TELLING:
+        found = next((line for line in said if telling.search(line)), "")
+        if found:
+            return found
+    return said[0] if said else ""
 
 
 def _shorten(text: str) -> str:

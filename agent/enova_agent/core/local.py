@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from enova_agent.core.model import LocalEngine, Route
@@ -205,7 +206,7 @@ def _hints(cls: type[Any]) -> Mapping[str, Any]:
 def _convert(hint: Any, value: Any) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _convert(arguments[0], value)
+        return _convert_union(arguments, value)
     if origin is tuple:
         return tuple(_convert(arguments[0], item) for item in value)
     if origin is not None and issubclass(origin, Mapping):
@@ -214,6 +215,15 @@ def _convert(hint: Any, value: Any) -> Any:
         return build(hint, value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return hint(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise TypeError(f"{value!r} is not {hint.__name__}")
     return value
+
+
+def _convert_union(arguments: tuple[Any, ...], value: Any) -> Any:
+    """A value of plain types as it is, else the one thing that may also be None."""
+    if value is None and types.NoneType in arguments:
+        return None
+    return value if type(value) in arguments else _convert(arguments[0], value)

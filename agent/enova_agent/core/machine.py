@@ -432,7 +432,7 @@ def _ended(machine: Machine, now_s: float, cause: Cause) -> Step:
     if machine.stage is Stage.KILLING:
         return machine, ()
     if machine.goal is Goal.RUN:
-        machine = replace(machine, goal=Goal.RETRY, cause=cause)
+        machine = replace(machine, goal=Goal.RETRY, cause=cause, reason=cause.detail)
     failed = machine.goal is Goal.RETRY and machine.stage is not Stage.COLLECTING
     report = (Report(kind="EngineFailed", message=cause.detail, warning=True),) if failed else ()
     after, actions = _kill(machine, now_s)

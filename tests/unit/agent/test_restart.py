@@ -106,3 +106,22 @@ def test_a_silent_end_and_a_kill_still_have_a_reason() -> None:
 
 def test_a_reason_stays_short_however_long_the_line() -> None:
     assert len(classify(Ending(code=1), ["CUDA out of memory " + "x" * 100_000]).detail) <= 400
+
+
+def test_of_a_dead_core_process_that_is_said_and_not_how_the_server_ended_after_it() -> None:
+    lines = [
+        'INFO:     127.0.0.1:41546 - "GET /metrics HTTP/1.1" 200 OK',
+        "(Worker pid=9) INFO 11-21 14:33:37 [multiproc_executor.py:843] Parent process exited",
+        "(APIServer pid=7) WARNING 11-21 14:33:37 [core_client.py:817] MPClient: engine core exited unexpectedly",
+        "(APIServer pid=7) ERROR 11-21 14:33:37 [serving.py:500] ValueError: something that followed from it",
+        "INFO:     Finished server process [7]",
+        "nanobind: leaked 4 instances!",
+        ' - leaked type "triton._C.libtriton.ir.location"',
+    ]
+    cause = classify(Ending(code=0), lines)
+    assert cause.fault is Fault.CRASHED
+    assert cause.detail.startswith("ended with exit code 0; last words:")
+    assert "engine core exited unexpectedly" in cause.detail
+    without = classify(Ending(code=0), [line for line in lines if "core" not in line])
+    assert "ValueError: something" in without.detail
+    assert "Parent process exited" in classify(Ending(code=0), lines[:2]).detail
