@@ -105,7 +105,7 @@ class Agent:
             node=f"nodes/{settings.node}",
             boot=instance,
             gpus=self.gpus,
-            engines=EngineFigures(self.supervisor),
+            engines=EngineFigures(self.supervisor, agent_instance=instance[:8], agent_start_s=time.time()),
             model_time_s=clock.now,
             monotonic_s=time.monotonic,
         )

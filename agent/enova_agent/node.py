@@ -91,8 +91,10 @@ class ModelSources:
 class EngineFigures:
     """The supervisor's scrapes in the form that frames are made of."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, supervisor: Supervisor, *, agent_instance: str, agent_start_s: float) -> None:
         self._supervisor = supervisor
+        self._agent_instance = agent_instance
+        self._agent_start_s = agent_start_s
 
     def views(self) -> tuple[ReplicaView, ...]:
         """Every member that this node has."""
@@ -104,30 +106,30 @@ class EngineFigures:
         memory = self._supervisor.resident_bytes()
         views = {view.replica: view for view in self._supervisor.views()}
         return {
-            name: _engine_scrape(views[name], scrape, canaries.get(name, CanaryCount()), memory.get(name))
+            name: self._scrape(views[name], scrape, canaries.get(name, CanaryCount()), memory.get(name))
             for name, scrape in self._supervisor.scrapes().items()
             if name in views and scrape.time_s > 0
         }
 
-
-def _engine_scrape(
-    view: ReplicaView, scrape: Scrape, canaries: CanaryCount, resident_bytes: int | None
-) -> EngineScrape:
-    return EngineScrape(
-        replica=view.replica,
-        # A process id may come again, a process with the same start time does not.
-        instance=f"{view.uid}.{view.pid}.{view.start_time_s:.3f}",
-        taken_s=scrape.time_s,
-        metrics=scrape.metrics,
-        error=scrape.error,
-        resident_memory_bytes=None if resident_bytes is None else float(resident_bytes),
-        canaries=CanaryCounts(
-            started=canaries.started,
-            finished=canaries.requests,
-            prompt_tokens=canaries.prompt_tokens,
-            output_tokens=canaries.output_tokens,
-        ),
-    )
+    def _scrape(
+        self, view: ReplicaView, scrape: Scrape, canaries: CanaryCount, resident_bytes: int | None
+    ) -> EngineScrape:
+        return EngineScrape(
+            replica=view.replica,
+            # A process id may come again, a process with the same start time does not.
+            instance=f"{view.uid}.{view.pid}.{view.start_time_s:.3f}.{self._agent_instance}",
+            taken_s=scrape.time_s,
+            adopted=view.start_time_s < self._agent_start_s,
+            metrics=scrape.metrics,
+            error=scrape.error,
+            resident_memory_bytes=None if resident_bytes is None else float(resident_bytes),
+            canaries=CanaryCounts(
+                started=canaries.started,
+                finished=canaries.requests,
+                prompt_tokens=canaries.prompt_tokens,
+                output_tokens=canaries.output_tokens,
+            ),
+        )
 
 
 class Node:

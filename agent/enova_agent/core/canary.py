@@ -27,29 +27,42 @@ _NOTHING = EngineMetrics()
 
 
 class CanaryFilter:
-    """The counters of one replica without canaries. One instance a replica, fed with each scrape in order."""
+    """The counters of one replica without canaries. One instance a replica, fed with each scrape in order.
+
+    What an adopted engine counted before holds canaries of an agent that is gone, nobody knows how many: its
+    counters begin at zero with the adoption.
+    """
 
     def __init__(self) -> None:
         self._instance = ""
         self._before = _NOTHING       # the last raw metrics
         self._taken_out = _NOTHING    # what is not ours to report, since the engine started
-        self._attributed = CanaryCounts()
+        self._attributed = 0          # canaries that are accounted for
+        self._answered = (0, 0)       # canaries answered at the last scrape, and at the one before
 
     def metrics(self, scrape: EngineScrape) -> EngineMetrics | None:
         """The metrics of a scrape without canaries; None where it has none."""
         if scrape.instance != self._instance:
             self._instance = scrape.instance
             self._before = self._taken_out = _NOTHING
-            self._attributed = CanaryCounts()
+            self._attributed, self._answered = 0, (0, 0)
         if scrape.metrics is None:
             return None
-        self._attribute(scrape.metrics, scrape.canaries)
+        if scrape.adopted and self._before is _NOTHING:
+            self._taken_out = scrape.metrics
+        else:
+            self._attribute(scrape.metrics, scrape.canaries)
         self._before = scrape.metrics
+        self._answered = (scrape.canaries.finished, self._answered[0])
         return _minus(scrape.metrics, self._taken_out) if self._taken_out is not _NOTHING else scrape.metrics
 
     def _attribute(self, now: EngineMetrics, sent: CanaryCounts) -> None:
         """Decides how much of the change since the last scrape is the canaries' that were not yet accounted for."""
-        unseen = sent.started - self._attributed.started
+        # One answered two scrapes ago was counted by now, or never will be: it was broken off, or the engine does
+        # not count such. Beyond those answered since, one can be on its way. Others' requests must not be taken
+        # for canaries, however many of those were lost.
+        self._attributed = max(self._attributed, self._answered[1])
+        unseen = min(sent.started - self._attributed, sent.finished - self._answered[1] + 1)
         ended = now.finished - self._before.finished
         if unseen <= 0 or ended <= 0:
             return
@@ -65,7 +78,7 @@ class CanaryFilter:
                 finished_total={FinishReason.LENGTH: float(seen)},
             )
         self._taken_out = _plus(self._taken_out, change)
-        self._attributed = dataclasses.replace(self._attributed, started=self._attributed.started + seen)
+        self._attributed += seen
 
 
 def _plus(one: EngineMetrics, other: EngineMetrics) -> EngineMetrics:

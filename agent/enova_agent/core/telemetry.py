@@ -91,8 +91,9 @@ class EngineScrape:
     """The newest look at one engine, as its supervision took it, canaries included."""
 
     replica: str
-    instance: str                             # changes when the engine restarts
+    instance: str                             # changes when the engine or the agent restarts
     taken_s: float                            # monotonic time of the scrape
+    adopted: bool = False                     # the engine is older than this agent
     metrics: EngineMetrics | None = None
     error: str = ""                           # why there are no metrics
     resident_memory_bytes: float | None = None

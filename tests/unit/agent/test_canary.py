@@ -68,6 +68,27 @@ def test_mixed_with_others_counts_and_tokens_are_still_right() -> None:
     assert (seen.finished, seen.generation_tokens_total, seen.prompt_tokens_total) == (2, 40.0, 20.0)
 
 
+def test_lost_canaries_never_eat_requests_of_others() -> None:
+    canaries = CanaryFilter()
+    for sent in range(50):  # broken off, or of a kind that this engine does not count
+        canaries.metrics(scrape(metrics(finished=0, tokens=0), sent=sent, answered=sent - sent % 2))
+    canaries.metrics(scrape(metrics(finished=0, tokens=0), sent=50))
+    canaries.metrics(scrape(metrics(finished=0, tokens=0), sent=50))
+    seen = canaries.metrics(scrape(metrics(finished=40, tokens=4_000), sent=50))
+    assert seen is not None
+    assert (seen.finished, seen.generation_tokens_total) == (40, 4_000.0)
+
+
+def test_an_adopted_engine_counts_from_its_adoption() -> None:
+    canaries = CanaryFilter()
+    first = canaries.metrics(replace(scrape(metrics(finished=700, tokens=900, slow=5)), adopted=True))
+    assert first is not None
+    assert (first.finished, first.generation_tokens_total, first.histograms[0].counts) == (0, 0.0, (0, 0))
+    later = canaries.metrics(replace(scrape(metrics(finished=703, tokens=990, slow=8)), adopted=True))
+    assert later is not None
+    assert (later.finished, later.generation_tokens_total, later.histograms[0].counts) == (3, 90.0, (0, 3))
+
+
 def test_a_restarted_engine_starts_anew() -> None:
     canaries = CanaryFilter()
     canaries.metrics(scrape(metrics(finished=5, tokens=5), sent=5))
