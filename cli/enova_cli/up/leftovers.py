@@ -5,8 +5,10 @@ Programs carry the directory's token in their environment, engines a token that 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,10 +27,10 @@ def end_leftovers(token: str) -> list[int]:
     """
     found = _find(lambda environment: environment.get(TOKEN_VARIABLE) == token)
     for process in found:
-        process.terminate()
+        _signal(process, signal.SIGTERM)
     _, alive = psutil.wait_procs(found, timeout=END_TIMEOUT_S)
     for process in alive:
-        process.kill()
+        _signal(process, signal.SIGKILL)
     psutil.wait_procs(alive, timeout=END_TIMEOUT_S)
     return [process.pid for process in found]
 
@@ -54,6 +56,11 @@ def _find(wanted: Callable[[dict[str, str]], bool]) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue  # gone, or somebody else's
     return found
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):  # children end with their parents, between two of our steps
+        process.send_signal(number)
 
 
 def _command(process: psutil.Process) -> str:

@@ -108,13 +108,13 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         actor(context)
         leading = self._chair.leading()
         name = request.deployment.name
-        _raise_first(name_problems(name.removeprefix("deployments/"), "deployment.name"))
+        _raise_first(name_problems(name.removeprefix("deployments/"), "name"))
         by = call("UpdateDeployment", request)
         if (made := await self._writes.repeated(by)) is not None:
             return await self._message(await self._writes.read(Deployment, made))
         stored = await self._find(name)
         if stored is None and not request.allow_missing:
-            raise NotFound(f"there is no {name}", field="deployment.name", remedy="create it, or set allow_missing")
+            raise NotFound(f"there is no {name}", field="name", remedy="create it, or set allow_missing")
         wanted = self._wanted(stored, request)
         await self._check(leading, name, wanted, stored)
 
