@@ -97,7 +97,6 @@ _TELLING = (
     re.compile(r"\b[A-Za-z_.]+(?:Error|Exception)\b: "),
 )
 _CHATTER = re.compile(r"nanobind|^ - (?:leaked|\.\.\. skipped)|HTTP/1\.[01]\" \d{3}|^INFO:  |DeprecationWarning")
-_COMPLAINT = re.compile(r"\b\w*(?:Error|Exception)\b|\bFatal\b|\bERROR\b|\bCRITICAL\b|Segmentation fault")
 _LINES_KEPT = 200
 _DETAIL_LENGTH_MAX = 400
 

@@ -104,12 +104,6 @@ def test_a_silent_end_and_a_kill_still_have_a_reason() -> None:
     assert "unknown" in classify(Ending(), []).detail
 
 
-def test_the_last_complaint_is_told_rather_than_chatter_after_it() -> None:
-    lines = ["INFO up", "RuntimeError: Engine core is dead", "nanobind: leaked 4 instances!", ""]
-    assert "Engine core is dead" in classify(Ending(code=0), lines).detail
-    assert "leaked" in classify(Ending(code=0), lines[2:]).detail
-
-
 def test_a_reason_stays_short_however_long_the_line() -> None:
     assert len(classify(Ending(code=1), ["CUDA out of memory " + "x" * 100_000]).detail) <= 400
 
