@@ -148,7 +148,7 @@ async def test_serve_is_cancelled_before_the_key_is_given_up(store: Store) -> No
 async def test_unreadable_leader_record_is_respected_as_a_leader_nobody_can_reach(store: Store) -> None:
     await store.transact([ModRevisionIs(LEADER_KEY, 0)], [Put(LEADER_KEY, b"\xff")])
     async with standing(store, "a") as a:
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.3)  # several rounds in which it could have taken over
         assert a.leadership is None
         assert a.leader is None
 

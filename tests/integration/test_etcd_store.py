@@ -23,7 +23,7 @@ from enova_coordinator.store import OUTCOME_UNKNOWN, ModRevisionIs, Put
 from enova_coordinator.store.etcd import EtcdSettings, EtcdStore
 from enova_testing.etcd_server import EtcdServer, TlsFiles, start_cluster
 from enova_testing.store_harness import fill
-from enova_testing.store_suite import put, watched
+from enova_testing.store_tools import put, watched
 from enova_testing.waiting import until_async
 
 pytestmark = [pytest.mark.etcd, pytest.mark.network]
@@ -344,7 +344,7 @@ async def test_closed_store_says_so_and_ends_its_watches(server: EtcdServer) -> 
     await put(store, KEY, b"1")
     assert await waiting is not None
     waiting = asyncio.ensure_future(anext(batches, None))
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)  # so that the watch waits; whether it already does changes nothing else
     await store.close()
     assert await asyncio.wait_for(waiting, 5.0) is None
     with pytest.raises(Unavailable) as refusal:

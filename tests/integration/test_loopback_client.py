@@ -62,7 +62,7 @@ def raw(*parts: bytes, close: bool = False) -> Handler:
         for part in parts:
             writer.write(part)
             await writer.drain()
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.005)  # parts arrive apart, in reads of their own
         if close:
             writer.close()
 

@@ -19,7 +19,7 @@ from enova_common.errors import Conflict, Corrupt, Exhausted, FatalError, Invali
 from enova_coordinator.store import NO_SPACE, Compacted, Delete, ModRevisionIs, Put
 from enova_coordinator.store.sqlite import MEMORY, SqliteStore
 from enova_testing.store_harness import fill
-from enova_testing.store_suite import put, watched
+from enova_testing.store_tools import put, watched
 
 pytestmark = pytest.mark.network
 TRIALS = 20
