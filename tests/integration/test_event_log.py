@@ -68,6 +68,6 @@ async def test_a_blocked_loop_is_seen_as_lag_even_before_it_is_over() -> None:
     task = asyncio.create_task(lag.run())
     await asyncio.sleep(0)
     assert lag.take() < 0.1
-    time.sleep(0.4)
+    time.sleep(0.4)  # what blocks the loop
     assert lag.take() > 0.2
     task.cancel()
