@@ -93,7 +93,8 @@ _COMPILED = tuple((fault, summary, re.compile(pattern)) for fault, summary, patt
 # says more than the errors that follow in every request, and these more than the orderly end after them.
 _TELLING = (
     re.compile(r"Fatal Python error|Worker proc .* died unexpectedly"),
-    re.compile(r"engine core exited unexpectedly|EngineDeadError"),
+    re.compile(r"engine core exited unexpectedly"),
+    re.compile(r"EngineDeadError"),
     re.compile(r"\b[A-Za-z_.]+(?:Error|Exception)\b: "),
 )
 _CHATTER = re.compile(r"nanobind|^ - (?:leaked|\.\.\. skipped)|HTTP/1\.[01]\" \d{3}|^INFO:  |DeprecationWarning")
