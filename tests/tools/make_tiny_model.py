@@ -30,7 +30,7 @@ TEMPLATE = (
 
 def sentences(count: int) -> Iterator[str]:
     """Made-up sentences for the tokenizer to learn from, the same each time."""
-    draw = random.Random(SEED)  # noqa: S311 - reproducible, not secret
+    draw = random.Random(SEED)  # reproducible, not secret
     for _ in range(count):
         words = ("".join(draw.choices(SYLLABLES, k=draw.randint(1, 4))) for _ in range(draw.randint(3, 15)))
         yield " ".join(words).capitalize() + "."
