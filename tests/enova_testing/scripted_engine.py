@@ -26,6 +26,7 @@ class Behaviour(StrEnum):
     BAD_REQUEST = "BAD_REQUEST"        # the application's fault
     RESET = "RESET"                    # the process dies before it answers
     CUT = "CUT"                        # it dies in the middle of a stream
+    ENDS_EARLY = "ENDS_EARLY"          # the stream ends in good order, but before its end marker
     HANG = "HANG"                      # never a byte
     STALL = "STALL"                    # a token, then nothing
 
@@ -39,6 +40,7 @@ class ScriptedEngine:
         self.behaviour = behaviour
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.peers: set[tuple[str, int]] = set()  # one for each connection that carried a request
         self.open = 0
         self.cancelled = 0
         self.release = asyncio.Event()  # set: answers flow; clear: streams wait after their first token
@@ -46,11 +48,6 @@ class ScriptedEngine:
         self._server = web.Server(self._handle, access_log=None, handler_cancellation=True)
         self._runner = web.ServerRunner(self._server, shutdown_timeout=0.1)
         self.url = ""
-
-    @property
-    def connections(self) -> int:
-        """Open connections."""
-        return len(self._server.connections)
 
     async def __aenter__(self) -> Self:
         await self._runner.setup()
@@ -70,6 +67,8 @@ class ScriptedEngine:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         body = json.loads(await request.read())
+        assert request.transport is not None
+        self.peers.add(request.transport.get_extra_info("peername"))
         self.bodies.append(body)
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         self.open += 1
@@ -124,6 +123,8 @@ class ScriptedEngine:
             if self.behaviour is Behaviour.CUT and number == 1:
                 assert request.transport is not None
                 request.transport.abort()
+                return response
+            if self.behaviour is Behaviour.ENDS_EARLY and number == 1:
                 return response
             await self.release.wait()
             if self.gap_s:

@@ -55,7 +55,7 @@ async def test_connections_to_an_engine_are_used_again(folder: Path, session: ai
         for stream in (False, True, False, True):
             async with session.post(f"{node.url}/chat/completions", json={**CHAT, "stream": stream}) as answer:
                 await answer.read()
-        assert (len(upstream.bodies), upstream.connections) == (4, 1)
+        assert (len(upstream.bodies), len(upstream.peers)) == (4, 1)
 
 
 async def test_headers_that_never_end_cost_a_connection_only_for_a_while(folder: Path) -> None:
