@@ -30,7 +30,6 @@ from enova_coordinator.core.series import (
     ObjectFigures,
     RequestFigures,
     Ring,
-    SketchCounts,
     minutes,
 )
 from enova_coordinator.core.sketch import COUNT_MAX, MergedSketch, flaw
@@ -136,8 +135,7 @@ class Telemetry:
         self.rejected["dropped_by_agent"] += frame.dropped_samples
         self._add_gpus(known, frame, step)
         self._add_replicas(frame, step)
-        for request in frame.requests:
-            self._add_requests(frame.node, step, request)
+        self._add_requests(frame, step)
         return True
 
     def _refusal(self, frame: NodeFrame, sender: str) -> str:
@@ -203,36 +201,47 @@ class Telemetry:
     def _ring(self, features: int, first_counter: int) -> Ring:
         return Ring(slots=self._slots, features=features, first_counter=first_counter)
 
-    def _add_requests(self, node: str, step: int, request: RequestFigures) -> None:
+    def _add_requests(self, frame: NodeFrame, step: int) -> None:
+        by_replica: dict[str, list[int]] = {}
+        for request in frame.requests:
+            if not self._add_totals(frame.node, request):
+                continue
+            known = by_replica.get(request.replica)
+            counts = request.counts
+            by_replica[request.replica] = (
+                list(counts) if known is None else [old + new for old, new in zip(known, counts, strict=True)]
+            )
+        for replica, summed in by_replica.items():
+            tracked = self._replicas.get(replica)
+            if tracked is not None:
+                tracked.ring.add(step, FIRST_REQUEST_COUNT, summed)
+
+    def _add_totals(self, node: str, request: RequestFigures) -> bool:
+        """Add a summary to its sum; False (and counted) if it was refused."""
         if max(*request.counts, request.prompt_tokens, request.output_tokens, request.held) > COUNT_MAX:
             self.rejected["bad_count"] += 1
-            return
+            return False
         key = (request.deployment, request.replica, request.serving_class)
         totals = self._totals.get(key)
         if totals is None:
             if len(self._totals) >= REQUEST_KEYS_MAX:
                 self.rejected["too_many_request_keys"] += 1
-                return
+                return False
             totals = self._totals[key] = RequestTotals()
         totals.counts = [old + new for old, new in zip(totals.counts, request.counts, strict=True)]
         totals.prompt_tokens += request.prompt_tokens
         totals.output_tokens += request.output_tokens
         totals.held[node] = request.held
-        for merged, sketch in zip(totals.sketches(), request.sketches, strict=True):
-            self._merge(merged, sketch)
-        tracked = self._replicas.get(request.replica)
-        if tracked is not None:
-            tracked.ring.add(step, FIRST_REQUEST_COUNT, request.counts)
         self.samples += len(request.counts) + 3
-
-    def _merge(self, merged: MergedSketch, sketch: SketchCounts | None) -> None:
-        if sketch is None:
-            return
-        if flaw(sketch):
-            self.rejected["bad_sketch"] += 1
-            return
-        merged.merge(sketch)
-        self.samples += len(sketch.counts)
+        for merged, sketch in zip(totals.sketches(), request.sketches, strict=True):
+            if sketch is None:
+                continue
+            if flaw(sketch):
+                self.rejected["bad_sketch"] += 1
+                continue
+            merged.merge(sketch)
+            self.samples += len(sketch.counts)
+        return True
 
     # What others read.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,13 +19,14 @@ _GAMMA = (1 + RELATIVE_ACCURACY) / (1 - RELATIVE_ACCURACY)
 
 def flaw(sketch: SketchCounts) -> str:
     """Why this sketch cannot be merged; empty if it can."""
-    if not math.isclose(sketch.relative_accuracy, RELATIVE_ACCURACY):
+    accuracy, offset, counts, zero_count, total, least, most = sketch
+    if not abs(accuracy - RELATIVE_ACCURACY) < 1e-9:
         return "relative accuracy"
-    if not -BUCKETS_MAX <= sketch.offset <= BUCKETS_MAX or len(sketch.counts) > BUCKETS_MAX:
+    if not -BUCKETS_MAX <= offset <= BUCKETS_MAX or len(counts) > BUCKETS_MAX:
         return "bucket range"
-    if sum(sketch.counts) + sketch.zero_count > COUNT_MAX:
+    if sum(counts) + zero_count > COUNT_MAX:
         return "count"
-    if not all(0 <= value < math.inf for value in (sketch.sum, sketch.min, sketch.max)):
+    if not (0 <= total < math.inf and 0 <= least < math.inf and 0 <= most < math.inf):
         return "sum, min or max"
     return ""
 
@@ -49,15 +49,16 @@ class MergedSketch:
 
     def merge(self, sketch: SketchCounts) -> None:
         """Add a sketch without `flaw`."""
-        self._add(sketch.offset, sketch.counts)
-        self.zero_count += sketch.zero_count
-        self.sum += sketch.sum
-        self.min = min(self.min, sketch.min)
-        self.max = max(self.max, sketch.max)
+        _, offset, counts, zero_count, total, least, most = sketch
+        self._add(offset, np.array(counts, dtype=np.int64))
+        self.zero_count += zero_count
+        self.sum += total
+        self.min = min(self.min, least)
+        self.max = max(self.max, most)
 
     def merge_merged(self, other: MergedSketch) -> None:
         """Add another sum."""
-        self._add(other.offset, other.counts)  # type: ignore[arg-type]  # an array is a sequence here
+        self._add(other.offset, other.counts)
         self.zero_count += other.zero_count
         self.sum += other.sum
         self.min = min(self.min, other.min)
@@ -75,14 +76,19 @@ class MergedSketch:
         index = min(index, len(self.counts) - 1)
         return float(2 * _GAMMA ** (self.offset + index) / (1 + _GAMMA))
 
-    def _add(self, offset: int, counts: Sequence[int]) -> None:
-        if not len(counts):
-            return
-        low = offset if not len(self.counts) else min(offset, self.offset)
-        high = max(offset + len(counts), self.offset + len(self.counts) if len(self.counts) else low)
-        if low != self.offset or high - low != len(self.counts):
-            grown = np.zeros(high - low, dtype=np.int64)
-            if len(self.counts):
-                grown[self.offset - low : self.offset - low + len(self.counts)] = self.counts
-            self.offset, self.counts = low, grown
-        self.counts[offset - low : offset - low + len(counts)] += np.asarray(counts, dtype=np.int64)
+    def _add(self, offset: int, counts: NDArray[np.int64]) -> None:
+        size, start = len(counts), offset - self.offset
+        if not 0 <= start <= len(self.counts) - size:
+            if not size:
+                return
+            self._grow(offset, offset + size)
+            start = offset - self.offset
+        self.counts[start : start + size] += counts
+
+    def _grow(self, low: int, high: int) -> None:
+        """Make room for the buckets from `low` to before `high`."""
+        if len(self.counts):
+            low, high = min(low, self.offset), max(high, self.offset + len(self.counts))
+        grown = np.zeros(high - low, dtype=np.int64)
+        grown[self.offset - low : self.offset - low + len(self.counts)] = self.counts
+        self.offset, self.counts = low, grown

@@ -119,7 +119,7 @@ def _sketch(sketch: telemetry_pb2.Sketch) -> SketchCounts:
     return SketchCounts(
         sketch.relative_accuracy,
         sketch.offset,
-        sketch.counts,
+        list(sketch.counts),
         sketch.zero_count,
         sketch.sum,
         sketch.min,

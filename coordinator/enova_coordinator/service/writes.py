@@ -7,7 +7,6 @@ kept for a day, and answers a repetition with what the first one made.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import re
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from enova_coordinator.store import Compare, Delete, ModRevisionIs, Operation, P
 
 REQUEST_KEEP_S = 86_400.0
 ATTEMPTS_MAX = 10                  # the leader writes beside users; each attempt reads anew
-SEEN_TIMEOUT_S = 1.0
 SEEN_POLL_S = 0.005
+SEEN_POLLS_MAX = 200               # a second
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 V = TypeVar("V", Deployment, Node, Replica)
@@ -132,10 +131,10 @@ class Writes:
     async def _seen(leading: Leading, revision: int) -> None:
         """Wait a moment until the leader looks at a state that has the write: callers read what they wrote."""
         leading.control.wake()
-        with contextlib.suppress(TimeoutError):  # a busy leader sees it later; the write stands
-            async with asyncio.timeout(SEEN_TIMEOUT_S):
-                while leading.control.snapshot.revision < revision:
-                    await asyncio.sleep(SEEN_POLL_S)
+        for _ in range(SEEN_POLLS_MAX):  # a busy leader sees it later; the write stands
+            if leading.control.snapshot.revision >= revision:
+                return
+            await asyncio.sleep(SEEN_POLL_S)
 
     async def _read(self, kind: type[V], name: str) -> tuple[V | None, int]:
         entry = await self._store.get(codec.key(name))
