@@ -141,7 +141,7 @@ class Election:
         try:
             attempt = 0
             while True:
-                await self._vacant.wait()
+                await self._vacancy(observer)
                 leadership = await self._acquire()
                 if leadership is not None:
                     attempt = 0
@@ -150,6 +150,15 @@ class Election:
                 attempt += 1
         finally:
             await _cancelled(observer)
+
+    async def _vacancy(self, observer: asyncio.Task[None]) -> None:
+        waiting = asyncio.create_task(self._vacant.wait())
+        try:
+            await asyncio.wait({waiting, observer}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        if observer.done():
+            observer.result()  # it goes on for ever: only a defect ends it
 
     async def _acquire(self) -> Leadership | None:
         """Our leadership if the key was ours to create."""
@@ -269,6 +278,8 @@ def _leader(entry: Entry) -> Leader | None:
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
-    """Cancel the task and wait for its end; its own error, if any, was or will be reported elsewhere."""
+    """Cancel the task and wait for its end; an error on its way out is heard, and changes nothing any more."""
     task.cancel()
     await asyncio.wait([task])
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("%s ended with an error", task.get_name(), exc_info=error)

@@ -13,7 +13,7 @@ import pytest
 
 from enova_common.errors import InvalidField
 from enova_coordinator.election import LEADER_KEY, MARGIN_S, Election, Leadership
-from enova_coordinator.store import ModRevisionIs, Put, Store
+from enova_coordinator.store import Entry, ModRevisionIs, Put, Revision, Store
 from enova_coordinator.store.etcd import EtcdSettings, EtcdStore
 from enova_coordinator.store.sqlite import MEMORY, SqliteStore
 from enova_testing.candidate_process import CandidateProcess
@@ -124,6 +124,18 @@ async def test_serve_that_fails_resigns_and_is_heard(store: Store) -> None:
     with pytest.raises(ZeroDivisionError):
         await asyncio.wait_for(election.run(fail), 5.0)
     assert await store.get(LEADER_KEY) is None
+
+
+async def test_defect_in_watching_the_leader_is_heard() -> None:
+    class Defective(SqliteStore):
+        async def range(self, prefix: str, *, start_after: str = "", limit: int = 0) -> tuple[list[Entry], Revision]:
+            raise ZeroDivisionError
+
+    store = await Defective.open(MEMORY)
+    election = Election(store, coordinator_id="a", api_address="", ttl_s=TTL_S)
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wait_for(election.run(lead_until_cancelled), 5.0)
+    await store.close()
 
 
 async def test_serve_is_cancelled_before_the_key_is_given_up(store: Store) -> None:
