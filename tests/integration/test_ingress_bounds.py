@@ -156,7 +156,7 @@ async def test_a_replica_that_does_not_even_refuse_is_left_within_a_second(
             filler = stack.enter_context(socket.socket())
             filler.settimeout(0)
             filler.connect_ex(hole.getsockname())
-        async with ScriptedEngine() as well, started(node := IngressNode(folder, node="a", connect_timeout_s=0.5)):
+        async with ScriptedEngine() as well, started(node := IngressNode(folder, node="a", connect_timeout_s=0.3)):
             await serve([node], [(0, node, f"http://127.0.0.1:{hole.getsockname()[1]}"), (1, node, well.url)])
             slowest_s = 0.0
             for _ in range(20):
@@ -164,7 +164,7 @@ async def test_a_replica_that_does_not_even_refuse_is_left_within_a_second(
                 async with session.post(f"{node.url}/chat/completions", json=CHAT) as answer:
                     assert answer.status == 200
                 slowest_s = max(slowest_s, time.monotonic() - start_s)
-            assert 0.4 < slowest_s < 1.0  # it was tried, and left
+            assert 0.25 < slowest_s < 1.0  # it was tried, and left
 
 
 async def test_a_node_that_is_gone_is_left_with_all_its_replicas(folder: Path, session: aiohttp.ClientSession) -> None:
