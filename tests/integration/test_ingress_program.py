@@ -119,7 +119,7 @@ async def test_sigterm_lets_a_stream_finish_and_refuses_what_is_new(program: Pro
             await answer.content.readany()
             program.process.terminate()
             assert (await answer.text()).endswith("data: [DONE]\n\n")
-        code, _ = await asyncio.to_thread(program.end)
+        code, _ = await asyncio.to_thread(program.end, 0)  # 0: told already, now awaited
         assert code == 0
         with pytest.raises(aiohttp.ClientConnectorError):
             await session.get(f"http://{address}/health")
@@ -162,7 +162,7 @@ def test_a_port_in_use_is_one_clear_line(folder: Path) -> None:
         errors = program.process.communicate(timeout=20)[1]
     assert program.process.returncode == 1
     assert address.rpartition(":")[2] in errors
-    assert "address already in use" in errors
+    assert "is in use by another program" in errors
     assert "Traceback" not in errors
 
 

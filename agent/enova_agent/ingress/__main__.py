@@ -7,9 +7,9 @@ import asyncio
 import contextlib
 import gc
 import json
-import logging
 import os
 import signal
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from enova_common.notify import Notifier, keep_watchdog
 from enova_common.settings import load_settings
 
 PROGRAM = "enova-ingress"
-_log = logging.getLogger(__name__)
 
 
 def main() -> int:
@@ -42,11 +41,8 @@ def main() -> int:
         settings = load_settings(IngressSettings, arguments.config, environment, PREFIX)
         logs.configure(PROGRAM, level=settings.log_level, form=settings.log_form)
         uvloop.run(serve(settings))
-    except EnovaError as error:
-        _log.error("%s", error)
-        return 1
-    except OSError as error:
-        _log.error("cannot start: %s", error)
+    except (EnovaError, OSError) as error:
+        sys.stderr.write(f"{PROGRAM}: {error}\n")  # for whoever starts it, whatever the form of the log
         return 1
     return 0
 

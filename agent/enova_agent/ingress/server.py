@@ -33,7 +33,9 @@ from enova_agent.ingress.settings import IngressSettings, host_and_port, is_loop
 from enova_agent.ingress.state import State, load_state, save_state
 from enova_agent.ingress.summaries import Summaries
 from enova_agent.ingress.upstream import Endpoint, Limits, Unreachable, Upstream, endpoint_of_url
+from enova_common.address import Address
 from enova_common.clock import ModelClock
+from enova_common.ports import check_listenable
 
 _log = logging.getLogger(__name__)
 
@@ -113,6 +115,9 @@ class Ingress:
         settings = self._settings
         if settings.tls is None and not is_loopback(settings.listen):
             _log.warning("insecure_http: applications' requests and keys travel unencrypted to %s", settings.listen)
+        for name in ("listen", "hop_listen", "metrics_listen"):
+            host, port = host_and_port(getattr(settings, name), field=name)
+            check_listenable(Address(host, port), field=name)
         await self._openai_listener.start(
             *host_and_port(settings.listen, field="listen"),
             tls=tls.openai_context(settings.tls) if settings.tls else None,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import socket
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +11,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from enova_common.address import Address, parse_address
-from enova_common.errors import AlreadyExists, CallerError
+from enova_common.errors import CallerError
+from enova_common.ports import cannot_listen, check_listenable
 from enova_common.rpc.interceptor import DEFAULT_TIMEOUT_S, ErrorInterceptor
 from enova_common.settings import TlsSettings
 
@@ -87,14 +86,14 @@ def listen(server: grpc.aio.Server, address: str, tls: TlsSettings | None = None
     wanted = parse_address(address, field="listen")
     if tls is None:
         _refuse_plaintext_off_loopback(wanted, "listen on")
-    _check_free(wanted)
+    check_listenable(wanted, field="listen")
     try:
         if tls is None:
             port = server.add_insecure_port(str(wanted))
         else:
             port = server.add_secure_port(str(wanted), _server_credentials(tls))
     except RuntimeError as error:
-        raise _cannot_listen(wanted, str(error)) from error
+        raise cannot_listen(wanted, str(error), field="listen") from error
     return str(wanted) if wanted.is_unix else str(Address(wanted.host, port))
 
 
@@ -138,28 +137,3 @@ def _checked_files(tls: TlsSettings) -> tuple[bytes, bytes, bytes]:
 
     certs.check_tls(tls, time.time())
     return tls.ca.read_bytes(), tls.key.read_bytes(), tls.cert.read_bytes()
-
-
-def _check_free(address: Address) -> None:
-    """gRPC says only that it failed to bind; a trial says why."""
-    if address.is_unix or address.port == 0:
-        return
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind((address.host, address.port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise AlreadyExists(
-                    f"{address} is in use by another program",
-                    reason="ADDRESS_IN_USE",
-                    field="listen",
-                    remedy=f"stop it (ss -ltnp 'sport = :{address.port}' shows it), or choose another port",
-                ) from error
-            raise _cannot_listen(address, error.strerror or str(error)) from error
-
-
-def _cannot_listen(address: Address, why: str) -> CallerError:
-    remedy = "give an address of this host, and a port above 1023 unless it may use those below"
-    return CallerError(f"cannot listen on {address}: {why}", reason="CANNOT_LISTEN", field="listen", remedy=remedy)
