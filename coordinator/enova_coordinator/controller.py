@@ -33,7 +33,7 @@ from enova_coordinator.core.model import (
 from enova_coordinator.core.placement import double_claims
 from enova_coordinator.core.plan import Change, Put, Write
 from enova_coordinator.core.reconcile import ReconcileLimits, reconcile
-from enova_coordinator.core.routes import RouteTable, next_table
+from enova_coordinator.core.routes import RouteTable, next_table, routed
 from enova_coordinator.election import Leadership
 from enova_coordinator.events import EventLog
 from enova_coordinator.snapshot import Mirror
@@ -194,6 +194,8 @@ class Controller:
         if self._is_quiet(snapshot):
             return
         self._tell(snapshot)
+        reports = (view.report for view in snapshot.nodes.values() if view.report is not None)
+        snapshot = replace(snapshot, routed=routed(self.table, reports))
         plan = reconcile(snapshot, now_s=self._wall_s(), limits=self._settings.reconcile)
         for change in plan.changes:
             if not leadership.is_leading():

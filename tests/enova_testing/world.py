@@ -204,6 +204,7 @@ class World:
         self.leading = True
         self.loop_lag_s = 0.0
         self.refuse_rate = 0.0     # of changes, as if somebody had been faster
+        self.routed: frozenset[str] | None = None  # replicas that every ingress has; None: nobody asks
         self.notes: list[Note] = []
         self.last_plan = Plan()
         for number in range(nodes):
@@ -305,6 +306,7 @@ class World:
             nodes=nodes,
             revisions=dict(self.store.revisions),
             replacement_held=self.liveness.replacement_held,
+            routed=self.routed,
         )
 
     # What happens.

@@ -65,6 +65,7 @@ class ObedientFleet:
     def __init__(self) -> None:
         self.reports: dict[str, NodeReport] = {}
         self.tables: list[RouteTable] = []
+        self.ingress_obeys = True
         self.defect: Exception | None = None
         self.wake: Callable[[], None] = lambda: None
 
@@ -96,6 +97,13 @@ class ObedientFleet:
             defect, self.defect = self.defect, None
             raise defect
         self.tables.append(table)
+        if self.ingress_obeys:
+            self.serve_newest_routes()
+
+    def serve_newest_routes(self) -> None:
+        revision = self.tables[-1].revision
+        self.reports = {name: replace(report, routes_revision=revision) for name, report in self.reports.items()}
+        self.wake()
 
 
 class FaultyStore:
@@ -367,6 +375,22 @@ async def test_a_user_s_change_between_look_and_write_wins(coordinator: Coordina
     assert (await coordinator.deployment()).spec.priority == 19
     variants, _ = await coordinator.store.range(codec.prefix("variants"))
     assert [codec.decode_as(Variant, entry.value).retired for entry in variants] == [False]
+
+
+async def test_the_old_replica_drains_only_once_the_ingress_serves_the_new_one(coordinator: Coordinator) -> None:
+    await coordinator.deploy(DeploymentSpec(model="m", replicas=1))
+    await coordinator.ready(1)
+    coordinator.fleet.ingress_obeys = False
+    before = await coordinator.deployment()
+    await coordinator.put(replace(before, generation=2, spec=replace(before.spec, model="n")))
+    await until_async(lambda: len(coordinator.fleet.tables[-1].routes["chat"].targets) == 2)
+    rounds = coordinator.controller.rounds
+    await until_async(lambda: coordinator.controller.rounds > rounds + 5)
+    assert "ReplicaDraining" not in coordinator.reasons()
+    coordinator.fleet.serve_newest_routes()
+    await until_async(lambda: "ReplicaRemoved" in coordinator.reasons())
+    (target,) = coordinator.fleet.tables[-1].routes["chat"].targets
+    assert target.replica == "deployments/chat/replicas/v2-0"
 
 
 async def test_a_defect_costs_a_round_and_not_the_term(coordinator: Coordinator) -> None:

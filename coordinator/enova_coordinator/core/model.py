@@ -486,6 +486,7 @@ class Snapshot:
     assignments: Mapping[str, Assignment] = field(default_factory=dict)
     revisions: Mapping[str, int] = field(default_factory=dict)  # mod revision by full name
     replacement_held: str = ""     # why nothing lost may be replaced now (mass loss); "" = it may
+    routed: frozenset[str] | None = None  # replicas that every connected ingress has in its routes; None: not known
     unreadable: frozenset[str] = frozenset()  # names of stored objects that this release cannot read
 
     @property

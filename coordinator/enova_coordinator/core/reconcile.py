@@ -39,6 +39,7 @@ class ReconcileLimits:
     """The paces and bounds of reconciling. Seconds of real time."""
 
     lost_grace_s: float = 20.0     # from LOST to replacement
+    routed_wait_s: float = 15.0    # for ingresses to take up a new replica; then one that does not is not waited for
     surge: int = 1                 # replicas over the target while old ones are replaced
     creates_per_round: int = 32    # of one deployment, so that its change fits one transaction
     places_per_round: int = 256    # of all deployments: bounds how long a round holds the loop
@@ -112,6 +113,7 @@ class _Round:
         present = tuple(replica for replica in self._running() if not self._written_off(replica))
         return Crew(
             target=self.target,
+            unrouted=frozenset(replica.name for replica in present if self._unrouted(replica)),
             new=tuple(replica for replica in present if self._stays(replica)),
             old=tuple(replica for replica in present if not self._stays(replica)),
         )
@@ -124,6 +126,11 @@ class _Round:
         return all(
             view is None or (not view.node.draining and in_clusters(view, self.deployment)) for view in views
         )
+
+    def _unrouted(self, replica: Replica) -> bool:
+        waited_s = self.now_s - replica.status.state_time_s
+        routed = self.draft.snapshot.routed
+        return routed is not None and replica.name not in routed and waited_s < self.limits.routed_wait_s
 
     def _written_off(self, replica: Replica) -> bool:
         """Whether it is lost for so long that another takes its part. It counts again if its node returns."""
@@ -287,7 +294,7 @@ def _standing(crew: Crew, variant: Variant, *, others_leaving: bool) -> tuple[De
     if reasons and not crew.new_ready and crew.target:
         return DeploymentState.FAILED, _kept(reasons[0], crew)
     waiting = [
-        ": ".join(filter(None, (f"{_short(replica)} is {replica.status.state}", replica.status.reason)))
+        ": ".join(filter(None, (f"{_short(replica)} is {replica.status.state}", _detail(replica))))
         for replica in crew.new
         if not is_ready(replica)
     ]
@@ -356,6 +363,10 @@ def _note(
 ) -> None:
     note = Note(object=replica.name, reason=reason, message=message, severity=severity)
     draft.note(replica.deployment, note)
+
+
+def _detail(replica: Replica) -> str:
+    return replica.status.reason or replica.status.phase
 
 
 def _short(replica: Replica) -> str:

@@ -2,7 +2,8 @@
 
 Theory of operation. Replicas that run are *new* (of the current variant, on nodes that may keep them) or *old*
 (of a retired variant, or on a node that is being drained). One rule serves rollout, node drain and scaling: an old
-replica that serves leaves only against a new one that is READY; at most `surge` more than the target run meanwhile.
+replica that serves leaves only against a new one that is READY and routed by every ingress; at most `surge` more
+than the target run meanwhile.
 Old replicas that never served leave at once. A surplus of new ones leaves by worth: PENDING, FAILED, LOST,
 STARTING, and only then READY ones, newest first.
 """
@@ -19,6 +20,7 @@ class Crew:
     """A deployment's replicas that shall run, oldest first, without those that are written off."""
 
     target: int
+    unrouted: frozenset[str] = frozenset()  # new ones that some ingress does not know yet
     new: tuple[Replica, ...] = ()
     old: tuple[Replica, ...] = ()
 
@@ -26,6 +28,11 @@ class Crew:
     def new_ready(self) -> int:
         """New replicas that serve."""
         return sum(is_ready(replica) for replica in self.new)
+
+    @property
+    def new_routed(self) -> int:
+        """New replicas that serve and that requests reach from everywhere."""
+        return sum(is_ready(replica) and replica.name not in self.unrouted for replica in self.new)
 
     @property
     def ready(self) -> int:
@@ -64,7 +71,7 @@ def next_step(crew: Crew, *, surge: int) -> Step:
     """The step that may be taken now; taking it and asking again ends at `target` new replicas and no old ones."""
     kept = tuple(replica for replica in crew.old if _has_served(replica))
     never_served = tuple(replica for replica in crew.old if not _has_served(replica))
-    keep = max(0, crew.target - crew.new_ready)
+    keep = max(0, crew.target - crew.new_routed)
     leaving = _cheapest(kept, len(kept) - keep)
     wanted = min(crew.target, max(0, crew.target + surge - min(len(kept), keep)))
     surplus = _cheapest(crew.new, len(crew.new) - crew.target)

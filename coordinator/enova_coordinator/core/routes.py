@@ -90,6 +90,12 @@ def routed_everywhere(table: RouteTable, replica: str, reports: Iterable[NodeRep
     return since is not None and bool(connected) and all(report.routes_revision >= since for report in connected)
 
 
+def routed(table: RouteTable, reports: Iterable[NodeReport]) -> frozenset[str]:
+    """The replicas of the table that every connected ingress has; all of them where none is connected."""
+    oldest = min((report.routes_revision for report in reports if report.ingress_connected), default=table.revision)
+    return frozenset(replica for replica, since in table.since.items() if since <= oldest)
+
+
 def _routes(snapshot: Snapshot) -> dict[str, Route]:
     targets: dict[str, list[tuple[Variant, Replica]]] = {}
     for replica in snapshot.replicas.values():

@@ -495,3 +495,25 @@ def test_changes_of_many_objects_are_cut_so_that_each_fits_a_transaction() -> No
     assert sum(len(change.notes) for change in plan.changes) == 150
     world.run(15.0)
     assert world.replicas() == []
+
+
+def test_an_old_replica_stays_until_every_ingress_has_the_new_one_or_a_while_passed() -> None:
+    world = deployed("chat", spec())
+    world.deploy("chat", spec("m-2"))
+    world.routed = frozenset()
+    world.run(18.0)
+    assert world.serving("chat") == 2
+    world.run(15.0)
+    assert world.serving("chat") == 1
+    assert [variant.model for variant in world.variants("chat")] == ["m-2"]
+
+
+def test_an_old_replica_goes_at_once_when_every_ingress_has_the_new_one() -> None:
+    world = deployed("chat", spec())
+    world.deploy("chat", spec("m-2"))
+    world.routed = frozenset()
+    world.run(10.0)
+    assert world.serving("chat") == 2
+    world.routed = frozenset({"deployments/chat/replicas/v2-0"})
+    world.run(1.0)
+    assert [replica.intent for replica in world.replicas("chat")] == [Intent.DRAIN, Intent.RUN]

@@ -22,7 +22,7 @@ from enova_coordinator.core.model import (
     Snapshot,
     Variant,
 )
-from enova_coordinator.core.routes import RouteTable, next_table, routed_everywhere
+from enova_coordinator.core.routes import RouteTable, next_table, routed, routed_everywhere
 
 DEPLOYMENT = Deployment(
     name="deployments/d",
@@ -121,3 +121,7 @@ def test_a_replica_is_routed_once_every_connected_ingress_serves_a_table_that_ha
     assert routed_everywhere(table, replica(1).name, [*reports(9), NodeReport(routes_revision=0)])
     assert not routed_everywhere(table, replica(1).name, [])
     assert not routed_everywhere(table, replica(2).name, reports(9))
+    both = {replica(0).name, replica(1).name}
+    assert routed(table, reports(5, 9)) == {replica(0).name}
+    assert routed(table, [*reports(9), NodeReport(routes_revision=0)]) == both
+    assert routed(table, []) == both
