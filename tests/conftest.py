@@ -25,9 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[SEED_VARIABLE] = given or str(random.SystemRandom().randrange(2**31))
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    """How to replay the run."""
-    return f"seed: {os.environ[SEED_VARIABLE]} (replay with {SEED_VARIABLE}={os.environ[SEED_VARIABLE]})"
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How to replay the run, where somebody will want to."""
+    if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+        terminalreporter.write_line(f"replay with {SEED_VARIABLE}={os.environ[SEED_VARIABLE]}")
 
 
 @pytest.fixture
