@@ -188,7 +188,8 @@ class Replica:
         self._remember(record, process)
         self.watch = self._watching(process)
         now_s = self._host.monotonic()
-        self._lines.extend(tail(self.log_path, _LINES_KEPT))
+        if not record.ready:
+            self._lines.extend(tail(self.log_path, _LINES_KEPT))
         adopted = Adopted(
             now_s=now_s, ready=record.ready, stopping=record.stopping, drain_timeout_s=self.spec.drain_timeout_s
         )
@@ -295,6 +296,7 @@ class Replica:
         """Bookkeeping of a new stage."""
         if self.machine.stage is Stage.READY and before.stage is Stage.STARTING:
             self._ready_time_s = self._host.wall()
+            self._lines.clear()  # whatever ends it from now on, its start is not to blame
             if self.watch is not None:
                 self.watch.begin()
             self._due_s.pop("usage", None)  # what a ready engine holds in /dev/shm is to be known at once

@@ -95,7 +95,7 @@ _TELLING = (
     re.compile(r"Fatal Python error|Worker proc .* died unexpectedly"),
     re.compile(r"engine core exited unexpectedly"),
     re.compile(r"EngineDeadError"),
-    re.compile(r"\b[A-Za-z_.]+(?:Error|Exception)\b: "),
+    re.compile(r"^(?!.*WARNING).*\b[A-Za-z_.]+(?:Error|Exception)\b: "),
 )
 _CHATTER = re.compile(r"nanobind|^ - (?:leaked|\.\.\. skipped)|HTTP/1\.[01]\" \d{3}|^INFO:  |DeprecationWarning")
 _LINES_KEPT = 200
