@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from enova.v1 import agent_service_pb2, agent_service_pb2_grpc, cluster_pb2, telemetry_pb2
+from enova_cli.up.leftovers import remaining
 from enova_common import rpc
 from enova_testing.fleet import MODEL, UpFleet, run_enova, start_up, up
 from enova_testing.waiting import until
@@ -243,3 +244,13 @@ def test_a_full_disk_is_said_and_serving_goes_on(tmp_path: Path) -> None:
             until(lambda: fleet.enova("scale", "deployment/steady", "--replicas", "1").code == 0, timeout_s=30)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_failed_start_leaves_nothing_behind(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        arguments = ("up", "--nodes", "2", "--data-dir", str(tmp_path / "data"), "--port", "0", "-o", "json")
+        result = run_enova(*arguments, "--openai-port", str(port))
+    assert result.code == 1
+    assert str(port) in result.error["message"]
+    until(lambda: not remaining(tmp_path / "data"), timeout_s=5.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import random
 import signal
 import time
@@ -22,7 +21,7 @@ READY_POLL_S = 0.05
 TERM_TIMEOUT_S = 10.0  # then KILL; the programs end within a second when nothing hangs
 STEADY_S = 30.0  # a program that ran so long was well: its next restart is a first one
 RESTART = Backoff(initial_s=0.2, maximum_s=10.0, jitter=0.2)
-LOG_TAIL_LINES = 8
+LOG_TAIL_LINES = 4
 
 
 @dataclass(slots=True)
@@ -39,28 +38,36 @@ class Child:
     ready_file: Path
     listening: Callable[[], bool] | None = None
     on_change: Callable[[], None] = field(default=lambda: None)
-    pid: int = 0
     restarts: int = 0
+    _process: asyncio.subprocess.Process | None = None
     _keeper: asyncio.Task[None] | None = None
     _stopping: bool = False
 
+    @property
+    def pid(self) -> int:
+        """Of the process that runs now, or ran last; 0 before the first."""
+        return self._process.pid if self._process is not None else 0
+
     async def start(self) -> Mapping[str, Any]:
         """Start it, wait until it is ready, keep it running from then on; what its ready file says."""
-        process = await self._spawn()
-        facts = await self._ready(process)
-        self._keeper = asyncio.create_task(self._keep(process), name=f"keep-{self.name}")
+        self._process = await self._spawn()
+        facts = await self._ready(self._process)
+        self._keeper = asyncio.create_task(self._keep(), name=f"keep-{self.name}")
         return facts
 
     async def stop(self) -> None:
-        """TERM, then KILL after a deadline; returns when it is gone."""
+        """TERM, then KILL after a deadline; returns when it is gone, whether or not its start had succeeded."""
         self._stopping = True
-        if self._keeper is None:
+        if self._process is None:
             return
         self._signal(signal.SIGTERM)
-        _, pending = await asyncio.wait({self._keeper}, timeout=TERM_TIMEOUT_S)
-        if pending:
+        try:
+            await asyncio.wait_for(self._process.wait(), TERM_TIMEOUT_S)
+        except TimeoutError:
             self._signal(signal.SIGKILL)
-            await asyncio.wait({self._keeper})
+            await self._process.wait()
+        if self._keeper is not None:
+            self._keeper.cancel()
 
     def ready_facts(self) -> Mapping[str, Any] | None:
         """What the ready file of the running process says; None while it is not ready."""
@@ -76,7 +83,7 @@ class Child:
         self.ready_file.unlink(missing_ok=True)
         with self.log_path.open("ab") as log:
             # A session of its own: the terminal's Ctrl-C reaches `up` alone, which then ends them in order.
-            process = await asyncio.create_subprocess_exec(
+            return await asyncio.create_subprocess_exec(
                 *self.argv,
                 env=dict(self.environment),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -84,9 +91,6 @@ class Child:
                 stderr=log,
                 start_new_session=True,
             )
-        self.pid = process.pid
-        self.on_change()
-        return process
 
     async def _ready(self, process: asyncio.subprocess.Process) -> Mapping[str, Any]:
         deadline = time.monotonic() + READY_TIMEOUT_S
@@ -98,26 +102,35 @@ class Child:
                 message = f"{self.name} ended with {process.returncode} before it was ready: {self._log_tail()}"
                 raise FatalError(message, reason="START_FAILED", remedy=f"see {self.log_path}")
             await asyncio.sleep(READY_POLL_S)
-        self._signal(signal.SIGKILL)
         message = f"{self.name} was not ready within {READY_TIMEOUT_S:g} s"
         raise TimedOut(message, reason="START_TIMED_OUT", remedy=f"see {self.log_path}")
 
-    async def _keep(self, process: asyncio.subprocess.Process) -> None:
+    async def _keep(self) -> None:
         attempt = 0
-        while True:
+        while self._process is not None:
+            self.on_change()
             started = time.monotonic()
-            await process.wait()
+            await self._process.wait()
             if self._stopping:
                 return
             attempt = 0 if time.monotonic() - started > STEADY_S else attempt + 1
             self.restarts += 1
             await asyncio.sleep(RESTART.delay_s(attempt, random.random()))  # noqa: S311 - jitter
-            process = await self._spawn()
+            self._process = await self._spawn()
 
     def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
         with contextlib.suppress(ProcessLookupError):  # it ended in this very moment
-            os.kill(self.pid, number)
+            self._process.send_signal(number)
 
     def _log_tail(self) -> str:
-        lines = self.log_path.read_text(errors="replace").splitlines()
-        return " | ".join(lines[-LOG_TAIL_LINES:])
+        """The last things that it said: of JSON lines the messages, of others the text."""
+        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return " | ".join(_message(line) for line in lines)
+
+
+def _message(line: str) -> str:
+    try:
+        return str(json.loads(line)["message"])
+    except (ValueError, KeyError, TypeError):
+        return line

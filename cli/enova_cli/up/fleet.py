@@ -8,8 +8,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 from enova.v1 import cluster_pb2
 from enova_cli.client import Client
@@ -18,6 +18,8 @@ from enova_cli.up.child import Child
 from enova_cli.up.layout import DataDirectory, socket_path
 from enova_cli.up.leftovers import end_leftovers
 from enova_common.errors import EnovaError, TimedOut
+
+T = TypeVar("T")
 
 REGISTER_TIMEOUT_S = 30.0
 REGISTER_POLL_S = 0.1
@@ -83,7 +85,7 @@ class Fleet:
         api = str((await self._start_coordinator(environment, store, ports))["api_address"])
         nodes = self._options.node_names()
         starts = [self._start_node(name, environment, api, gpu, ports) for name in nodes]
-        facts: dict[str, Mapping[str, Any]] = dict(zip(nodes, await asyncio.gather(*starts), strict=True))
+        facts: dict[str, Mapping[str, Any]] = dict(zip(nodes, await _together(*starts), strict=True))
         self._data.write_json("ports.json", {"api": api, "etcd": store, **facts})
         await self._registered(api)
         self._facts = {"api": api, "openai": f"http://{facts[nodes[0]]['openai_address']}/v1"}
@@ -119,7 +121,7 @@ class Fleet:
         ingress = self._child(f"ingress/{name}", [plan.program("enova-ingress")], environment)
         value = settings.ingress(self._options, self._data, name, ports.get(name, {}), ingress.ready_file)
         ingress.argv = [*ingress.argv, "--config", str(self._data.write_toml(folder / "ingress.toml", value))]
-        facts = (await asyncio.gather(agent.start(), ingress.start()))[1]
+        facts = (await _together(agent.start(), ingress.start()))[1]
         value = settings.ingress(self._options, self._data, name, facts, ingress.ready_file)
         self._data.write_toml(folder / "ingress.toml", value)
         return {key: facts[key] for key in ("openai_address", "hop_address")}
@@ -180,3 +182,14 @@ class Fleet:
     def _write_facts(self) -> None:
         if self._facts:
             self._data.write_json("up.json", self._public_facts())
+
+
+async def _together(*starts: Coroutine[Any, Any, T]) -> list[T]:
+    """All results, or the first error: then the others are cancelled, and nothing starts behind our back."""
+    tasks = [asyncio.ensure_future(start) for start in starts]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
