@@ -93,7 +93,9 @@ def running_coordinator(directory: Path, config: Config | None = None) -> Iterat
         )
         assert process.poll() is None, log.read_text()
         facts = json.loads(ready.read_text())
-        yield CoordinatorProcess(process, facts["api_address"], facts["metrics_address"], log)
+        running = CoordinatorProcess(process, facts["api_address"], facts["metrics_address"], log)
+        until(lambda: running.figures()["enova_coordinator_leading"], what="it leads: nobody else can")
+        yield running
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGCONT)
