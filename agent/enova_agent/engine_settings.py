@@ -38,7 +38,7 @@ class EngineSettings:
     cgroup: str = ""
     """A cgroup (version 2) that the agent may write to; each engine gets one below it. Empty: sessions and tokens."""
 
-    tick_s: float = 0.25
+    tick_s: float = 0.5
     """How often each replica is looked at: bounds how late anything is noticed."""
 
     scrape_interval_s: float = 1.0

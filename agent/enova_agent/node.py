@@ -11,7 +11,7 @@ from typing import Protocol
 
 from enova_agent.core.local import HeldUpdate
 from enova_agent.core.model import Assignment, LocalEngine, ReplicaView, Route, RouteTable
-from enova_agent.core.node import ModelFacts, NodeFacts, NodeStatus
+from enova_agent.core.node import ModelFacts, NodeFacts, NodeStatus, next_beat_s
 from enova_agent.core.telemetry import CanaryCounts, EngineScrape
 from enova_agent.disk import AssignmentFile
 from enova_agent.frames import Gpus
@@ -254,9 +254,8 @@ class FrameBeat:
     async def run(self) -> None:
         """Beats until it is cancelled; a frame that fails costs that frame."""
         loop = asyncio.get_running_loop()
-        due_s = loop.time()
         while True:
-            due_s = self._next_s = max(due_s + self._interval_s(), loop.time())
+            due_s = self._next_s = next_beat_s(loop.time(), self._interval_s())
             await asyncio.sleep(due_s - loop.time())
             self.lag_s = max(0.0, loop.time() - due_s)
             try:

@@ -297,11 +297,8 @@ class LocalProcesses:
 
     def sweep(self) -> None:
         """See Processes. A zombie that is still there at the second look has nobody else who waits for it."""
-        me = os.getpid()
         zombies = {
-            entry.pid
-            for entry in procfs.processes().values()
-            if entry.parent == me and entry.state == "Z" and entry.pid not in self._first
+            entry.pid for entry in procfs.children() if entry.state == "Z" and entry.pid not in self._first
         }
         for pid in zombies & self._zombies:
             with contextlib.suppress(ChildProcessError):  # its owner fetched the status in this instant

@@ -89,6 +89,18 @@ def environment(pid: int) -> Mapping[str, str]:
     return {name: value for name, value in pairs}  # noqa: C416  dict() cannot type lists of unknown length
 
 
+def children() -> list[Stat]:
+    """This process's own children, whichever of its threads started or inherited them."""
+    pids: set[int] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(*_GONE), open(f"/proc/self/task/{thread}/children", "rb") as file:
+            pids |= {int(pid) for pid in file.read().split()}
+    if not pids:  # there are none, or the kernel was built without these files
+        me = os.getpid()
+        return [entry for entry in processes().values() if entry.parent == me]
+    return [entry for entry in map(stat, pids) if entry is not None]
+
+
 def descendants(table: Mapping[int, Stat], root: int) -> set[int]:
     """The pids below `root`, itself included."""
     children: dict[int, list[int]] = {}

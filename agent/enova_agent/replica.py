@@ -431,13 +431,12 @@ class Replica:
         run, host, process = self._run, self._host, self.process
         if process is None:
             return
-        if self.machine.stage is Stage.STARTING:
-            usage, before = await asyncio.to_thread(host.processes.usage, process), self._usage
-            if run != self._run:
-                return
-            self._usage = usage
-            if before is None or _moved(before, usage):
-                self._deliver(run, ProgressSeen(now_s=host.monotonic()))
+        usage, before = await asyncio.to_thread(host.processes.usage, process), self._usage
+        if run != self._run:
+            return
+        self._usage = usage
+        if self.machine.stage is Stage.STARTING and (before is None or _moved(before, usage)):
+            self._deliver(run, ProgressSeen(now_s=host.monotonic()))
         names = await asyncio.to_thread(host.processes.shared_memory, process)
         if run == self._run:
             self._shared_memory |= names

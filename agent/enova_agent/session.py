@@ -23,7 +23,7 @@ import grpc
 from enova.v1 import agent_service_pb2 as wire
 from enova_agent import convert
 from enova_agent.core.model import Assignment, Route
-from enova_agent.core.node import ModelFacts, NodeFacts, NodeStatus
+from enova_agent.core.node import ModelFacts, NodeFacts, NodeStatus, next_beat_s
 from enova_agent.core.term import TermVerdict, judge_term
 from enova_agent.frames import FrameBuffer
 from enova_common.backoff import Backoff
@@ -365,10 +365,11 @@ class _Connection:
 
     async def _beat(self, call: _Call) -> None:
         del call
+        loop = asyncio.get_running_loop()
         while True:
             self._heartbeat_due = True
             self.wake()
-            await asyncio.sleep(self._heartbeat_interval_s)
+            await asyncio.sleep(next_beat_s(loop.time(), self._heartbeat_interval_s) - loop.time())
 
     async def _write(self, call: _Call) -> None:
         frames = len(self._session._frames)

@@ -26,6 +26,7 @@ from enova_agent.core.events import RestartWanted, RunWanted, StopWanted
 from enova_agent.core.local import HeldReplica, HeldUpdate
 from enova_agent.core.machine import Goal, Stage
 from enova_agent.core.model import Assignment, Claim, LocalEngine, MemberSpec, ReplicaView
+from enova_agent.core.node import next_beat_s
 from enova_agent.engine import EngineProbe
 from enova_agent.engine_settings import EngineSettings
 from enova_agent.host import CanaryCount, Host, Notice, Scrape
@@ -202,7 +203,8 @@ class Supervisor:
             except Exception as error:  # noqa: BLE001  the loop outlives a defect of one step
                 _log.exception("a step of the supervisor failed")
                 self._notice(Notice(replica="", kind="AgentDefect", message=f"supervisor: {error}", warning=True))
-            await asyncio.sleep(self._settings.tick_s)
+            # On the beat of the frames and heartbeats, so that the program wakes once for all of them.
+            await asyncio.sleep(next_beat_s(self._monotonic(), self._settings.tick_s) - self._monotonic())
 
     async def close(self) -> None:
         """Stop looking after the engines; they go on, and the journal knows them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -53,6 +54,11 @@ class NodeStatus:
                 for view in self.views
             ),
         )
+
+
+def next_beat_s(now_s: float, interval_s: float) -> float:
+    """The next multiple of the interval: all that has the same interval is then done in one waking of the program."""
+    return (math.floor(now_s / interval_s) + 1) * interval_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
