@@ -15,7 +15,7 @@ from enova_cli.commands.runtime import chat, completion, drain, logs, restart, u
 from enova_cli.commands.up import up
 from enova_cli.context import Context
 
-DEFAULT_API = "127.0.0.1:7400"
+DEFAULT_API = "127.0.0.1:7700"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

@@ -33,7 +33,7 @@ DEFAULT_DATA_DIR = Path("enova-data")
 @click.option("--engine-args", default="", help="Further arguments of every engine.")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=DEFAULT_DATA_DIR, show_default=True)
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=7400, show_default=True, help="Of the API; 0: any free one."
+    "--port", type=click.IntRange(0, 65535), default=7700, show_default=True, help="Of the API; 0: any free one."
 )
 @click.option(
     "--openai-port",
