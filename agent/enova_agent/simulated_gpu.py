@@ -64,7 +64,7 @@ class SimulatedGpus:
         self._monotonic_s = monotonic_s
         self._clients: dict[str, LoopbackClient] = {}
         self._without: set[str] = set()  # engines that answer but know nothing of simulated GPUs: a real vLLM
-        self._read: dict[str, tuple[GpuSample, float]] = {}
+        self._read: dict[str, list[tuple[GpuSample, float]]] = {}  # by endpoint
 
     def describe(self) -> tuple[GpuFacts, ...]:
         """The GPUs of the settings; whoever claims memory of them is one of ours, so that all of it is free."""
@@ -83,10 +83,10 @@ class SimulatedGpus:
 
     def sample(self) -> tuple[GpuSample, ...]:
         """The newest reading of each GPU that an engine uses, and idleness of the others."""
-        return tuple(self._sample(gpu) for gpu in self._gpus)
+        read = {sample.uuid: (sample, read_s) for readings in self._read.values() for sample, read_s in readings}
+        return tuple(self._sample(gpu, read.get(gpu.uuid)) for gpu in self._gpus)
 
-    def _sample(self, gpu: SimulatedGpuSettings) -> GpuSample:
-        read = self._read.get(gpu.uuid)
+    def _sample(self, gpu: SimulatedGpuSettings, read: tuple[GpuSample, float] | None) -> GpuSample:
         if read is None:
             return GpuSample(
                 uuid=gpu.uuid,
@@ -128,13 +128,11 @@ class SimulatedGpus:
             answer = await client.get("/simulated/gpu", timeout_s=READ_TIMEOUT_S)
             if answer.status == 404:
                 self._without.add(endpoint)
-            if answer.status != 200:
-                return []
-            value = json.loads(answer.body)
-            return [(_parsed(gpu), self._monotonic_s()) for gpu in value["gpus"]]
+            if answer.status == 200:
+                value = json.loads(answer.body)
+                self._read[endpoint] = [(_parsed(gpu), self._monotonic_s()) for gpu in value["gpus"]]
         except (EnovaError, ValueError, KeyError, TypeError) as error:
             log.debug("no GPU readings from %s: %s", endpoint, error)
-            return []
 
 
 def _parsed(value: Mapping[str, Any]) -> GpuSample:
