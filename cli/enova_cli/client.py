@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -105,76 +105,38 @@ class Client:
             raise rpc.error_from_rpc(error) from error
 
     async def list_deployments(self) -> list[cluster_pb2.Deployment]:
-        """All deployments, page by page."""
-
-        async def page(token: str) -> tuple[list[cluster_pb2.Deployment], str]:
-            request = deployment_service_pb2.ListDeploymentsRequest(page_size=PAGE_SIZE, page_token=token)
-            response = await self.call(lambda s: s.deployments.ListDeployments(request, timeout=CALL_TIMEOUT_S))
-            return list(response.deployments), response.next_page_token
-
-        return await _pages(page)
+        """All deployments."""
+        request = deployment_service_pb2.ListDeploymentsRequest()
+        return await self._list(lambda stubs: stubs.deployments.ListDeployments, request, "deployments")
 
     async def list_replicas(self, parent: str = "") -> list[cluster_pb2.Replica]:
         """All replicas, of one deployment if `parent` names one."""
-
-        async def page(token: str) -> tuple[list[cluster_pb2.Replica], str]:
-            request = replica_service_pb2.ListReplicasRequest(parent=parent, page_size=PAGE_SIZE, page_token=token)
-            response = await self.call(lambda s: s.replicas.ListReplicas(request, timeout=CALL_TIMEOUT_S))
-            return list(response.replicas), response.next_page_token
-
-        return await _pages(page)
+        request = replica_service_pb2.ListReplicasRequest(parent=parent)
+        return await self._list(lambda stubs: stubs.replicas.ListReplicas, request, "replicas")
 
     async def list_variants(self, parent: str = "") -> list[cluster_pb2.Variant]:
         """All variants, of one deployment if `parent` names one."""
-
-        async def page(token: str) -> tuple[list[cluster_pb2.Variant], str]:
-            request = deployment_service_pb2.ListVariantsRequest(parent=parent, page_size=PAGE_SIZE, page_token=token)
-            response = await self.call(lambda s: s.deployments.ListVariants(request, timeout=CALL_TIMEOUT_S))
-            return list(response.variants), response.next_page_token
-
-        return await _pages(page)
+        request = deployment_service_pb2.ListVariantsRequest(parent=parent)
+        return await self._list(lambda stubs: stubs.deployments.ListVariants, request, "variants")
 
     async def list_nodes(self) -> list[cluster_pb2.Node]:
         """All nodes."""
-
-        async def page(token: str) -> tuple[list[cluster_pb2.Node], str]:
-            request = node_service_pb2.ListNodesRequest(page_size=PAGE_SIZE, page_token=token)
-            response = await self.call(lambda s: s.nodes.ListNodes(request, timeout=CALL_TIMEOUT_S))
-            return list(response.nodes), response.next_page_token
-
-        return await _pages(page)
+        return await self._list(lambda stubs: stubs.nodes.ListNodes, node_service_pb2.ListNodesRequest(), "nodes")
 
     async def list_decisions(self, deployment: str = "") -> list[decision_service_pb2.Decision]:
         """All recorded decisions, newest first."""
-
-        async def page(token: str) -> tuple[list[decision_service_pb2.Decision], str]:
-            request = decision_service_pb2.ListDecisionsRequest(
-                deployment=deployment, page_size=PAGE_SIZE, page_token=token
-            )
-            response = await self.call(lambda s: s.decisions.ListDecisions(request, timeout=CALL_TIMEOUT_S))
-            return list(response.decisions), response.next_page_token
-
-        return await _pages(page)
+        request = decision_service_pb2.ListDecisionsRequest(deployment=deployment)
+        return await self._list(lambda stubs: stubs.decisions.ListDecisions, request, "decisions")
 
     async def list_events(self, obj: str = "") -> list[decision_service_pb2.Event]:
         """What the coordinator remembers that happened, newest first."""
-
-        async def page(token: str) -> tuple[list[decision_service_pb2.Event], str]:
-            request = decision_service_pb2.ListEventsRequest(object=obj, page_size=PAGE_SIZE, page_token=token)
-            response = await self.call(lambda s: s.decisions.ListEvents(request, timeout=CALL_TIMEOUT_S))
-            return list(response.events), response.next_page_token
-
-        return await _pages(page)
+        request = decision_service_pb2.ListEventsRequest(object=obj)
+        return await self._list(lambda stubs: stubs.decisions.ListEvents, request, "events")
 
     async def list_verdicts(self, obj: str = "") -> list[verdict_service_pb2.Verdict]:
         """The current verdicts."""
-
-        async def page(token: str) -> tuple[list[verdict_service_pb2.Verdict], str]:
-            request = verdict_service_pb2.ListVerdictsRequest(object=obj, page_size=PAGE_SIZE, page_token=token)
-            response = await self.call(lambda s: s.verdicts.ListVerdicts(request, timeout=CALL_TIMEOUT_S))
-            return list(response.verdicts), response.next_page_token
-
-        return await _pages(page)
+        request = verdict_service_pb2.ListVerdictsRequest(object=obj)
+        return await self._list(lambda stubs: stubs.verdicts.ListVerdicts, request, "verdicts")
 
     async def get_deployment(self, name: str) -> cluster_pb2.Deployment:
         """One deployment by its full name."""
@@ -197,6 +159,17 @@ class Client:
         problem = f"{len(found)} replicas are called {name!r}" if found else f"no replica {name!r}"
         raise NotFound(problem, remedy="enova get replicas lists them; use DEPLOYMENT/REPLICA")
 
+    async def _list(self, method: Callable[[Stubs], Callable[..., Awaitable[Any]]], request: Any, field: str) -> Any:
+        """All items of a List method, page by page."""
+        request.page_size = PAGE_SIZE
+        items: list[Any] = []
+        while True:
+            response = await self.call(lambda stubs: method(stubs)(request, timeout=CALL_TIMEOUT_S))
+            items += getattr(response, field)
+            if not response.next_page_token:
+                return items
+            request.page_token = response.next_page_token
+
     def _at(self, endpoint: str) -> Stubs:
         if endpoint not in self._channels:
             self._channels[endpoint] = rpc.open_channel(endpoint, self._tls)
@@ -209,13 +182,3 @@ class Client:
         detail = f": {last.message}" if last is not None and last.reason != "NOT_LEADER" else ""
         remedy = "start one (enova up), or name it by --api or ENOVA_API"
         return Unavailable(message + detail, reason="UNREACHABLE", remedy=remedy)
-
-
-async def _pages(page: Callable[[str], Awaitable[tuple[list[T], str]]]) -> list[T]:
-    items: list[T] = []
-    token = ""
-    while True:
-        more, token = await page(token)
-        items += more
-        if not token:
-            return items

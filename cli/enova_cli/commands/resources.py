@@ -33,8 +33,6 @@ def parse_kind(text: str) -> tuple[str, str]:
     kind = word if word.endswith("s") else f"{word}s"
     if kind not in KINDS:
         raise click.BadParameter(f"unknown kind {word!r}: one of {', '.join(KINDS)}")
-    if kind == "replicas" or not name:
-        return kind, name
     return kind, name
 
 
