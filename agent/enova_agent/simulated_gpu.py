@@ -112,14 +112,13 @@ class SimulatedGpus:
             endpoints = {endpoint for endpoint in self._endpoints() if endpoint}
             for gone in self._clients.keys() - endpoints:
                 self._clients.pop(gone).close()
+                self._read.pop(gone, None)
             self._without &= endpoints
-            answers = await asyncio.gather(*(self._ask(endpoint) for endpoint in sorted(endpoints - self._without)))
-            read = {sample.uuid: (sample, read_s) for answer in answers for sample, read_s in answer}
-            # An engine that does not answer keeps its last readings, which grow old; one that is gone, none.
-            self._read = {uuid: kept for uuid, kept in self._read.items() if endpoints} | read
+            await asyncio.gather(*(self._ask(endpoint) for endpoint in endpoints - self._without))
             await asyncio.sleep(self._interval_s)
 
-    async def _ask(self, endpoint: str) -> list[tuple[GpuSample, float]]:
+    async def _ask(self, endpoint: str) -> None:
+        """Reads one engine; one that does not answer keeps its last readings, which grow old."""
         client = self._clients.get(endpoint)
         if client is None:
             address = urlsplit(endpoint)

@@ -67,7 +67,7 @@ def test_figures_that_were_not_measured_are_absent_not_zero() -> None:
 
 def test_every_gpu_figure_arrives() -> None:
     numbers = {field.name: index + 1 for index, field in enumerate(fields(GpuSample)) if field.name != "uuid"}
-    sample = GpuSample(uuid="g", **numbers)  # type: ignore[arg-type]
+    sample = GpuSample(uuid="g", **numbers)
     (gpu,) = over_the_wire(Frame(node="n", sequence=1, boot="b", start_s=0.0, end_s=1.0, gpus=(sample,))).gpus
     assert {name: getattr(gpu, name) for name in numbers} == numbers
 
