@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from enova_common.settings import TlsSettings
 
 from enova_cli.commands.certs import certs
 from enova_cli.commands.deployments import apply, delete, deploy, pause, resume, scale, wait
@@ -14,6 +13,7 @@ from enova_cli.commands.resources import describe, events, explain, get
 from enova_cli.commands.runtime import chat, completion, drain, logs, restart, uncordon, version
 from enova_cli.commands.up import up
 from enova_cli.context import Context
+from enova_common.settings import TlsSettings
 
 DEFAULT_API = "127.0.0.1:7700"
 

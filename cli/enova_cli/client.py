@@ -159,7 +159,9 @@ class Client:
         problem = f"{len(found)} replicas are called {name!r}" if found else f"no replica {name!r}"
         raise NotFound(problem, remedy="enova get replicas lists them; use DEPLOYMENT/REPLICA")
 
-    async def _list(self, method: Callable[[Stubs], Callable[..., Awaitable[Any]]], request: Any, field: str) -> Any:
+    async def _list(
+        self, method: Callable[[Stubs], Callable[..., Awaitable[Any]]], request: Any, field: str
+    ) -> list[Any]:
         """All items of a List method, page by page."""
         request.page_size = PAGE_SIZE
         items: list[Any] = []
