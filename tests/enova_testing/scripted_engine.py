@@ -29,6 +29,7 @@ class Behaviour(StrEnum):
     ENDS_EARLY = "ENDS_EARLY"          # the stream ends in good order, but before its end marker
     HANG = "HANG"                      # never a byte
     STALL = "STALL"                    # a token, then nothing
+    PREFILL = "PREFILL"                # the head of a stream at once, as vLLM does, its first token only when released
 
 
 class ScriptedEngine:
@@ -114,6 +115,8 @@ class ScriptedEngine:
             error = {"error": {"message": BUSY, "type": "Service Unavailable", "code": 503}}
             await response.write(_event(error) + b"data: [DONE]\n\n")
             return response
+        if self.behaviour is Behaviour.PREFILL:
+            await self.release.wait()
         base = {"id": "cmpl-1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
         for number in range(self.tokens):
             finish = "length" if number == self.tokens - 1 else None

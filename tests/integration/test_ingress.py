@@ -237,6 +237,22 @@ async def test_a_stream_that_stalls_is_cut_at_the_idle_limit(folder: Path, sessi
         await until_async(lambda: upstream.open == 0, timeout_s=1.0)
 
 
+async def test_a_long_prefill_after_the_head_of_a_stream_is_no_stall(
+    folder: Path, session: aiohttp.ClientSession
+) -> None:
+    async with ScriptedEngine(behaviour=Behaviour.PREFILL) as upstream, started(
+        a := IngressNode(folder, node="a", idle_timeout_s=0.2), b := IngressNode(folder, node="b", idle_timeout_s=0.2)
+    ):
+        await serve([a, b], [(0, b, upstream.url)])
+        upstream.release.clear()
+        asking = asyncio.ensure_future(session.post(f"{a.url}/chat/completions", json={**CHAT, "stream": True}))
+        await until_async(lambda: b.held(0).silent_s > 0.6)
+        upstream.release.set()
+        answer = await asking
+        assert answer.status == 200
+        assert (await answer.text()).rstrip().endswith("data: [DONE]")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("elsewhere", [False, True])
 async def test_a_client_that_goes_away_ends_the_engines_work_within_a_second(

@@ -246,6 +246,7 @@ class _Connection(asyncio.Protocol):
         self.endpoint = endpoint
         self.idle_since_s = 0.0
         self.heard = False                # a byte of the current answer has come
+        self._begun = False               # so has one of its body; vLLM sends a stream's head before the prompt is read
         self._pool = pool
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -280,7 +281,7 @@ class _Connection(asyncio.Protocol):
         """Send one request, wait for the head of its answer."""
         assert self._transport is not None
         assert not self._busy
-        self._busy, self.heard = True, False
+        self._busy, self.heard, self._begun = True, False, False
         self._parser = httptools.HttpResponseParser(self)
         self._limits, self._on_bytes = limits, on_bytes
         self._headers, self._head_bytes = {}, 0
@@ -384,7 +385,7 @@ class _Connection(asyncio.Protocol):
         self._wake()
 
     def _check_silence(self) -> None:
-        limit_s = self._limits.idle_s if self.heard else self._limits.first_byte_s
+        limit_s = self._limits.idle_s if self._begun else self._limits.first_byte_s
         if self._parts or self._paused:  # it is the client that is slow
             self._last_byte_s = self._loop.time()
         left_s = self._last_byte_s + limit_s - self._loop.time()
@@ -410,9 +411,7 @@ class _Connection(asyncio.Protocol):
         if not self._busy:  # an answer without a question, or a notice before closing: not to be trusted further
             self.abort()
             return
-        if not self.heard:
-            self.heard = True
-            self._reschedule_for_idle()
+        self.heard = True
         self._last_byte_s = self._loop.time()
         if self._on_bytes is not None:
             self._on_bytes()
@@ -467,6 +466,9 @@ class _Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
+        if not self._begun:
+            self._begun = True
+            self._reschedule_for_idle()
         self._parts.append(body)
         self._parts_bytes += len(body)
         self._wake()
