@@ -94,8 +94,8 @@ class AssignmentFile:
 
     def save(self, assignment: Assignment) -> None:
         """Keeps an assignment; raises OSError."""
-        value = {"version": VERSION, "assignment": dataclasses.asdict(assignment)}
-        replace_file(self._path, json.dumps(value, default=dict).encode())
+        value = {"version": VERSION, "assignment": assignment}
+        replace_file(self._path, json.dumps(value, default=_plain).encode())
 
 
 def node_uid(path: Path) -> str:
@@ -111,6 +111,13 @@ def node_uid(path: Path) -> str:
 def boot_id() -> str:
     """The kernel's name for this boot of the host."""
     return BOOT_ID.read_text().strip()
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """A dataclass or a mapping as JSON has it."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return dict(value)
 
 
 def _load(path: Path) -> Mapping[str, Any]:
