@@ -27,7 +27,7 @@ from enova_agent.core.node import ModelFacts, NodeFacts, NodeStatus, next_beat_s
 from enova_agent.core.term import TermVerdict, judge_term
 from enova_agent.frames import FrameBuffer
 from enova_common.backoff import Backoff
-from enova_common.errors import EnovaError, Unavailable
+from enova_common.errors import EnovaError, Exhausted, Unavailable
 
 CONNECT = "/enova.v1.AgentService/Connect"
 ANSWERS_MAX = 256            # answers that wait for a slow link; whoever makes more waits
@@ -104,6 +104,9 @@ class SessionFigures:
     frames_sent: int = 0
     frames_passed_over: int = 0
     last_error: str = ""
+
+
+_TOO_MANY = Exhausted(f"this node works on {RELAYS_MAX} requests for logs and models already", remedy="ask again later")
 
 
 class NotLeader(Unavailable):
@@ -327,9 +330,11 @@ class _Connection:
                 self._route(message.routes)
             case "inspect_model":
                 request = message.inspect_model
-                self._relay(request.request, self._inspect(request.request, request.model))
+                refusal = convert.inspect_error(request.request, _TOO_MANY)
+                self._relay(request.request, self._inspect(request.request, request.model), refusal)
             case "logs":
-                self._relay(message.logs.request, self._send_logs(message.logs))
+                refusal = convert.log_chunk(message.logs.request, (), end=True, error=_TOO_MANY)
+                self._relay(message.logs.request, self._send_logs(message.logs), refusal)
             case "cancel":
                 if (task := self._relays.get(message.cancel.request)) is not None:
                     task.cancel()
@@ -428,11 +433,17 @@ class _Connection:
         self._answers.append(message)
         self.wake()
 
-    def _relay(self, request: str, work: Coroutine[None, None, None]) -> None:
-        """Works on a request beside the stream, at most so many at once."""
-        if len(self._relays) >= RELAYS_MAX or request in self._relays:
+    def _relay(self, request: str, work: Coroutine[None, None, None], refusal: wire.ConnectRequest) -> None:
+        """Works on a request beside the stream, at most so many at once; a request that comes twice is one."""
+        if request in self._relays:
+            work.close()
+            return
+        if len(self._relays) >= RELAYS_MAX:
             work.close()
             log.warning("request %s is refused: %d are in work", request, len(self._relays))
+            if len(self._answers) < ANSWERS_MAX:  # else the link is so slow that nobody waits for it any more
+                self._answers.append(refusal)
+                self.wake()
             return
         task = asyncio.create_task(work)
         self._relays[request] = task

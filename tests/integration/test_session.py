@@ -17,7 +17,7 @@ from enova_agent.core.node import ModelFacts, NodeFacts, NodeStatus
 from enova_agent.core.telemetry import Frame, GpuSample
 from enova_agent.disk import TermFile
 from enova_agent.frames import FrameBuffer
-from enova_agent.session import FRAMES_BEHIND_MAX, Session, SessionSettings
+from enova_agent.session import FRAMES_BEHIND_MAX, RELAYS_MAX, Session, SessionSettings
 from enova_common.backoff import Backoff
 from enova_common.errors import NotFound
 from enova_common.rpc import error_from_rpc, open_channel
@@ -344,3 +344,16 @@ async def test_logs_come_in_chunks_follow_until_cancelled_and_fail_by_name(
         coordinator.send(logs("e", "deployments/d/replicas/r", tail_lines=1))
         await until_async(lambda: chunks("e") and chunks("e")[-1].end)
         assert [line for chunk in chunks("c") for line in chunk.lines] == ["line 0"]
+
+
+async def test_too_many_requests_for_logs_are_refused_by_name(
+    coordinator: ScriptedCoordinator, tmp_path: Path
+) -> None:
+    async with Rig(tmp_path, [coordinator.address]):
+        await until_async(lambda: coordinator.streams and coordinator.stream.status)
+        for number in range(RELAYS_MAX + 1):
+            request = wire.LogRequest(request=str(number), replica="deployments/d/replicas/r", follow=True)
+            coordinator.send(wire.ConnectResponse(logs=request))
+        await until_async(lambda: any(chunk.end for chunk in coordinator.stream.answers("log_chunk")))
+        (ended,) = [chunk for chunk in coordinator.stream.answers("log_chunk") if chunk.end]
+        assert (ended.request, ended.error_reason) == (str(RELAYS_MAX), "RESOURCE_EXHAUSTED")
