@@ -16,7 +16,7 @@ from enova_cli.client import Client
 from enova_cli.up import etcd, plan, settings
 from enova_cli.up.child import Child
 from enova_cli.up.layout import DataDirectory, socket_path
-from enova_cli.up.leftovers import end_leftovers
+from enova_cli.up.leftovers import end_engines, end_leftovers
 from enova_common.errors import EnovaError, TimedOut
 
 T = TypeVar("T")
@@ -48,6 +48,7 @@ class Fleet:
         self._data.acquire()
         self._owned = True
         end_leftovers(self._data.token)
+        end_engines(self._data.path, kept=self._options.node_names())  # of nodes that a larger fleet had
         starting = asyncio.create_task(self._start_all())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -69,6 +70,8 @@ class Fleet:
         for name in ("coordinator", "etcd"):
             if name in self._children:
                 await self._children[name].stop()
+        if nodes:  # else nothing was begun, and engines that an earlier `up` left still wait to be adopted
+            await asyncio.to_thread(end_engines, self._data.path)  # of agents that were away when they were asked
         self._data.release()
 
     async def _start_all(self) -> dict[str, Any]:
@@ -159,7 +162,7 @@ class Fleet:
         raise TimedOut(message, reason="START_TIMED_OUT", remedy=f"see {self._data.path / 'logs'}")
 
     async def _stop_engines(self, node: str) -> None:
-        """Ask an agent over its local socket to end its engines; an agent that is gone has none to be asked for."""
+        """Ask an agent over its local socket to end its engines; those of an agent that is gone are ended later."""
         path = socket_path(self._data, node)
         request = {"type": "stop_engines", "drain_timeout_s": DRAIN_TIMEOUT_S}
         with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
