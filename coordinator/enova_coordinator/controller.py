@@ -22,6 +22,7 @@ from enova_common.errors import Conflict, EnovaError, NotFound, TimedOut, Unavai
 from enova_coordinator.core.liveness import Liveness, LivenessLimits, observe
 from enova_coordinator.core.model import (
     Assignment,
+    Configuration,
     Decision,
     Deployment,
     NodeObservation,
@@ -291,14 +292,15 @@ class Controller:
         """Write a decision and the target that it sets in one transaction.
 
         Of `decision` the name, term, numbers of replicas and, if 0, the time are filled in here. Users may set any
-        target of a fixed deployment: its spec follows. Every other target is kept within the spec's bounds.
+        target of a fixed deployment: its spec follows. Every other target is kept within the spec's bounds. Flags
+        that the decision changes are written into the spec, and roll out as a user's change does.
         """
         leadership = self._leading()
         if self._liveness.replacement_held and not decision.actor.startswith("user/"):
             raise Conflict(self._liveness.replacement_held, reason="MASS_LOSS_HOLD")
         for _ in range(SET_TARGET_ATTEMPTS):
             before, revision = await self._read(deployment)
-            after = _with_target(before, replicas, now_s=self._wall_s())
+            after = _with_target(before, replicas, now_s=self._wall_s(), flags=_changed_flags(decision))
             full = self._completed(decision, leadership, before, after)
             writes: list[Write] = [Put(value=full, revision=0), Put(value=after, revision=revision)]
             writes += self._variant_writes(after)
@@ -365,10 +367,18 @@ class Controller:
         self._wake.set()
 
 
-def _with_target(deployment: Deployment, replicas: int, *, now_s: float) -> Deployment:
-    spec, generation = deployment.spec, deployment.generation
+def _changed_flags(decision: Decision) -> Configuration:
+    before = decision.from_configuration
+    return {name: value for name, value in decision.to_configuration.items() if before.get(name) != value}
+
+
+def _with_target(deployment: Deployment, replicas: int, *, now_s: float, flags: Configuration) -> Deployment:
+    spec = deployment.spec
     if spec.fixed and spec.replicas != replicas:
-        spec, generation = replace(spec, replicas=replicas), generation + 1
+        spec = replace(spec, replicas=replicas)
+    if flags:
+        spec = replace(spec, configuration={**spec.configuration, **flags})
+    generation = deployment.generation + (spec != deployment.spec)
     status = replace(
         deployment.status,
         target_replicas=spec.clamped(replicas),

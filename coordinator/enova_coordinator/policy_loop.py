@@ -144,6 +144,7 @@ class PolicyLoop:
             history=History(last_act_s=self._last_act_s.get(deployment.name, -math.inf)),
             now_s=now_s,
             cooldown_s=self._settings.cooldown_s,
+            gpus_per_node=max((len(view.gpus) for view in self._control.snapshot.nodes.values()), default=0),
         )
         if ruling is not None:
             decision = _decision(current, policy=policy, ruling=ruling, proposal=proposal, observed=observed)
@@ -224,8 +225,14 @@ def _decision(
         model_time_s=observed.now_s,
         inputs=_inputs(observed),
         from_configuration=_plain_sizes(observed.configuration.tensor_parallel_size, observed),
-        to_configuration=_plain_sizes(proposal.configuration.tensor_parallel_size, observed),
+        to_configuration=_plain_sizes(_applied(ruling, proposal, observed), observed),
     )
+
+
+def _applied(ruling: Ruling, proposal: Proposal, observed: Observation) -> int:
+    """The tensor-parallel size that the decision sets: a HOLD sets none."""
+    chosen = observed.configuration if ruling.action is DecisionAction.HOLD else proposal.configuration
+    return chosen.tensor_parallel_size
 
 
 def _plain_sizes(tensor_parallel_size: int, observed: Observation) -> Mapping[str, float | int]:

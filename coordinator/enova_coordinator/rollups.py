@@ -28,6 +28,8 @@ KEEP_S = 14 * 86_400.0
 FILE_BYTES_MAX = 4 << 30
 QUEUE_MAX = 4_096                  # minutes of nodes that wait for the disk
 BATCH_MAX = 512
+INSERT_MAX = 64                    # minutes in one transaction: small beside the tenth that is dropped for room
+ROOM_ATTEMPTS = 10
 PRUNE_EVERY_S = 60.0
 
 log = logging.getLogger(__name__)
@@ -165,18 +167,25 @@ class Rollups:
 
     def _carry_out(self, connection: sqlite3.Connection, batch: list[NodeMinute | _Read]) -> None:
         rows = [(item.end_s, item.node, pack(item)) for item in batch if isinstance(item, NodeMinute)]
-        if rows:
+        for start in range(0, len(rows), INSERT_MAX):
+            part = rows[start : start + INSERT_MAX]
+            self._insert_with_room(connection, part)
+            self.figures.written += len(part)
+        for item in batch:
+            if isinstance(item, _Read):
+                item.answer.set_result(self._read(connection, item))
+
+    def _insert_with_room(self, connection: sqlite3.Connection, rows: list[tuple[float, str, bytes]]) -> None:
+        for _ in range(ROOM_ATTEMPTS):
             try:
                 self._insert(connection, rows)
             except sqlite3.OperationalError as error:
                 if "full" not in str(error):
                     raise
                 self._drop_oldest(connection)
-                self._insert(connection, rows)
-            self.figures.written += len(rows)
-        for item in batch:
-            if isinstance(item, _Read):
-                item.answer.set_result(self._read(connection, item))
+            else:
+                return
+        self._insert(connection, rows)     # a disk that is full whatever is dropped: its error tells
 
     @staticmethod
     def _insert(connection: sqlite3.Connection, rows: list[tuple[float, str, bytes]]) -> None:

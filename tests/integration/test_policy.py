@@ -145,7 +145,7 @@ class Load:
     """Frames of every replica of an agent, as often as the coordinator wants them."""
 
     def __init__(self, agent: ScriptedAgent, clock: ModelClock) -> None:
-        self.pending, self.running, self.arrived = 0.0, 0.0, 0
+        self.pending, self.running, self.arrived, self.cache = 0.0, 0.0, 0, 0.01
         self.sent = 0
         self._agent = agent
         self._clock = clock
@@ -157,7 +157,7 @@ class Load:
             samples = [
                 telemetry_pb2.ReplicaSample(
                     replica=replica, state="READY", instance="one", running=self.running, waiting=self.pending,
-                    kv_cache_usage=0.01, held=self.running + self.pending,
+                    kv_cache_usage=self.cache, held=self.running + self.pending,
                 )
                 for replica in agent.running
             ]  # fmt: skip
@@ -237,6 +237,22 @@ async def test_overload_scales_out_and_idleness_back_in_by_stored_frames(
         decided(channel, ACTION.ACTION_SCALE_UP, ACTION.ACTION_SCALE_DOWN, ACTION.ACTION_SCALE_DOWN), timeout_s=40
     )
     await until_async(lambda: len(agent.running) == 1)
+
+
+async def test_a_full_cache_under_a_small_batch_rolls_out_the_recommended_tensor_parallel_size(
+    coordinator: CoordinatorProcess, channel: grpc.aio.Channel, agent: ScriptedAgent, load: Load
+) -> None:
+    await deploy(channel, agent)
+    load.pending, load.running, load.arrived, load.cache = 80.0, 1.5, 30, 0.95
+
+    def parallel() -> set[int]:
+        return {member.configuration.tensor_parallel_size for member in agent.assignment.members}
+
+    # KV need (0.92 x 79.6 - 16) GiB / 0.375 and the weights: two GPUs hold 129 GiB, four are needed.
+    await until_async(lambda: parallel() == {4}, timeout_s=40)
+    found = [each for each in await decisions(channel) if each.action != ACTION.ACTION_HOLD]
+    assert found[0].from_configuration.tensor_parallel_size == 1
+    assert found[0].to_configuration.tensor_parallel_size == 4
 
 
 async def test_a_paused_deployment_is_not_scaled_and_the_wish_is_recorded_once(

@@ -62,6 +62,7 @@ def rule(
     history: History,
     now_s: float,
     cooldown_s: float,
+    gpus_per_node: int,
 ) -> Ruling | None:
     """The ruling on one proposal; None where the policy wants nothing."""
     if proposal.action is Action.KEEP:
@@ -70,6 +71,10 @@ def rule(
     least, most = deployment.spec.bounds
     bounds = Bounds(min_replicas=least, max_replicas=most)
     guard, why = _guard(proposal, deployment, replicas, history.last_act_s + cooldown_s - now_s)
+    tensor_parallel = proposal.configuration.tensor_parallel_size
+    if guard is None and not 1 <= tensor_parallel <= gpus_per_node:
+        guard = Guard.NOT_APPLICABLE
+        why = f"tensor_parallel_size {tensor_parallel} fits no node: the largest has {gpus_per_node} GPUs"
     if guard is not None:
         return _hold(proposal, target, guard, why)
     clamped = clamp(proposal, bounds)
@@ -100,9 +105,6 @@ def _guard(
         return Guard.IN_FLIGHT, "the last change is not complete"
     if cooldown_left_s > 0:
         return Guard.COOLDOWN, f"{cooldown_left_s:.0f} s of the cool-down are left"
-    if proposal.action is Action.RECONFIGURE:
-        # A configuration is the user's to write; the proposal is recorded so that it can be followed.
-        return Guard.NOT_APPLICABLE, "the configuration is the user's: enova apply it to follow the proposal"
     return None, ""
 
 
