@@ -21,7 +21,6 @@ from enova_agent.session import FRAMES_BEHIND_MAX, RELAYS_MAX, Session, SessionS
 from enova_common.backoff import Backoff
 from enova_common.errors import NotFound
 from enova_common.rpc import error_from_rpc, open_channel
-from enova_common.settings import TlsSettings
 from enova_testing.scripted_coordinator import ScriptedCoordinator
 from enova_testing.waiting import until_async
 
@@ -70,7 +69,7 @@ class RecordingNode:
 class Rig:
     """A session under test with what it talks to."""
 
-    def __init__(self, folder: Path, endpoints: Sequence[str], *, tls: TlsSettings | None = None) -> None:
+    def __init__(self, folder: Path, endpoints: Sequence[str], *, silence_s: float = 1.0) -> None:
         self.node = RecordingNode()
         self.buffer = FrameBuffer()
         self.terms = TermFile(folder / "term.json")
@@ -80,13 +79,13 @@ class Rig:
                 endpoints=tuple(endpoints),
                 instance="i1",
                 heartbeat_interval_s=0.1,
-                heartbeat_timeout_s=1.0,
+                heartbeat_timeout_s=silence_s,
                 backoff=Backoff(initial_s=0.05, maximum_s=0.2),
             ),
             node=self.node,
             terms=self.terms,
             frames=self.buffer,
-            open_channel=lambda endpoint: open_channel(endpoint, tls),
+            open_channel=open_channel,
             error_of=error_from_rpc,
             loop_lag_s=lambda: 0.25,
             draw=random.Random(1).random,
@@ -270,7 +269,8 @@ async def test_a_message_over_the_bound_is_a_clear_error_and_the_session_goes_on
 async def test_a_reader_that_stands_still_costs_frames_not_memory_and_news_come_first(
     coordinator: ScriptedCoordinator, tmp_path: Path
 ) -> None:
-    async with Rig(tmp_path, [coordinator.address]) as rig:
+    # Patient: a reader that stands still answers no heartbeat either.
+    async with Rig(tmp_path, [coordinator.address], silence_s=60.0) as rig:
         await until_async(lambda: rig.session.figures.connected_to)
         coordinator.reads = False
         for _ in range(FRAMES_BEHIND_MAX + 200):
