@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from enova_common.records import records_of_bytes
 from enova_testing.fleet import MODEL, UpFleet, up
 from enova_testing.telemetry import settled, telemetry
 from enova_testing.waiting import until
@@ -79,9 +80,10 @@ def test_chat_answers(chat: UpFleet) -> None:
     assert result.out.strip()
 
 
-def test_load_serves_everything_and_ends_in_one_line_of_json(chat: UpFleet) -> None:
+def test_load_serves_everything_and_ends_in_one_line_of_json(chat: UpFleet, tmp_path: Path) -> None:
     arguments = ("--rate", "3", "--duration", "60s", "--prompt-tokens", "100", "--output-tokens", "20")
-    result = chat.enova("load", "chat", *arguments, "--time-scale", "20")
+    records = tmp_path / "records.jsonl"
+    result = chat.enova("load", "chat", *arguments, "--time-scale", "20", "--records", str(records))
     assert result.code == 0, result.err
     report = json.loads(result.out.strip().splitlines()[-1])
     assert report["sent"] == report["served"] > 100
@@ -89,6 +91,9 @@ def test_load_serves_everything_and_ends_in_one_line_of_json(chat: UpFleet) -> N
     assert 0 < report["ttft_s"]["p50"] < 5
     assert report["gpu_seconds"] > 60
     assert report["decisions"] == []
+    rows = list(records_of_bytes(records.read_bytes()))
+    assert len(rows) == report["sent"]
+    assert all((row.prompt_tokens, row.output_tokens) == (100, 20) for row in rows)
 
 
 def test_the_coordinator_has_counted_what_was_sent(chat: UpFleet) -> None:

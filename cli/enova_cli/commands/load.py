@@ -28,6 +28,7 @@ from enova_cli.load.report import Report, report_table, summarise, summary_lines
 from enova_cli.output import Format, short
 from enova_cli.plain import to_plain
 from enova_common.errors import EnovaError, InvalidField, NotFound
+from enova_common.records import RequestRecord, row_of_record
 from enova_common.traces import Draws, Scenario, TraceError, TraceRequest, parse_trace
 
 SAMPLE_PERIOD_S = 0.5  # of replicas, for the GPU-seconds
@@ -125,6 +126,15 @@ async def measured_load(
     return summarise(results, gpu_seconds=cost.gpu_seconds, decisions=decision_rows(decisions))
 
 
+def write_records(path: Path, results: Iterable[RequestRecord]) -> None:
+    """Rows in order of arrival. Raises InvalidField if the file cannot be written."""
+    rows = sorted(results, key=lambda record: record.arrival_s)
+    try:
+        path.write_text("".join(f"{row_of_record(record)}\n" for record in rows))
+    except OSError as error:
+        raise InvalidField(f"cannot be written: {error.strerror}", field="--records") from error
+
+
 def decision_rows(decisions: Iterable[decision_service_pb2.Decision]) -> list[dict[str, Any]]:
     """What a report says of each decision."""
     keys = ("create_time", "actor", "action", "from_replicas", "to_replicas", "reason")
@@ -144,6 +154,7 @@ def decision_rows(decisions: Iterable[decision_service_pb2.Decision]) -> list[di
 @click.option("--time-scale", type=float, envvar="ENOVA_TIME_SCALE", default=1.0, help="Of the model clock of `up`.")
 @click.option("--seed", type=int, default=0)
 @click.option("--ca", default="", help="CA of the ingress's certificate.")
+@click.option("--records", type=click.Path(path_type=Path), help="Write one enova.request/v1 row a request here.")
 @click.option("-o", "--output", "form", type=click.Choice(["table", "json"]), default="table")
 @pass_context
 def load(
@@ -160,6 +171,7 @@ def load(
     time_scale: float,
     seed: int,
     ca: str,
+    records: Path | None,
     form: str,
 ) -> None:
     """Send traffic to SERVED_NAME and report what it met with; the last line is JSON."""
@@ -195,6 +207,8 @@ def load(
             ticker = asyncio.create_task(_tick(progress, status.update, len(requests)))
             report = await measured_load(client, target, islice(requests, max_requests), deployment, progress)
             ticker.cancel()
+        if records is not None:
+            write_records(records, progress.results)
         if form == "table":
             Console(highlight=False).print(report_table(report))
             print("\n".join(summary_lines(report)))

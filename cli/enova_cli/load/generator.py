@@ -12,40 +12,30 @@ import ssl
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from http import HTTPStatus
 
 import aiohttp
 
+from enova_common.records import Outcome, RequestRecord
 from enova_common.traces import PREFIX_TOKENS, TraceRequest
 
 CONNECT_TIMEOUT_S = 5.0
 TOKEN_ID_MIN = 10  # below are special tokens in common vocabularies
 TOKEN_ID_COUNT = 400  # small enough for any vocabulary
 ERROR_TEXT_CHARACTERS = 200
-
-
-class Outcome(StrEnum):
-    """How a request ended for the client."""
-
-    SERVED = "served"
-    FAILED = "failed"  # an error in place of an answer
-    CUT = "cut"  # broken off after the first byte
+REFUSALS = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 
 
 @dataclass(slots=True)
-class Result:
-    """What one request met with. Times in model seconds; `arrival_s` counts from the start of the load."""
+class _Answer:
+    """What an answer turned out to be, while it is read. Times on the monotonic clock; 0 = not yet."""
 
-    arrival_s: float
-    prompt_tokens: int
-    output_tokens: int = 0
     outcome: Outcome = Outcome.FAILED
     status: int = 0
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-    duration_s: float = 0.0
-    error: str = ""
-    serving_class: str = ""
+    output_tokens: int | None = None
+    first: float = 0.0
+    last: float = 0.0
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +56,7 @@ class Progress:
 
     sent: int = 0
     open: int = 0
-    results: list[Result] = field(default_factory=list)
+    results: list[RequestRecord] = field(default_factory=list)
 
 
 async def run_load(
@@ -75,11 +65,11 @@ async def run_load(
     *,
     progress: Progress | None = None,
     stopped: Callable[[], bool] = lambda: False,
-) -> list[Result]:
-    """Send every request at its time, wait for all answers, and return one result a request in order of arrival."""
+) -> list[RequestRecord]:
+    """Send every request at its time, wait for all answers, and return one record a request in order of arrival."""
     progress = progress if progress is not None else Progress()
     start = time.monotonic()
-    tasks: list[asyncio.Task[Result]] = []
+    tasks: list[asyncio.Task[RequestRecord]] = []
     async with _session(target) as session:
         for request in requests:
             delay = start + request.arrival_s / target.time_scale - time.monotonic()
@@ -114,16 +104,14 @@ def _session(target: Target) -> aiohttp.ClientSession:
     )
 
 
-def _count(progress: Progress, done: asyncio.Task[Result]) -> None:
+def _count(progress: Progress, done: asyncio.Task[RequestRecord]) -> None:
     progress.open -= 1
     if not done.cancelled() and done.exception() is None:
         progress.results.append(done.result())
 
 
-async def _send(session: aiohttp.ClientSession, target: Target, request: TraceRequest, index: int) -> Result:
-    result = Result(
-        arrival_s=request.arrival_s, prompt_tokens=request.prompt_tokens, serving_class=request.serving_class
-    )
+async def _send(session: aiohttp.ClientSession, target: Target, request: TraceRequest, index: int) -> RequestRecord:
+    answer = _Answer()
     body = {
         "model": target.model,
         "prompt": prompt_ids(request, index),
@@ -137,45 +125,62 @@ async def _send(session: aiohttp.ClientSession, target: Target, request: TraceRe
     start = time.monotonic()
     try:
         async with session.post(f"{target.url}/completions", json=body, headers=headers) as response:
-            result.status = response.status
-            if response.status != 200:
-                result.error = (await response.text())[:ERROR_TEXT_CHARACTERS]
+            answer.status = response.status
+            if response.status != HTTPStatus.OK:
+                answer.reason = (await response.text())[:ERROR_TEXT_CHARACTERS]
+                answer.outcome = Outcome.REFUSED if response.status in REFUSALS else Outcome.FAILED
             elif target.stream:
-                await _read_stream(response, result, start, target.time_scale)
+                await _read_stream(response, answer)
             else:
-                usage = (await response.json())["usage"]
-                result.output_tokens, result.outcome = usage["completion_tokens"], Outcome.SERVED
+                answer.output_tokens = (await response.json())["usage"]["completion_tokens"]
+                answer.outcome = Outcome.FINISHED
     except (aiohttp.ClientError, TimeoutError, json.JSONDecodeError, KeyError) as error:
-        result.error = f"{type(error).__name__}: {error}"[:ERROR_TEXT_CHARACTERS]
-        result.outcome = Outcome.CUT if result.ttft_s is not None else Outcome.FAILED
-    result.duration_s = (time.monotonic() - start) * target.time_scale
-    return result
+        answer.reason = f"{type(error).__name__}: {error}"[:ERROR_TEXT_CHARACTERS]
+        answer.outcome = Outcome.CUT if answer.first else Outcome.FAILED
+    return _record(request, target, answer, start=start, end=time.monotonic())
 
 
-async def _read_stream(response: aiohttp.ClientResponse, result: Result, start: float, scale: float) -> None:
+def _record(request: TraceRequest, target: Target, answer: _Answer, *, start: float, end: float) -> RequestRecord:
+    ttft = (answer.first - start) * target.time_scale if answer.first else None
+    tpot = None
+    if answer.first and (answer.output_tokens or 0) > 1:
+        assert answer.output_tokens is not None
+        tpot = (answer.last - answer.first) * target.time_scale / (answer.output_tokens - 1)
+    return RequestRecord(
+        arrival_s=request.arrival_s,
+        outcome=answer.outcome,
+        served_name=target.model,
+        serving_class=request.serving_class,
+        stream=target.stream,
+        status=answer.status,
+        reason=answer.reason,
+        prompt_tokens=request.prompt_tokens,
+        output_tokens=answer.output_tokens,
+        max_tokens=request.output_tokens,
+        ttft_s=ttft,
+        tpot_s=tpot,
+        duration_s=(end - start) * target.time_scale,
+    )
+
+
+async def _read_stream(response: aiohttp.ClientResponse, answer: _Answer) -> None:
     """Follow the event stream to its end; an error event after the first token means cut."""
-    first = last = 0.0
     async for raw in response.content:
         line = raw.strip()
         if not line.startswith(b"data:"):
             continue
         data = line[5:].strip()
         if data == b"[DONE]":
-            result.outcome = Outcome.SERVED if not result.error else result.outcome
-            break
+            answer.outcome = Outcome.FINISHED
+            return
         event = json.loads(data)
         if "error" in event:
-            result.error = str(event["error"].get("message", ""))[:ERROR_TEXT_CHARACTERS]
-            result.outcome = Outcome.CUT if first else Outcome.FAILED
-            break
+            answer.reason = str(event["error"].get("message", ""))[:ERROR_TEXT_CHARACTERS]
+            answer.outcome = Outcome.CUT if answer.first else Outcome.FAILED
+            return
         if event.get("choices"):
-            last = time.monotonic()
-            first = first or last
+            answer.last = time.monotonic()
+            answer.first = answer.first or answer.last
         if event.get("usage"):
-            result.output_tokens = event["usage"]["completion_tokens"]
-    else:
-        result.error, result.outcome = "the stream ended without [DONE]", Outcome.CUT
-    if first:
-        result.ttft_s = (first - start) * scale
-        if result.output_tokens > 1:
-            result.tpot_s = (last - first) * scale / (result.output_tokens - 1)
+            answer.output_tokens = event["usage"]["completion_tokens"]
+    answer.reason, answer.outcome = "the stream ended without [DONE]", Outcome.CUT

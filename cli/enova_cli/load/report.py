@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.table import Table
 
-from enova_cli.load.generator import Outcome, Result
+from enova_common.records import Outcome, RequestRecord
 
 PERCENTILES = (50, 95, 99)
+ERRORS_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,27 +47,29 @@ class Report:
 
 
 def summarise(
-    results: Sequence[Result],
+    results: Sequence[RequestRecord],
     *,
     gpu_seconds: float | None = None,
     decisions: Iterable[dict[str, Any]] = (),
 ) -> Report:
     """The report of these results; output tokens per model second from the first arrival to the last answer."""
     outcomes = Counter(result.outcome for result in results)
-    end = max((result.arrival_s + result.duration_s for result in results), default=0.0)
+    finished = [result for result in results if result.outcome is Outcome.FINISHED]
+    end = max((result.arrival_s + (result.duration_s or 0.0) for result in results), default=0.0)
     start = min((result.arrival_s for result in results), default=0.0)
-    tokens = sum(result.output_tokens for result in results)
+    tokens = sum(result.output_tokens or 0 for result in results)
+    errors = Counter(f"{result.status or 'no answer'}: {result.reason}" for result in results if result.reason)
     return Report(
         sent=len(results),
-        served=outcomes[Outcome.SERVED],
-        failed=outcomes[Outcome.FAILED],
+        served=len(finished),
+        failed=outcomes[Outcome.FAILED] + outcomes[Outcome.REFUSED],
         cut=outcomes[Outcome.CUT],
-        ttft_s=percentiles(r.ttft_s for r in results if r.outcome is Outcome.SERVED),
-        tpot_s=percentiles(r.tpot_s for r in results if r.outcome is Outcome.SERVED),
+        ttft_s=percentiles(result.ttft_s for result in finished),
+        tpot_s=percentiles(result.tpot_s for result in finished),
         tokens_per_s=tokens / (end - start) if end > start else 0.0,
         gpu_seconds=gpu_seconds,
         decisions=list(decisions),
-        errors=dict(Counter(f"{r.status or 'no answer'}: {r.error}" for r in results if r.error).most_common(5)),
+        errors=dict(errors.most_common(ERRORS_SHOWN)),
     )
 
 
