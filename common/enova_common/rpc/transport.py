@@ -45,6 +45,7 @@ _SERVER_OPTIONS: tuple[tuple[str, Any], ...] = (
     *_COMMON_OPTIONS,
     ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_INTERVAL_MIN_MS),
     ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+    ("grpc.http2.bdp_probe", 0),             # else each stream's window grows to megabytes that a flood would fill
     ("grpc.so_reuseport", 0),                # two servers on one port are a mistake, not a load balancer
 )
 
