@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
-from enova_testing.fleet import ENOVA, UpFleet
+from enova_testing.fleet import ENOVA, MODEL, UpFleet
 from enova_testing.telemetry import telemetry
 from enova_testing.waiting import until
 
@@ -103,6 +104,25 @@ def test_a_stopped_core_process_is_found_within_ten_seconds_and_mended(served: U
     assert time.monotonic() - stopped_at <= 10.0 + 1.0  # one poll of the command line takes up to a second
     until(lambda: sum(r["state"] == "READY" for r in served.replicas("busy")) == 3, timeout_s=40)
     assert not core.is_running()
+
+
+def test_a_changed_spec_that_cannot_start_keeps_the_old_replicas_serving(served: UpFleet) -> None:
+    before = {r["name"]: r["pid"] for r in served.replicas("busy")}
+    # One block of KV cache holds no request of the model's length: the engine refuses to start, as vLLM does.
+    configuration = "{max_num_seqs: 32, num_gpu_blocks_override: 1}"
+    manifest = f"name: busy\nmodel: {MODEL}\nreplicas: 3\nconfiguration: {configuration}\n"
+    assert served.enova("apply", "-f", "-", stdin=manifest).code == 0
+    until(lambda: served.ok("get", "deployment/busy")["state"] == "FAILED", timeout_s=60)
+    failed = served.ok("get", "deployment/busy")
+    assert failed["reason"]
+    now = {r["name"]: r["pid"] for r in served.replicas("busy") if r["state"] == "READY"}
+    assert now == before
+    waited = served.enova("wait", "deployment/busy", "--timeout", "5s", "-o", "json")
+    assert waited.error["reason"] == "DEPLOYMENT_FAILED"
+    body = {"model": "busy", "prompt": [1, 2], "max_tokens": 2}
+    assert httpx.post(f"{served.openai}/completions", json=body, timeout=30).status_code == 200
+    served.deploy("busy", replicas=3, max_num_seqs=32)
+    assert {r["name"]: r["pid"] for r in served.replicas("busy")} == before
 
 
 def test_a_drained_node_is_left_and_taken_up_again(served: UpFleet) -> None:
