@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from enova_agent.core.machine import Limits
 from enova_agent.core.progress import HangLimits
-from enova_agent.core.telemetry import EngineMetrics
+from enova_agent.core.telemetry import CanaryCounts, EngineMetrics
 from enova_agent.engine import EngineProbe
 from enova_agent.engine_settings import EngineSettings
 from enova_agent.process import Processes
@@ -33,16 +33,8 @@ class Scrape:
     page: bytes = b""
     metrics: EngineMetrics | None = None
     error: str = "not scraped yet"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CanaryCount:
-    """What enova itself asked of an engine since it started: to be taken off its counters."""
-
-    started: int = 0
-    requests: int = 0          # of those, answered
-    prompt_tokens: int = 0
-    output_tokens: int = 0
+    canaries_before: CanaryCounts = field(default_factory=CanaryCounts)  # when the page was asked for
+    canaries: CanaryCounts = field(default_factory=CanaryCounts)  # when it had come
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,10 +12,10 @@ from typing import Protocol
 from enova_agent.core.local import HeldUpdate
 from enova_agent.core.model import Assignment, LocalEngine, ReplicaView, Route, RouteTable
 from enova_agent.core.node import ModelFacts, NodeFacts, NodeStatus, next_beat_s
-from enova_agent.core.telemetry import CanaryCounts, EngineScrape
+from enova_agent.core.telemetry import EngineScrape
 from enova_agent.disk import AssignmentFile
 from enova_agent.frames import Gpus
-from enova_agent.host import CanaryCount, Scrape
+from enova_agent.host import Scrape
 from enova_agent.inspect_model import inspect_directory, inspect_simulated
 from enova_agent.local_server import LocalServer
 
@@ -48,10 +48,6 @@ class Supervisor(Protocol):
 
     def scrapes(self) -> Mapping[str, Scrape]:
         """The newest metrics of each replica that serves."""
-        ...
-
-    def canaries(self) -> Mapping[str, CanaryCount]:
-        """What enova itself asked of each engine."""
         ...
 
     def resident_bytes(self) -> Mapping[str, int]:
@@ -102,18 +98,15 @@ class EngineFigures:
 
     def scrapes(self) -> Mapping[str, EngineScrape]:
         """The newest scrape of each replica."""
-        canaries = self._supervisor.canaries()
         memory = self._supervisor.resident_bytes()
         views = {view.replica: view for view in self._supervisor.views()}
         return {
-            name: self._scrape(views[name], scrape, canaries.get(name, CanaryCount()), memory.get(name))
+            name: self._scrape(views[name], scrape, memory.get(name))
             for name, scrape in self._supervisor.scrapes().items()
             if name in views and scrape.time_s > 0
         }
 
-    def _scrape(
-        self, view: ReplicaView, scrape: Scrape, canaries: CanaryCount, resident_bytes: int | None
-    ) -> EngineScrape:
+    def _scrape(self, view: ReplicaView, scrape: Scrape, resident_bytes: int | None) -> EngineScrape:
         return EngineScrape(
             replica=view.replica,
             # A process id may come again, a process with the same start time does not.
@@ -123,12 +116,8 @@ class EngineFigures:
             metrics=scrape.metrics,
             error=scrape.error,
             resident_memory_bytes=None if resident_bytes is None else float(resident_bytes),
-            canaries=CanaryCounts(
-                started=canaries.started,
-                finished=canaries.requests,
-                prompt_tokens=canaries.prompt_tokens,
-                output_tokens=canaries.output_tokens,
-            ),
+            canaries_before=scrape.canaries_before,
+            canaries=scrape.canaries,
         )
 
 

@@ -29,7 +29,7 @@ from enova_agent.core.model import Assignment, Claim, LocalEngine, MemberSpec, R
 from enova_agent.core.node import next_beat_s
 from enova_agent.engine import EngineProbe
 from enova_agent.engine_settings import EngineSettings
-from enova_agent.host import CanaryCount, Host, Notice, Scrape
+from enova_agent.host import Host, Notice, Scrape
 from enova_agent.journal import Journal, Record, decode_record
 from enova_agent.process import EngineProcess, Processes
 from enova_agent.replica import Replica
@@ -143,10 +143,6 @@ class Supervisor:
             for name, replica in self._replicas.items()
             if replica.watch is not None and replica.machine.stage in serving
         }
-
-    def canaries(self) -> Mapping[str, CanaryCount]:
-        """What enova itself asked of each engine since it started: its counters hold that too."""
-        return {name: replica.watch.canaries for name, replica in self._replicas.items() if replica.watch is not None}
 
     def resident_bytes(self) -> Mapping[str, int]:
         """What the processes of each engine hold in memory, where it was measured."""

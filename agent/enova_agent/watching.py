@@ -8,9 +8,9 @@ from dataclasses import replace
 from enova_agent.core import progress
 from enova_agent.core.exposition import ExpositionParser, MalformedExposition
 from enova_agent.core.local import HeldReplica
-from enova_agent.core.telemetry import EngineMetrics
+from enova_agent.core.telemetry import CanaryCounts, EngineMetrics
 from enova_agent.engine import NotListening, ProbeFailed, ProbeImpossible
-from enova_agent.host import CanaryCount, Host, Scrape
+from enova_agent.host import Host, Scrape
 from enova_agent.process import EngineProcess
 
 _HEALTH_TIMEOUT_S = 2.0
@@ -26,7 +26,7 @@ class EngineWatch:
         self, host: Host, process: EngineProcess, *, port: int, endpoint: str, model: str, gpu_uuids: tuple[str, ...]
     ) -> None:
         self.scraped = Scrape()
-        self.canaries = CanaryCount()
+        self.canaries = CanaryCounts()
         self.problem = ""
         self._host = host
         self._process = process
@@ -63,16 +63,15 @@ class EngineWatch:
         self.canaries = replace(self.canaries, started=self.canaries.started + 1)
         try:
             answer = await self._host.probe.generate(self._endpoint, self._model, timeout_s=timeout_s)
-        except ProbeFailed as error:
+        except (ProbeFailed, ProbeImpossible) as error:
             self.problem = str(error)
-            return False
-        except ProbeImpossible as error:
-            self.problem = str(error)
-            return None
+            # Engines do not count what was broken off (vLLM: not in request_success).
+            self.canaries = replace(self.canaries, started=self.canaries.started - 1)
+            return False if isinstance(error, ProbeFailed) else None
         count = self.canaries
         self.canaries = replace(
             count,
-            requests=count.requests + 1,
+            finished=count.finished + 1,
             prompt_tokens=count.prompt_tokens + answer.prompt_tokens,
             output_tokens=count.output_tokens + answer.output_tokens,
         )
@@ -91,13 +90,17 @@ class EngineWatch:
     async def scrape(self) -> None:
         """Read its figures."""
         timeout_s = self._host.settings.scrape_interval_s
+        before = self.canaries
         try:
             page = await self._host.probe.metrics(self._endpoint, timeout_s=timeout_s)
             metrics = self._parser.parse(page)
         except (ProbeFailed, ProbeImpossible, MalformedExposition) as error:
             self.scraped = Scrape(time_s=self._host.monotonic(), error=str(error))
         else:
-            self.scraped = Scrape(time_s=self._host.monotonic(), page=page, metrics=metrics, error="")
+            self.scraped = Scrape(
+                time_s=self._host.monotonic(), page=page, metrics=metrics, error="",
+                canaries_before=before, canaries=self.canaries,
+            )
 
     async def measure_activity(self) -> None:
         """See what its processes and GPUs do."""

@@ -37,7 +37,7 @@ async def test_an_assigned_replica_becomes_ready_serves_and_leaves_nothing_behin
         assert engine.served_names == ("chat",)
         assert await complete(view.endpoint) == 200
         assert view.ready_time_s >= view.start_time_s > 0
-        assert agent.supervisor.canaries()[view.replica].output_tokens >= 1
+        await until_async(lambda: agent.supervisor.scrapes()[view.replica].canaries.output_tokens >= 1)
         agent.assign()
         await until_async(lambda: not agent.supervisor.views(), timeout_s=10.0)
         assert agent.living() == []
@@ -56,7 +56,7 @@ async def test_scrapes_come_with_figures_of_the_engine(tmp_path: Path) -> None:
 
         def counted() -> bool:
             metrics = agent.supervisor.scrapes()[view.replica].metrics
-            canaries = agent.supervisor.canaries()[view.replica]
+            canaries = agent.supervisor.scrapes()[view.replica].canaries
             return metrics is not None and (metrics.generation_tokens_total or 0) - canaries.output_tokens == 7
 
         await until_async(counted)

@@ -4,6 +4,9 @@ An engine counts canaries and readiness tokens like any request. They are sent w
 always all that changed between two scrapes is theirs: then the whole change is taken out, histograms included.
 Where real requests ended in between as well, the change cannot be told apart by bucket: counts and tokens are
 corrected, the histograms keep an entry too many.
+
+A canary answered before a page was asked for is on that page or never will be. One that was open meanwhile may be:
+it is taken for counted, so that no counter ever goes back; if it was not, it is let through with the next page.
 """
 
 from __future__ import annotations
@@ -37,48 +40,46 @@ class CanaryFilter:
         self._instance = ""
         self._before = _NOTHING       # the last raw metrics
         self._taken_out = _NOTHING    # what is not ours to report, since the engine started
+        self._shown = _NOTHING        # those without canaries
         self._attributed = 0          # canaries that are accounted for
-        self._answered = (0, 0)       # canaries answered at the last scrape, and at the one before
 
     def metrics(self, scrape: EngineScrape) -> EngineMetrics | None:
         """The metrics of a scrape without canaries; None where it has none."""
         if scrape.instance != self._instance:
             self._instance = scrape.instance
             self._before = self._taken_out = _NOTHING
-            self._attributed, self._answered = 0, (0, 0)
-        if scrape.metrics is None:
+            self._attributed = 0
+        now = scrape.metrics
+        if now is None:
             return None
+        if now is self._before:
+            return self._shown     # the same page once more
         if scrape.adopted and self._before is _NOTHING:
-            self._taken_out = scrape.metrics
+            self._taken_out, self._attributed = now, scrape.canaries.finished
         else:
-            self._attribute(scrape.metrics, scrape.canaries)
-        self._before = scrape.metrics
-        self._answered = (scrape.canaries.finished, self._answered[0])
-        return _minus(scrape.metrics, self._taken_out) if self._taken_out is not _NOTHING else scrape.metrics
+            self._attribute(now, scrape.canaries_before, scrape.canaries)
+        self._before = now
+        self._shown = _minus(now, self._taken_out) if self._taken_out is not _NOTHING else now
+        return self._shown
 
-    def _attribute(self, now: EngineMetrics, sent: CanaryCounts) -> None:
-        """Decides how much of the change since the last scrape is the canaries' that were not yet accounted for."""
-        # One answered two scrapes ago was counted by now, or never will be: it was broken off, or the engine does
-        # not count such. Beyond those answered since, one can be on its way. Others' requests must not be taken
-        # for canaries, however many of those were lost.
-        self._attributed = max(self._attributed, self._answered[1])
-        unseen = min(sent.started - self._attributed, sent.finished - self._answered[1] + 1)
+    def _attribute(self, now: EngineMetrics, asked: CanaryCounts, came: CanaryCounts) -> None:
+        """Decides how much of the change since the last page is the canaries' that were not yet accounted for."""
+        known = max(self._attributed, asked.finished)
+        most = max(known, came.started) - self._attributed
         ended = now.finished - self._before.finished
-        if unseen <= 0 or ended <= 0:
-            return
+        seen = min(most, round(max(0.0, ended)))
         generated = (now.generation_tokens_total or 0.0) - (self._before.generation_tokens_total or 0.0)
-        seen = min(unseen, round(ended))
-        if ended <= unseen and generated <= ended:  # each canary asks for one token
-            change = _minus(now, self._before)
-        else:
-            share = seen / max(1, sent.started)
+        if 0 < ended <= most and generated <= ended:  # each canary asks for one token
+            self._taken_out = _plus(self._taken_out, _minus(now, self._before))
+        elif seen > 0:
+            prompt_tokens = came.prompt_tokens / came.finished if came.finished else 1.0
             change = EngineMetrics(
-                prompt_tokens_total=sent.prompt_tokens * share,
+                prompt_tokens_total=seen * prompt_tokens,
                 generation_tokens_total=float(seen),
                 finished_total={FinishReason.LENGTH: float(seen)},
             )
-        self._taken_out = _plus(self._taken_out, change)
-        self._attributed += seen
+            self._taken_out = _plus(self._taken_out, change)
+        self._attributed = max(known, self._attributed + seen)
 
 
 def _plus(one: EngineMetrics, other: EngineMetrics) -> EngineMetrics:

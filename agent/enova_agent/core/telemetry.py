@@ -80,8 +80,8 @@ class EngineMetrics:
 class CanaryCounts:
     """Requests that the agent itself sent to one engine since it started: readiness tokens and canaries."""
 
-    started: int = 0
-    finished: int = 0
+    started: int = 0               # answered or still open; one that was broken off is taken back
+    finished: int = 0              # of those, answered
     prompt_tokens: int = 0
     output_tokens: int = 0
 
@@ -97,7 +97,8 @@ class EngineScrape:
     metrics: EngineMetrics | None = None
     error: str = ""                           # why there are no metrics
     resident_memory_bytes: float | None = None
-    canaries: CanaryCounts = field(default_factory=CanaryCounts)
+    canaries_before: CanaryCounts = field(default_factory=CanaryCounts)  # when the page was asked for
+    canaries: CanaryCounts = field(default_factory=CanaryCounts)  # when it had come
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,9 @@ def scrape(
 ) -> EngineScrape:
     done = sent if answered is None else answered
     counts = CanaryCounts(started=sent, finished=done, prompt_tokens=10 * done, output_tokens=done)
-    return EngineScrape(replica="r", instance=instance, taken_s=0.0, metrics=value, canaries=counts)
+    return EngineScrape(
+        replica="r", instance=instance, taken_s=0.0, metrics=value, canaries_before=counts, canaries=counts
+    )
 
 
 def test_an_idle_engine_with_canaries_alone_shows_nothing() -> None:
@@ -47,6 +49,30 @@ def test_a_canary_in_flight_that_the_engine_counts_already_shows_nothing_either(
     seen = canaries.metrics(scrape(metrics(finished=1, tokens=1), sent=1, answered=0))
     assert seen is not None
     assert seen.finished == 0
+
+
+def test_the_same_page_twice_is_one_page() -> None:
+    canaries = CanaryFilter()
+    page = metrics(finished=1, tokens=1)
+    assert canaries.metrics(scrape(page, sent=1)) == canaries.metrics(scrape(page, sent=2, answered=2))
+    seen = canaries.metrics(scrape(metrics(finished=3, tokens=9), sent=2))
+    assert seen is not None
+    assert (seen.finished, seen.generation_tokens_total) == (1, 7.0)
+
+
+def test_a_canary_open_while_the_page_was_made_is_settled_by_the_next_page() -> None:
+    # One of others with 7 tokens is on the first page; the canary is on the first or on the second.
+    before = CanaryCounts()
+    after = CanaryCounts(started=1, finished=1, prompt_tokens=10, output_tokens=1)
+    for on_first in (True, False):
+        canaries = CanaryFilter()
+        canaries.metrics(scrape(metrics(finished=0, tokens=0)))
+        first = metrics(finished=2, tokens=8) if on_first else metrics(finished=1, tokens=7)
+        shown = [canaries.metrics(replace(scrape(first), canaries_before=before, canaries=after))]
+        shown.append(canaries.metrics(scrape(metrics(finished=2, tokens=8), sent=1)))
+        values = [(seen.finished, seen.generation_tokens_total, seen.prompt_tokens_total) for seen in shown if seen]
+        assert values[1] == (1, 7.0, 10.0)
+        assert values[0] == ((1, 7.0, 10.0) if on_first else (0, 6.0, 0.0))  # too little for a second, never too much
 
 
 def test_requests_of_others_stay_whole() -> None:
