@@ -86,8 +86,9 @@ class Client:
                 result = await method(self._at(endpoint))
             except grpc.RpcError as error:
                 last = rpc.error_from_rpc(error)
-                if last.reason == "NOT_LEADER" and last.metadata.get("leader_address"):
-                    candidates.insert(0, last.metadata["leader_address"])
+                if last.reason == "NOT_LEADER":
+                    # Without an address an election is in progress: the others may know more.
+                    candidates[:0] = [address] if (address := last.metadata.get("leader_address")) else []
                 elif not isinstance(last, Unavailable):
                     raise last from error
                 continue

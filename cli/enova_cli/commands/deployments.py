@@ -25,7 +25,7 @@ from enova_cli.commands.resources import parse_kind
 from enova_cli.context import Context, output_option, pass_context
 from enova_cli.manifest import parse_manifest, read_manifests
 from enova_cli.plain import enum_word, to_plain
-from enova_common.errors import Conflict, InvalidField, NotFound, TimedOut
+from enova_common.errors import Conflict, InvalidField, NotFound, TimedOut, Unavailable
 
 # InspectModel asks a host and may read a large directory: longer than other calls.
 APPLY_TIMEOUT_S = 60.0
@@ -266,9 +266,19 @@ async def wait_ready(client: Client, name: str, timeout_s: float, form: output.F
     deadline = time.monotonic() + timeout_s
     console = Console(stderr=True, quiet=form is not output.Format.TABLE)
     with console.status(f"{output.short(name)}: waiting") as status:
+        answered = False
         while True:
-            deployment = await client.get_deployment(name)
-            replicas = await client.list_replicas(name)
+            try:
+                deployment = await client.get_deployment(name)
+                replicas = await client.list_replicas(name)
+            except Unavailable as error:
+                # One that answered before is coming back; one that never did is not where we look.
+                if not answered or time.monotonic() > deadline:
+                    raise
+                status.update(error.message)
+                await asyncio.sleep(WAIT_POLL_S)
+                continue
+            answered = True
             if is_ready(deployment, replicas):
                 return deployment
             progress = describe_progress(deployment, replicas)
@@ -312,11 +322,16 @@ def describe_progress(deployment: cluster_pb2.Deployment, replicas: list[cluster
 
 async def _wait_gone(client: Client, name: str, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
+    answered = False
     while time.monotonic() < deadline:
         try:
             await client.get_deployment(name)
+            answered = True
         except NotFound:
             return
+        except Unavailable:
+            if not answered:
+                raise
         await asyncio.sleep(WAIT_POLL_S)
     message = f"{output.short(name)} is not gone after {timeout_s:g} s"
     raise TimedOut(message, reason="NOT_DELETED", remedy=f"enova explain {_kind_name(name)}")
