@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import ssl
+
 from enova.v1 import cluster_pb2
 from enova_cli.client import Client
-from enova_common.errors import Unavailable
+from enova_common.errors import InvalidField, Unavailable
+
+
+def trust(ca: str) -> ssl.SSLContext | bool:
+    """What an ingress's certificate is checked against: the file, or the system's if none is given."""
+    if not ca:
+        return True
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except OSError as error:  # ssl.SSLError is one
+        remedy = "give a PEM file that this user may read"
+        raise InvalidField(f"{ca}: {error.strerror or error}", field="--ca", remedy=remedy) from error
 
 
 async def openai_url(client: Client) -> str:

@@ -17,7 +17,7 @@ from enova_cli.client import CALL_TIMEOUT_S, Client
 from enova_cli.commands.deployments import request_id
 from enova_cli.commands.resources import parse_kind
 from enova_cli.context import Context, output_option, pass_context
-from enova_cli.endpoint import openai_url
+from enova_cli.endpoint import openai_url, trust
 from enova_cli.plain import to_plain
 from enova_common.errors import EnovaError, NotFound, Unavailable
 
@@ -133,32 +133,34 @@ def _typed_lines() -> Iterator[str]:
 
 async def _ask(base: str, name: str, history: list[dict[str, str]], max_tokens: int, ca: str) -> str:
     """One streamed answer, printed as it comes."""
-    import ssl
-
-    trust = ssl.create_default_context(cafile=ca) if ca else True
     body = {"model": name, "messages": history, "max_tokens": max_tokens, "stream": True}
     timeout = aiohttp.ClientTimeout(total=CHAT_TIMEOUT_S)
     pieces: list[str] = []
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
-            session.post(f"{base}/chat/completions", json=body, ssl=trust) as response,
+            session.post(f"{base}/chat/completions", json=body, ssl=trust(ca)) as response,
         ):
             if response.status != 200:
                 raise _answer_error(response.status, await response.text())
             async for raw in response.content:
                 line = raw.strip()
-                if line == b"data: [DONE]" or not line.startswith(b"data:"):
+                if line == b"data: [DONE]":
+                    break
+                if not line.startswith(b"data:"):
                     continue
                 event = json.loads(line[5:])
                 if "error" in event:
-                    raise _answer_error(int(event["error"].get("code") or 500), json.dumps(event))
+                    raise _answer_error(response.status, json.dumps(event))
                 for choice in event.get("choices", ()):
                     pieces.append(choice.get("delta", {}).get("content") or "")
                     print(pieces[-1], end="", flush=True)
-    except aiohttp.ClientError as error:
+            else:
+                raise Unavailable("the answer broke off", reason="STREAM_CUT", remedy="ask again")
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         remedy = "is the ingress running? enova get nodes shows its address"
-        raise Unavailable(f"no answer from {base}: {error}", reason="UNREACHABLE", remedy=remedy) from error
+        message = f"no answer from {base}: {error or type(error).__name__}"
+        raise Unavailable(message, reason="UNREACHABLE", remedy=remedy) from error
     print()
     return "".join(pieces)
 

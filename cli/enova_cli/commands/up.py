@@ -14,7 +14,7 @@ from enova_cli.context import Context, fail, output_option, pass_context, run
 from enova_cli.output import Format
 from enova_cli.up.fleet import Fleet
 from enova_cli.up.plan import NODES_MAX, UpOptions, parse_gpu
-from enova_common.errors import EnovaError
+from enova_common.errors import EnovaError, InvalidField
 
 DEFAULT_DATA_DIR = Path("enova-data")
 
@@ -64,6 +64,7 @@ def up(
     """Run a coordinator and agents here until Ctrl-C, which ends engines and programs in order."""
     try:
         gpu_type, count = parse_gpu(gpu)
+        command, arguments = _words(engine_command, "--engine-command"), _words(engine_args, "--engine-args")
     except EnovaError as error:
         fail(error, context.form)
     options = UpOptions(
@@ -71,8 +72,8 @@ def up(
         gpu_type=gpu_type,
         gpus_per_node=count,
         engine=engine,
-        engine_command=shlex.split(engine_command),
-        engine_arguments=shlex.split(engine_args),
+        engine_command=command,
+        engine_arguments=arguments,
         data_dir=data_dir.resolve(),
         port=port,
         openai_port=openai_port,
@@ -80,6 +81,13 @@ def up(
         time_scale=time_scale,
     )
     run(_up(options, context.form), context.form)
+
+
+def _words(text: str, option: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InvalidField(f"{error}: {text}", field=option, remedy="close the quotes") from error
 
 
 async def _up(options: UpOptions, form: Format) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import ssl
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from http import HTTPStatus
 
 import aiohttp
 
+from enova_cli.endpoint import trust
 from enova_common.records import Outcome, RequestRecord
 from enova_common.traces import PREFIX_TOKENS, TraceRequest
 
@@ -96,9 +96,8 @@ def prompt_ids(request: TraceRequest, index: int) -> Sequence[int]:
 
 
 def _session(target: Target) -> aiohttp.ClientSession:
-    trust = ssl.create_default_context(cafile=target.tls_ca) if target.tls_ca else True
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, ssl=trust),
+        connector=aiohttp.TCPConnector(limit=0, ssl=trust(target.tls_ca)),
         timeout=aiohttp.ClientTimeout(total=target.timeout_s, sock_connect=CONNECT_TIMEOUT_S),
         read_bufsize=1 << 20,
     )
@@ -134,7 +133,7 @@ async def _send(session: aiohttp.ClientSession, target: Target, request: TraceRe
             else:
                 answer.output_tokens = (await response.json())["usage"]["completion_tokens"]
                 answer.outcome = Outcome.FINISHED
-    except (aiohttp.ClientError, TimeoutError, json.JSONDecodeError, KeyError) as error:
+    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
         answer.reason = f"{type(error).__name__}: {error}"[:ERROR_TEXT_CHARACTERS]
         answer.outcome = Outcome.CUT if answer.first else Outcome.FAILED
     return _record(request, target, answer, start=start, end=time.monotonic())
