@@ -34,11 +34,25 @@ DEFAULT_CLASS = "default"
 FILE_BYTES_MAX = 1 << 20  # a deployment takes a few kilobytes; more is a mistake
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's own loader keeps the last of two equal keys: here the second is an error, as an unknown field is."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys differ."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_manifests(path: Path) -> list[cluster_pb2.Deployment]:
     """Every deployment of a YAML file (documents apart by `---`). `-` stands for standard input."""
     try:
         text = _read_text(path)
-        documents = [document for document in yaml.safe_load_all(text) if document is not None]
+        documents = [document for document in yaml.load_all(text, Loader=_Loader) if document is not None]
     except FileNotFoundError as error:
         remedy = "give the path of a deployment.yaml"
         raise NotFound(f"no file {path}", reason="FILE_NOT_FOUND", remedy=remedy) from error
@@ -67,7 +81,7 @@ def parse_manifest(document: object) -> cluster_pb2.Deployment:
     for key in value:
         if key not in DESIRED_FIELDS and key in cluster_pb2.Deployment.DESCRIPTOR.fields_by_name:
             raise InvalidField("is output only", field=str(key), reason="UNKNOWN_FIELD", remedy="remove it")
-    deployment = from_plain(cluster_pb2.Deployment, value)
+    deployment = from_plain(cluster_pb2.Deployment, value, known=DESIRED_FIELDS)
     if not deployment.name:
         raise InvalidField("is missing", field="name", remedy="name: my-deployment")
     deployment.name = f"deployments/{deployment.name.removeprefix('deployments/')}"

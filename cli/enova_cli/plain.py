@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 
@@ -46,10 +46,13 @@ def to_plain(message: Message) -> dict[str, Any]:
     return plain
 
 
-def from_plain(cls: type[M], value: object, path: str = "") -> M:
-    """The message of JSON values. Raises InvalidField with the path of what is unknown or of the wrong type."""
+def from_plain(cls: type[M], value: object, path: str = "", known: Collection[str] | None = None) -> M:
+    """The message of JSON values. Raises InvalidField with the path of what is unknown or of the wrong type.
+
+    `known`: the fields of the outermost message that may be given, where not all may.
+    """
     message = cls()
-    _fill(message, value, path)
+    _fill(message, value, path, known)
     return message
 
 
@@ -92,10 +95,10 @@ def _item_to_plain(field: FieldDescriptor, value: Any) -> Any:
     return value
 
 
-def _fill(message: Message, value: object, path: str) -> None:
+def _fill(message: Message, value: object, path: str, known: Collection[str] | None = None) -> None:
     if not isinstance(value, Mapping):
         raise InvalidField(f"expected a mapping, found {_kind(value)}", field=path or message.DESCRIPTOR.name)
-    fields = {field.name: field for field in _fields(message)}
+    fields = {field.name: field for field in _fields(message) if known is None or field.name in known}
     for key, item in value.items():
         here = f"{path}.{key}" if path else str(key)
         field = fields.get(str(key))

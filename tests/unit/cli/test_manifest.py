@@ -95,3 +95,10 @@ def test_ready_means_enough_replicas_of_this_generation_in_every_ingress() -> No
     assert not is_ready(deployment, [ready, old])
     deployment.generation = 4
     assert not is_ready(deployment, [ready, ready])
+
+
+def test_the_remedy_for_an_unknown_field_names_only_fields_that_may_be_given() -> None:
+    with pytest.raises(InvalidField) as raised:
+        parse_manifest({"name": "x", "model": "m", "qqq": 1})
+    assert "served_names" in raised.value.remedy
+    assert "create_time" not in raised.value.remedy
