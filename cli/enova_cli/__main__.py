@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,13 +16,43 @@ from enova_cli.commands.load import load
 from enova_cli.commands.resources import describe, events, explain, get
 from enova_cli.commands.runtime import chat, completion, drain, logs, restart, uncordon, version
 from enova_cli.commands.up import up
-from enova_cli.context import Context
+from enova_cli.context import EXIT_USAGE, Context
+from enova_cli.output import Format, print_error
+from enova_common.errors import InvalidField
 from enova_common.settings import TlsSettings
 
 DEFAULT_API = "127.0.0.1:7700"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+class Commands(click.Group):
+    """The group; with `-o json` a wrong use of it is told in JSON as every other error is."""
+
+    def main(  # type: ignore[override]  # click's overloads promise a return that only other callers ask for
+        self, args: Sequence[str] | None = None, **named: Any
+    ) -> Any:
+        """Run the command that the arguments name, and exit."""
+        if not _wants_json(sys.argv[1:] if args is None else args):
+            return super().main(args, **named)
+        try:
+            code = super().main(args, **named | {"standalone_mode": False})
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx is not None else "enova"
+            param = error.param if isinstance(error, click.BadParameter) else None
+            field = param.opts[-1] if param is not None else ""
+            told = InvalidField(error.format_message(), field=field, reason="USAGE", remedy=f"{path} --help")
+            print_error(told, Format.JSON)
+            sys.exit(EXIT_USAGE)
+        except click.Abort:
+            sys.exit(1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _wants_json(words: Sequence[str]) -> bool:
+    apart = any(pair in {("-o", "json"), ("--output", "json")} for pair in itertools.pairwise(words))
+    return apart or not {"-ojson", "--output=json"}.isdisjoint(words)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.option(
     "--api", envvar="ENOVA_API", default=DEFAULT_API, show_default=True, help="Coordinators, HOST:PORT[,HOST:PORT...]."
 )
