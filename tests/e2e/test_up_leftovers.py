@@ -1,9 +1,10 @@
-"""What `enova up` leaves behind when it ends at a bad moment, or comes back smaller: nothing."""
+"""What `enova up` leaves behind when it ends at a bad moment or comes back smaller, and where it comes back."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,23 @@ def test_a_smaller_fleet_ends_the_engines_of_nodes_that_it_no_longer_has(data_di
             alive = [pid for pid in engines if Path(f"/proc/{pid}").exists()]
             assert [nodes[pid] for pid in alive] == ["nodes/node-0"]
         until(lambda: not fleet.left(), timeout_s=10.0)
+
+
+def test_a_port_that_is_asked_for_wins_over_that_of_last_time(data_dir: Path) -> None:
+    arguments = ("--nodes", "1", "--gpu", "H100:1")
+    with up(data_dir, *arguments) as fleet:
+        before = fleet.facts
+    with up(data_dir, *arguments) as fleet:
+        assert (fleet.facts["api"], fleet.facts["openai"]) == (before["api"], before["openai"])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        wanted = taken.getsockname()[1]
+    with up(data_dir, *arguments, "--port", str(wanted)) as fleet:
+        assert fleet.facts["api"] == f"127.0.0.1:{wanted}"
+
+
+def test_a_port_of_last_time_that_somebody_took_is_replaced_where_any_will_do(data_dir: Path) -> None:
+    arguments = ("--nodes", "1", "--gpu", "H100:1")
+    with up(data_dir, *arguments) as fleet:
+        before = fleet.facts["api"]
+    with socket.create_server(("127.0.0.1", int(before.rpartition(":")[2]))), up(data_dir, *arguments) as fleet:
+        assert fleet.facts["api"] != before

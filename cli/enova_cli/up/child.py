@@ -22,6 +22,7 @@ TERM_TIMEOUT_S = 10.0  # then KILL; the programs end within a second when nothin
 STEADY_S = 30.0  # a program that ran so long was well: its next restart is a first one
 RESTART = Backoff(initial_s=0.2, maximum_s=10.0, jitter=0.2)
 LOG_TAIL_LINES = 4
+LOG_READ_BYTES = 1 << 20  # a program that fails to start says less
 
 
 @dataclass(slots=True)
@@ -42,6 +43,7 @@ class Child:
     _process: asyncio.subprocess.Process | None = None
     _keeper: asyncio.Task[None] | None = None
     _stopping: bool = False
+    _log_start: int = 0  # where the words of the process that runs now begin
 
     @property
     def pid(self) -> int:
@@ -82,6 +84,7 @@ class Child:
     async def _spawn(self) -> asyncio.subprocess.Process:
         self.ready_file.unlink(missing_ok=True)
         with self.log_path.open("ab") as log:
+            self._log_start = log.tell()
             # A session of its own: the terminal's Ctrl-C reaches `up` alone, which then ends them in order.
             return await asyncio.create_subprocess_exec(
                 *self.argv,
@@ -125,7 +128,9 @@ class Child:
 
     def _log_tail(self) -> str:
         """The last things that it said: of JSON lines the messages, of others the text."""
-        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            lines = log.read(LOG_READ_BYTES).decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         return " | ".join(_message(line) for line in lines)
 
 

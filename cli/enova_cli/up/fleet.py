@@ -17,7 +17,9 @@ from enova_cli.up import etcd, plan, settings
 from enova_cli.up.child import Child
 from enova_cli.up.layout import DataDirectory, socket_path
 from enova_cli.up.leftovers import end_engines, end_leftovers
+from enova_common.address import parse_address
 from enova_common.errors import EnovaError, TimedOut
+from enova_common.ports import check_listenable
 
 T = TypeVar("T")
 
@@ -83,7 +85,7 @@ class Fleet:
             self._options, os.environ, token=self._data.token, epoch_s=float(clock["epoch_s"])
         )
         gpu = await asyncio.to_thread(settings.gpu_facts, self._options)
-        ports = self._data.read_json("ports.json")
+        ports = _free(self._data.read_json("ports.json"))
         store = await self._start_etcd(environment, ports) if self._options.store == "etcd" else ""
         api = str((await self._start_coordinator(environment, store, ports))["api_address"])
         nodes = self._options.node_names()
@@ -185,6 +187,19 @@ class Fleet:
     def _write_facts(self) -> None:
         if self._facts:
             self._data.write_json("up.json", self._public_facts())
+
+
+def _free(ports: Mapping[str, Any]) -> dict[str, Any]:
+    """The addresses of last time that nobody took meanwhile."""
+    found: dict[str, Any] = {}
+    for name, value in ports.items():
+        if isinstance(value, dict):
+            found[name] = _free(value)
+        elif value:
+            with contextlib.suppress(EnovaError):  # taken: any other will do
+                check_listenable(parse_address(str(value), field=name), field=name)
+                found[name] = value
+    return found
 
 
 async def _together(*starts: Coroutine[Any, Any, T]) -> list[T]:

@@ -39,7 +39,7 @@ def coordinator(
     store: dict[str, Any] = {"kind": "etcd", "endpoints": [etcd]} if etcd else {"kind": "sqlite"}
     return {
         "name": "coordinator",
-        "listen": str(ports.get("api") or f"127.0.0.1:{options.port}"),
+        "listen": _listen(options.port, ports.get("api")),
         "data_dir": str(data.path / "coordinator"),
         "ready_file": str(ready_file),
         "store": store,
@@ -76,6 +76,11 @@ def agent(
     return value
 
 
+def _listen(port: int, before: str | None) -> str:
+    """The port that was asked for; where any will do, the one of last time."""
+    return f"127.0.0.1:{port}" if port else before or "127.0.0.1:0"
+
+
 def _clock_arguments(options: UpOptions, data: DataDirectory) -> list[str]:
     epoch = data.read_json("clock.json")["epoch_s"]
     return [
@@ -92,7 +97,7 @@ def ingress(
     folder = data.node_path(node)
     return {
         "node": node,
-        "listen": str(ports.get("openai_address") or f"127.0.0.1:{options.openai_port if first else 0}"),
+        "listen": _listen(options.openai_port if first else 0, ports.get("openai_address")),
         "hop_listen": str(ports.get("hop_address") or "127.0.0.1:0"),
         "data_dir": str(folder / "ingress"),
         "socket": str(socket_path(data, node)),
