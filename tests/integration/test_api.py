@@ -205,6 +205,14 @@ async def test_a_mask_of_an_unknown_field_is_refused(api: Api, agent: ScriptedAg
         assert (await refused(api.UpdateDeployment(request))).field == "update_mask"
 
 
+async def test_an_update_of_a_name_without_its_collection_is_refused(api: Api, agent: ScriptedAgent) -> None:
+    request = deployment_service_pb2.UpdateDeploymentRequest(
+        deployment=cluster_pb2.Deployment(name="bare", model=MODEL, replicas=1), allow_missing=True
+    )
+    error = await refused(api.UpdateDeployment(request))
+    assert (error.field, error.remedy) == ("name", "write deployments/{deployment}")
+
+
 async def test_an_old_etag_is_refused(api: Api, agent: ScriptedAgent) -> None:
     before = await created(api)
     request = deployment_service_pb2.UpdateDeploymentRequest(deployment=wanted(priority=1))

@@ -109,6 +109,7 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         leading = self._chair.leading()
         name = request.deployment.name
         _raise_first(name_problems(name.removeprefix("deployments/"), "name"))
+        names.deployment_name(name)
         by = call("UpdateDeployment", request)
         if (made := await self._writes.repeated(by)) is not None:
             return await self._message(await self._writes.read(Deployment, made))
