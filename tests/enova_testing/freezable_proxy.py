@@ -44,9 +44,13 @@ class FreezableProxy:
         while not self._closed:
             try:
                 near, _ = self._server.accept()
+            except OSError:
+                return  # closed
+            try:
                 far = socket.create_connection(self._target, timeout=5.0)
             except OSError:
-                continue  # closed, or the target is away: the next may succeed
+                near.close()  # the target is away: so says this
+                continue
             far.settimeout(None)
             self._sockets += [near, far]
             for source, sink in ((near, far), (far, near)):
