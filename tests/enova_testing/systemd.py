@@ -89,11 +89,12 @@ class SystemdHost:
         """Copies one of our units, which then starts the programs of this environment."""
         text = unit.read_text().replace("/opt/enova/bin", str(PROGRAMS))
         (self.units / unit.name).write_text(text)
-        at_home = [str(path) for path in (ROOT, Path(sys.base_prefix)) if path.parts[1] in {"root", "home"}]
-        if unit.suffix == ".service" and at_home:
-            # The interpreter of this environment lies in a home, which the unit closes off: only that is let in.
+        closed = {"root", "home", "tmp"}
+        hidden = [str(path) for path in (ROOT, Path(sys.base_prefix)) if path.parts[1] in closed]
+        if unit.suffix == ".service" and hidden:
+            # The interpreter of this environment lies where the unit may not look: only that is let in.
             (self.units / f"{unit.name}.d").mkdir(exist_ok=True)
-            lines = ["[Service]", "ProtectHome=tmpfs", *(f"BindReadOnlyPaths={path}" for path in at_home)]
+            lines = ["[Service]", "ProtectHome=tmpfs", *(f"BindReadOnlyPaths={path}" for path in hidden)]
             (self.units / f"{unit.name}.d" / "interpreter.conf").write_text("\n".join(lines) + "\n")
 
     def state(self, unit: str) -> str:
