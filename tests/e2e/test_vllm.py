@@ -92,7 +92,7 @@ def mapped_by(family: list[psutil.Process]) -> set[str]:
 
 def ready_again(fleet: UpFleet, old: dict[str, Any]) -> dict[str, Any]:
     """Wait until another process serves, and see that it does."""
-    # Polled slowly: each look is a process, and vLLM needs both cores to start.
+    # Polled slowly: each look is a process, and vLLM needs all cores to start.
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         now = replica(fleet)
@@ -289,11 +289,16 @@ def test_a_killed_api_server_takes_its_children_and_shared_memory_along(fleet: U
 
 
 def test_a_model_that_cannot_be_is_refused_with_its_field(fleet: UpFleet, tmp_path: Path) -> None:
-    for path, reason in (("/nonexistent/model", "MODEL_NOT_FOUND"), (str(tmp_path), "MODEL_HAS_NO_CONFIG")):
+    cases = (
+        ("/nonexistent/model", "MODEL_NOT_FOUND", "check the path on the hosts"),
+        (str(tmp_path), "MODEL_HAS_NO_CONFIG", "give the directory that holds config.json"),
+    )
+    for path, reason, remedy in cases:
         result = fleet.enova("deploy", path, "--name", "bad", "--replicas", "1", "-o", "json")
         assert result.code == 1
         assert (result.error["field"], result.error["reason"]) == ("model", reason)
-        assert result.error["remedy"]
+        assert path in result.error["message"]
+        assert remedy in result.error["message"] + result.error["remedy"]
     assert [deployment["name"] for deployment in fleet.ok("get", "deployments")] == ["deployments/tiny"]
 
 
