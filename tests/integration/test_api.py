@@ -155,6 +155,14 @@ async def test_a_name_that_exists_is_refused(api: Api, agent: ScriptedAgent) -> 
     assert (error.reason, error.field) == ("ALREADY_EXISTS", "deployment_id")
 
 
+async def test_of_deployments_that_want_one_served_name_at_once_one_gets_it(api: Api, agent: ScriptedAgent) -> None:
+    served = fresh()
+    calls = [api.CreateDeployment(creation(fresh(), served_names=[served])) for _ in range(4)]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    refusals = [error_from_rpc(each) for each in answers if isinstance(each, grpc.aio.AioRpcError)]
+    assert [each.field for each in refusals] == ["served_names[0]"] * 3
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [

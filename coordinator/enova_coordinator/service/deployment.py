@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -52,6 +53,8 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         self._writes = writes
         self._now_s = now_s
         self._model_time_s = model_time_s
+        # The leader alone writes: who holds this sees every served name that is taken until its own is written.
+        self._naming = asyncio.Lock()
 
     async def GetDeployment(  # noqa: N802
         self, request: deployment_service_pb2.GetDeploymentRequest, context: Context
@@ -99,7 +102,7 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
                 )
             return self._new(name, wanted)
 
-        return await self._write(name, edit, by=by, validate_only=request.validate_only)
+        return await self._write(name, wanted, edit, by=by, validate_only=request.validate_only)
 
     async def UpdateDeployment(  # noqa: N802
         self, request: deployment_service_pb2.UpdateDeploymentRequest, context: Context
@@ -126,7 +129,7 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
             check_etag(request.deployment.etag, before.etag, name)
             return self._changed(before, self._wanted(before, request))
 
-        return await self._write(name, edit, by=by, validate_only=request.validate_only)
+        return await self._write(name, wanted, edit, by=by, validate_only=request.validate_only)
 
     async def DeleteDeployment(  # noqa: N802
         self, request: deployment_service_pb2.DeleteDeploymentRequest, context: Context
@@ -233,9 +236,17 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
             return None
 
     async def _write(
-        self, name: str, edit: Callable[[Deployment | None], Deployment], *, by: Call, validate_only: bool
+        self,
+        name: str,
+        wanted: DeploymentSpec,
+        edit: Callable[[Deployment | None], Deployment],
+        *,
+        by: Call,
+        validate_only: bool,
     ) -> cluster_pb2.Deployment:
-        written = await self._writes.change(Deployment, name, edit, by=by, validate_only=validate_only)
+        async with self._naming:
+            _raise_first(await self._name_conflicts(name, wanted))
+            written = await self._writes.change(Deployment, name, edit, by=by, validate_only=validate_only)
         assert written is not None, name
         return await self._message(written)
 
@@ -280,17 +291,18 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         """Raises InvalidField for the first problem; says how many more there are."""
         if before is not None:
             _check_alive(before)
-        problems = list(spec_problems(wanted, policies=POLICIES))
+        problems = spec_problems(wanted, policies=POLICIES)
+        _raise_first([*problems, *await self._name_conflicts(name, wanted)])
+        if before is None or before.spec.model != wanted.model:
+            await self._inspect(leading, wanted.model)
+
+    async def _name_conflicts(self, name: str, wanted: DeploymentSpec) -> tuple[FieldProblem, ...]:
         entries, _ = await self._store.range(codec.prefix("deployments"))
         others = {
             value.name: value
             for value in (codec.decode_as(Deployment, entry.value, key=entry.key) for entry in entries)
         }
-        served = wanted.served_names or (name.removeprefix("deployments/"),)
-        problems += conflicts(name, served, others)
-        _raise_first(problems)
-        if before is None or before.spec.model != wanted.model:
-            await self._inspect(leading, wanted.model)
+        return conflicts(name, wanted.served_names or (name.removeprefix("deployments/"),), others)
 
     async def _inspect(self, leading: Leading, model: str) -> None:
         """Raises InvalidField if the hosts that are ready say that they cannot use the model."""
