@@ -39,10 +39,10 @@ from enova_cli.output import Format, short
 from enova_cli.plain import enum_word, rfc3339, to_plain
 from enova_cli.up.leftovers import remaining
 from enova_common.errors import EnovaError, TimedOut
+from enova_common.traces import TraceRequest
 
 UP_TIMEOUT_S = 60.0
 SCALE_IN_TIMEOUT_S = 90.0  # real time: three model minutes of idleness for each halving
-RECOVERY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
 VIEW_PERIOD_S = 1.0
 POLL_S = 0.2
@@ -189,15 +189,16 @@ class Demo:
         target = Target(url=self._facts["openai"], model=short(name), time_scale=self.scenario.time_scale)
         progress = Progress()
         watcher = asyncio.create_task(self._watch(client, name, progress))
-        killer = asyncio.create_task(self._kill_one(client, name))
-        report = await measured_load(client, target, requests, name, progress)
         try:
-            await asyncio.wait_for(killer, RECOVERY_TIMEOUT_S)
-        except TimeoutError:
-            self._check("a killed engine comes back", self.killed or "none was killed", passed=False)
-        watcher.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watcher
+            if not self.scenario.scales:
+                return await self._drive_single(client, target, requests, name, progress)
+            killer = asyncio.create_task(self._kill_one(client, name))
+            report = await measured_load(client, target, requests, name, progress)
+            await self._mended(killer)
+        finally:
+            watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watcher
         # The killed engine's own streams break off with a clear error; everything else must be served.
         lost = report.failed + report.cut
         bound = int(self.scenario.deployment["configuration"]["max_num_seqs"])
@@ -207,6 +208,25 @@ class Demo:
             passed=report.served > 0 and lost <= bound,
         )
         return report
+
+    async def _drive_single(
+        self, client: Client, target: Target, requests: list[TraceRequest], name: str, progress: Progress
+    ) -> Report:
+        """With one engine nobody serves while it is down: the load comes before the kill, and once more after it."""
+        report = await measured_load(client, target, requests, name, progress)
+        self._check("traffic served", f"{report.served} of {report.sent}", passed=report.served == report.sent > 0)
+        await self._mended(asyncio.create_task(self._kill_one(client, name)))
+        again = await measured_load(client, target, requests, name, progress)
+        detail = f"{again.served} of {again.sent}"
+        self._check("the mended engine serves the same again", detail, passed=again.served == again.sent > 0)
+        return report
+
+    async def _mended(self, killer: asyncio.Task[None]) -> None:
+        """Wait until the killed engine serves again."""
+        try:
+            await asyncio.wait_for(killer, self.scenario.ready_timeout_s)
+        except TimeoutError:
+            self._check("a killed engine comes back", self.killed or "none was killed", passed=False)
 
     async def _kill_one(self, client: Client, name: str) -> None:
         """SIGKILL one engine once two serve (or the only one there can be), and wait for it to serve again."""
