@@ -5,6 +5,7 @@ Its fields are the desired fields of `enova.v1.Deployment`; a single class may b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ DEFAULT_CLASS = "default"
 FILE_BYTES_MAX = 1 << 20  # a deployment takes a few kilobytes; more is a mistake
 
 
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One deployment, and which of its fields an update writes."""
+
+    deployment: cluster_pb2.Deployment
+    update_paths: tuple[str, ...]
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's own loader keeps the last of two equal keys: here the second is an error, as an unknown field is."""
 
@@ -48,7 +57,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_manifests(path: Path) -> list[cluster_pb2.Deployment]:
+def read_manifests(path: Path) -> list[Manifest]:
     """Every deployment of a YAML file (documents apart by `---`). `-` stands for standard input."""
     try:
         text = _read_text(path)
@@ -63,7 +72,7 @@ def read_manifests(path: Path) -> list[cluster_pb2.Deployment]:
         raise InvalidField(message, field=str(path), reason="INVALID_YAML") from error
     if not documents:
         raise InvalidField("holds no deployment", field=str(path), remedy="write at least name and model")
-    return [parse_manifest(document) for document in documents]
+    return [Manifest(parse_manifest(document), update_paths(document)) for document in documents]
 
 
 def parse_manifest(document: object) -> cluster_pb2.Deployment:
@@ -86,6 +95,15 @@ def parse_manifest(document: object) -> cluster_pb2.Deployment:
         raise InvalidField("is missing", field="name", remedy="name: my-deployment")
     deployment.name = f"deployments/{deployment.name.removeprefix('deployments/')}"
     return deployment
+
+
+def update_paths(document: object) -> tuple[str, ...]:
+    """The desired fields that applying a manifest writes: what it leaves out goes back to its default.
+
+    But not the pause of a policy: `enova pause` is an operator's, and only a manifest that names it changes it.
+    """
+    named = isinstance(document, dict) and document.get("autoscaling_paused") is not None
+    return tuple(field for field in DESIRED_FIELDS if field != "name" and (named or field != "autoscaling_paused"))
 
 
 def json_schema() -> dict[str, Any]:

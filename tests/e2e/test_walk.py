@@ -155,6 +155,19 @@ def test_a_changed_spec_replaces_replicas_one_at_a_time_without_a_failed_request
     assert failures == 0
 
 
+def test_apply_leaves_a_paused_policy_paused_unless_the_manifest_says_otherwise(chat: UpFleet) -> None:
+    manifest = f"name: chat\nmodel: {MODEL}\nmin: 2\nmax: 3\nconfiguration: {{max_num_seqs: 16, max_model_len: 4096}}\n"
+    assert chat.enova("apply", "-f", "-", stdin=manifest).code == 0
+    chat.ok("pause", "deployment/chat")
+    applied = chat.enova("apply", "-f", "-", "-o", "json", stdin=manifest.replace("max: 3", "max: 4"))
+    assert [(d["autoscaling_paused"], d["max"]) for d in applied.value] == [(True, 4)]
+    deployed = chat.ok("deploy", MODEL, "--name", "chat", "--min", "2", "--max", "3", "--set=max_model_len=4096")
+    assert (deployed["autoscaling_paused"], deployed["max"]) == (True, 3)
+    assert "max_num_seqs" not in deployed["configuration"]
+    resumed = chat.enova("apply", "-f", "-", "-o", "json", stdin=manifest + "autoscaling_paused: false\n")
+    assert [d["autoscaling_paused"] for d in resumed.value] == [False]
+
+
 def test_delete_frees_every_process(chat: UpFleet) -> None:
     pids = [r["pid"] for r in chat.replicas()]
     chat.ok("delete", "deployment/chat")

@@ -21,4 +21,4 @@ def test_a_key_that_is_given_twice_is_an_error(text: str, tmp_path: Path) -> Non
 def test_documents_apart_by_dashes_are_several_deployments(tmp_path: Path) -> None:
     path = tmp_path / "deployment.yaml"
     path.write_text("name: a\nmodel: m\n---\nname: b\nmodel: m\n")
-    assert [deployment.name for deployment in read_manifests(path)] == ["deployments/a", "deployments/b"]
+    assert [manifest.deployment.name for manifest in read_manifests(path)] == ["deployments/a", "deployments/b"]

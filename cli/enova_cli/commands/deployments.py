@@ -23,7 +23,7 @@ from enova_cli import output
 from enova_cli.client import CALL_TIMEOUT_S, Client
 from enova_cli.commands.resources import parse_kind
 from enova_cli.context import Context, output_option, pass_context
-from enova_cli.manifest import parse_manifest, read_manifests
+from enova_cli.manifest import parse_manifest, read_manifests, update_paths
 from enova_cli.plain import enum_word, to_plain
 from enova_common.errors import Conflict, InvalidField, NotFound, TimedOut, Unavailable
 
@@ -54,9 +54,17 @@ def request_id() -> str:
     return str(uuid.uuid4())
 
 
-async def apply_deployment(client: Client, deployment: cluster_pb2.Deployment) -> cluster_pb2.Deployment:
-    """Create it, or change it into what is wanted."""
-    request = UpdateDeploymentRequest(deployment=deployment, allow_missing=True, request_id=request_id())
+async def apply_deployment(
+    client: Client, deployment: cluster_pb2.Deployment, paths: tuple[str, ...] | None = None, *, validate: bool = False
+) -> cluster_pb2.Deployment:
+    """Create it, or change these fields into what is wanted: by default all but the pause of its policy."""
+    request = UpdateDeploymentRequest(
+        deployment=deployment,
+        update_mask=FieldMask(paths=update_paths(None) if paths is None else paths),
+        allow_missing=True,
+        request_id=request_id(),
+        validate_only=validate,
+    )
     return await client.call(lambda s: s.deployments.UpdateDeployment(request, timeout=APPLY_TIMEOUT_S))
 
 
@@ -72,15 +80,9 @@ def apply(context: Context, files: tuple[Path, ...], validate_only: bool) -> Non
 
     async def action(client: Client) -> None:
         results = []
-        for deployment in [d for file in files for d in read_manifests(file)]:
-            request = UpdateDeploymentRequest(
-                deployment=deployment, allow_missing=True, request_id=request_id(), validate_only=validate_only
-            )
-            call = request  # bound now: the loop goes on
+        for manifest in [manifest for file in files for manifest in read_manifests(file)]:
             results.append(
-                await client.call(
-                    lambda s, call=call: s.deployments.UpdateDeployment(call, timeout=APPLY_TIMEOUT_S)  # type: ignore[misc]
-                )
+                await apply_deployment(client, manifest.deployment, manifest.update_paths, validate=validate_only)
             )
         output.print_objects("deployments", [to_plain(result) for result in results], context.form)
 

@@ -7,7 +7,7 @@ import pytest
 
 from enova.v1 import cluster_pb2
 from enova_cli.commands.deployments import Duration, derive_name, is_ready, parse_setting
-from enova_cli.manifest import DESIRED_FIELDS, json_schema, parse_manifest
+from enova_cli.manifest import DESIRED_FIELDS, json_schema, parse_manifest, update_paths
 from enova_common.errors import InvalidField
 
 FULL = {
@@ -102,3 +102,9 @@ def test_the_remedy_for_an_unknown_field_names_only_fields_that_may_be_given() -
         parse_manifest({"name": "x", "model": "m", "qqq": 1})
     assert "served_names" in raised.value.remedy
     assert "create_time" not in raised.value.remedy
+
+
+def test_only_a_manifest_that_names_the_pause_changes_it() -> None:
+    desired = set(DESIRED_FIELDS) - {"name"}
+    assert set(update_paths({"name": "x", "model": "m"})) == desired - {"autoscaling_paused"}
+    assert set(update_paths({"name": "x", "autoscaling_paused": False})) == desired
