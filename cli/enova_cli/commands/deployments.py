@@ -79,11 +79,10 @@ def apply(context: Context, files: tuple[Path, ...], validate_only: bool) -> Non
     """Create or change deployments from deployment.yaml files."""
 
     async def action(client: Client) -> None:
-        results = []
-        for manifest in [manifest for file in files for manifest in read_manifests(file)]:
-            results.append(
-                await apply_deployment(client, manifest.deployment, manifest.update_paths, validate=validate_only)
-            )
+        manifests = [manifest for file in files for manifest in read_manifests(file)]
+        results = [
+            await apply_deployment(client, m.deployment, m.update_paths, validate=validate_only) for m in manifests
+        ]
         output.print_objects("deployments", [to_plain(result) for result in results], context.form)
 
     context.run(action)

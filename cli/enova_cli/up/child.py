@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import random
 import signal
 import time
@@ -24,6 +25,8 @@ RESTART = Backoff(initial_s=0.2, maximum_s=10.0, jitter=0.2)
 LOG_TAIL_LINES = 4
 LOG_READ_BYTES = 1 << 20  # a program that fails to start says less
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(slots=True)
 class Child:
@@ -42,7 +45,7 @@ class Child:
     restarts: int = 0
     _process: asyncio.subprocess.Process | None = None
     _keeper: asyncio.Task[None] | None = None
-    _stopping: bool = False
+    _spawning: asyncio.Task[None] | None = None
     _log_start: int = 0  # where the words of the process that runs now begin
 
     @property
@@ -52,14 +55,23 @@ class Child:
 
     async def start(self) -> Mapping[str, Any]:
         """Start it, wait until it is ready, keep it running from then on; what its ready file says."""
-        self._process = await self._spawn()
-        facts = await self._ready(self._process)
+        try:
+            process = await self._begin()
+        except OSError as error:
+            message = f"{self.name} cannot be started: {error.strerror or error}"
+            raise FatalError(message, reason="START_FAILED", remedy=f"see that {self.argv[0]} can run") from error
+        facts = await self._ready(process)
         self._keeper = asyncio.create_task(self._keep(), name=f"keep-{self.name}")
         return facts
 
     async def stop(self) -> None:
         """TERM, then KILL after a deadline; returns when it is gone, whether or not its start had succeeded."""
-        self._stopping = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+        if self._spawning is not None:
+            # A process that is just being made is waited for: nobody else would know of it.
+            with contextlib.suppress(OSError):  # none was made
+                await self._spawning
         if self._process is None:
             return
         self._signal(signal.SIGTERM)
@@ -68,8 +80,6 @@ class Child:
         except TimeoutError:
             self._signal(signal.SIGKILL)
             await self._process.wait()
-        if self._keeper is not None:
-            self._keeper.cancel()
 
     def ready_facts(self) -> Mapping[str, Any] | None:
         """What the ready file of the running process says; None while it is not ready."""
@@ -81,17 +91,24 @@ class Child:
             return None
         return facts if facts.get("pid") == self.pid else None
 
-    async def _spawn(self) -> asyncio.subprocess.Process:
+    async def _begin(self) -> asyncio.subprocess.Process:
+        """A new process, known to us even if this is cancelled while it is made. Raises OSError."""
+        self._spawning = asyncio.create_task(self._spawn(), name=f"spawn-{self.name}")
+        await asyncio.shield(self._spawning)
+        assert self._process is not None
+        return self._process
+
+    async def _spawn(self) -> None:
         self.ready_file.unlink(missing_ok=True)
-        with self.log_path.open("ab") as log:
-            self._log_start = log.tell()
+        with self.log_path.open("ab") as words:
+            self._log_start = words.tell()
             # A session of its own: the terminal's Ctrl-C reaches `up` alone, which then ends them in order.
-            return await asyncio.create_subprocess_exec(
+            self._process = await asyncio.create_subprocess_exec(
                 *self.argv,
                 env=dict(self.environment),
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=words,
+                stderr=words,
                 start_new_session=True,
             )
 
@@ -109,17 +126,21 @@ class Child:
         raise TimedOut(message, reason="START_TIMED_OUT", remedy=f"see {self.log_path}")
 
     async def _keep(self) -> None:
+        """Restart it whenever it ends, for as long as it takes."""
         attempt = 0
+        started = time.monotonic()
         while self._process is not None:
-            self.on_change()
-            started = time.monotonic()
             await self._process.wait()
-            if self._stopping:
-                return
             attempt = 0 if time.monotonic() - started > STEADY_S else attempt + 1
-            self.restarts += 1
             await asyncio.sleep(RESTART.delay_s(attempt, random.random()))  # noqa: S311 - jitter
-            self._process = await self._spawn()
+            started = time.monotonic()
+            try:
+                await self._begin()
+            except OSError as error:  # no descriptors, no space, the program replaced: that may pass
+                log.warning("%s cannot be restarted, trying on: %s", self.name, error)
+                continue
+            self.restarts += 1
+            self.on_change()
 
     def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None
@@ -128,9 +149,10 @@ class Child:
 
     def _log_tail(self) -> str:
         """The last things that it said: of JSON lines the messages, of others the text."""
-        with self.log_path.open("rb") as log:
-            log.seek(self._log_start)
-            lines = log.read(LOG_READ_BYTES).decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        with self.log_path.open("rb") as words:
+            # A log that was emptied meanwhile is shorter than where these words began.
+            words.seek(self._log_start if self._log_start <= self.log_path.stat().st_size else 0)
+            lines = words.read(LOG_READ_BYTES).decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         return " | ".join(_message(line) for line in lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from enova_cli.up import etcd, plan, settings
 from enova_cli.up.child import Child
 from enova_cli.up.layout import DataDirectory, socket_path
 from enova_cli.up.leftovers import end_engines, end_leftovers
+from enova_cli.up.logs import keep_bounded
 from enova_common.address import parse_address
 from enova_common.errors import EnovaError, TimedOut
 from enova_common.ports import check_listenable
@@ -28,6 +30,8 @@ REGISTER_POLL_S = 0.1
 STOP_ENGINES_TIMEOUT_S = 30.0  # drain bound and engines' own time to end
 DRAIN_TIMEOUT_S = 10.0
 
+log = logging.getLogger(__name__)
+
 
 class Fleet:
     """Starts everything in order, keeps it running, stops it in order."""
@@ -38,6 +42,7 @@ class Fleet:
         self._children: dict[str, Child] = {}
         self._facts: dict[str, Any] = {}
         self._owned = False
+        self._bounding: asyncio.Task[None] | None = None
 
     def stop_on_signals(self, stop: asyncio.Event) -> None:
         """SIGINT and SIGTERM ask for an orderly end."""
@@ -49,6 +54,7 @@ class Fleet:
         """Start all programs and wait until every node is registered; the line of `-o json`. None if stopped."""
         self._data.acquire()
         self._owned = True
+        self._bounding = asyncio.create_task(keep_bounded(self._data.path / "logs"), name="bound-logs")
         end_leftovers(self._data.token)
         end_engines(self._data.path, kept=self._options.node_names())  # of nodes that a larger fleet had
         starting = asyncio.create_task(self._start_all())
@@ -74,6 +80,8 @@ class Fleet:
                 await self._children[name].stop()
         if nodes:  # else nothing was begun, and engines that an earlier `up` left still wait to be adopted
             await asyncio.to_thread(end_engines, self._data.path)  # of agents that were away when they were asked
+        if self._bounding is not None:
+            self._bounding.cancel()
         self._data.release()
 
     async def _start_all(self) -> dict[str, Any]:
@@ -185,8 +193,12 @@ class Fleet:
         return self._facts | {"data_dir": str(self._data.path), "pids": pids}
 
     def _write_facts(self) -> None:
-        if self._facts:
+        if not self._facts:
+            return
+        try:
             self._data.write_json("up.json", self._public_facts())
+        except OSError as error:  # a full disk stops no program from coming back
+            log.warning("up.json is out of date: %s", error)
 
 
 def _free(ports: Mapping[str, Any]) -> dict[str, Any]:
