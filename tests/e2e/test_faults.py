@@ -103,7 +103,7 @@ def test_a_stopped_core_process_is_found_within_ten_seconds_and_mended(served: U
     until(found, timeout_s=15, what="the hang to be found")
     assert time.monotonic() - stopped_at <= 10.0 + 1.0  # one poll of the command line takes up to a second
     until(lambda: sum(r["state"] == "READY" for r in served.replicas("busy")) == 3, timeout_s=40)
-    assert not core.is_running()
+    until(lambda: not core.is_running(), timeout_s=10, what="the end of the stopped core")
 
 
 def test_a_changed_spec_that_cannot_start_keeps_the_old_replicas_serving(served: UpFleet) -> None:
