@@ -132,6 +132,7 @@ class Coordinator:
         verdicts: dict[str, Verdict] = {}
         models: dict[str, ModelFacts] = {}
         policy_loop = PolicyLoop(
+            self.store,
             self.controller,
             self.telemetry,
             self.agents,

@@ -12,11 +12,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from enova_common.errors import EnovaError
+from enova_common.errors import Corrupt, EnovaError
 from enova_coordinator.agents import Agents, ModelFacts
 from enova_coordinator.core import verdicts
 from enova_coordinator.core.model import Decision, DecisionAction, DecisionInput, Deployment, NodeState, Snapshot
@@ -31,6 +31,7 @@ from enova_coordinator.core.observation import (
 from enova_coordinator.core.scaling_guard import RECORDED, History, Ruling, rule
 from enova_coordinator.policy_process import PolicyProcess
 from enova_coordinator.settings import ScalingSettings
+from enova_coordinator.store import Entry, Store, codec
 from enova_coordinator.telemetry import Telemetry
 from enova_recommender.catalog import models as catalogue
 from enova_recommender.scaling import DEFAULT_POLICY
@@ -72,6 +73,7 @@ class PolicyLoop:
 
     def __init__(
         self,
+        store: Store,
         control: Control,
         telemetry: Telemetry,
         agents: Agents,
@@ -83,6 +85,7 @@ class PolicyLoop:
         models: dict[str, ModelFacts],
     ) -> None:
         self.figures = PolicyLoopFigures()
+        self._store = store
         self._control = control
         self._telemetry = telemetry
         self._agents = agents
@@ -141,7 +144,7 @@ class PolicyLoop:
             proposal,
             current,
             self._control.snapshot.replicas_of(deployment.name),
-            history=History(last_act_s=self._last_act_s.get(deployment.name, -math.inf)),
+            history=History(last_act_s=await self._acted_s(deployment.name, now_s)),
             now_s=now_s,
             cooldown_s=self._settings.cooldown_s,
             gpus_per_node=max((len(view.gpus) for view in self._control.snapshot.nodes.values()), default=0),
@@ -163,6 +166,13 @@ class PolicyLoop:
             self._held.pop(name, None)
         counts = self.figures.decisions
         counts[ruling.action.value] = counts.get(ruling.action.value, 0) + 1
+
+    async def _acted_s(self, deployment: str, now_s: float) -> float:
+        """When a policy last acted: the cool-down outlives the leader that began it."""
+        if deployment not in self._last_act_s:
+            entries, _ = await self._store.range(codec.prefix("decisions", deployment))
+            self._last_act_s[deployment] = last_act_s(entries, now_s=now_s)
+        return self._last_act_s[deployment]
 
     def _observe(self, deployment: Deployment, model: PolicyModelFacts | None, now_s: float) -> Observation | None:
         snapshot = self._control.snapshot
@@ -209,6 +219,20 @@ class PolicyLoop:
         for values in kept:
             for name in [name for name in values if name not in living]:
                 del values[name]
+
+
+def last_act_s(entries: Sequence[Entry], *, now_s: float) -> float:
+    """The model time of a policy's newest act among stored decisions, oldest first; minus infinity for none."""
+    for entry in reversed(entries):
+        try:
+            decision = codec.decode_as(Decision, entry.value, key=entry.key)
+        except Corrupt as error:
+            log.warning("a decision is passed over: %s", error)
+            continue
+        if decision.action is not DecisionAction.HOLD and decision.actor.startswith("policy/"):
+            # A model clock that was set back since must not hold the deployment until it comes round again.
+            return min(decision.model_time_s, now_s)
+    return -math.inf
 
 
 def _decision(

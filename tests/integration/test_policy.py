@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -308,3 +309,52 @@ async def test_verdicts_say_what_the_policy_saw(
 
     await until_async(overloaded, timeout_s=30)
     assert not await decisions(channel)  # the number of replicas is fixed
+
+
+async def test_the_cool_down_goes_on_after_a_restart(tmp_path: Path, clock: ModelClock) -> None:
+    config = Config(
+        scaling={"interval_s": 30.0, "cooldown_s": 86_400.0, "timeout_s": 1.0},
+        environment={"ENOVA_TIME_SCALE": f"{clock.scale}", "ENOVA_CLOCK_EPOCH": f"{clock.epoch_unix_s:.6f}"},
+    )
+    with running_coordinator(tmp_path, config) as first:
+        async with connected(first, clock) as (channel, agent, load):
+            await deploy(channel, agent)
+            overload(load)
+            await until_async(decided(channel, ACTION.ACTION_SCALE_UP), timeout_s=30)
+            await until_async(lambda: len(agent.running) == 3)
+    with running_coordinator(tmp_path, config) as second:
+        async with connected(second, clock) as (channel, agent, load):
+            stub: Any = verdict_service_pb2_grpc.VerdictServiceStub(channel)
+
+            async def underused() -> bool:
+                answer = await stub.ListVerdicts(verdict_service_pb2.ListVerdictsRequest(object=DEPLOYMENT))
+                return any(each.kind == verdict_service_pb2.Verdict.KIND_UNDERUSED for each in answer.verdicts)
+
+            await until_async(underused, timeout_s=30)
+            proposals = await proposed(second)
+            await until_async(lambda: more_proposed(second, proposals + 3), timeout_s=30)
+            assert [each.action for each in await decisions(channel)] == [ACTION.ACTION_SCALE_UP]
+
+
+async def proposed(coordinator: CoordinatorProcess) -> float:
+    return (await asyncio.to_thread(coordinator.figures))["enova_coordinator_policy_calls_total"]
+
+
+async def more_proposed(coordinator: CoordinatorProcess, count: float) -> bool:
+    return await proposed(coordinator) >= count
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    coordinator: CoordinatorProcess, clock: ModelClock
+) -> AsyncIterator[tuple[grpc.aio.Channel, ScriptedAgent, Load]]:
+    async with (
+        grpc.aio.insecure_channel(coordinator.address) as channel,
+        ScriptedAgent(coordinator.address).connected() as agent,
+    ):
+        load = Load(agent, clock)
+        sending = asyncio.create_task(load.run())
+        try:
+            yield channel, agent, load
+        finally:
+            sending.cancel()
