@@ -301,11 +301,17 @@ def _keep(
 
 
 def _evidence(observation: Observation, load: Load) -> tuple[Evidence, ...]:
+    """The figures that decided; one that no replica measured, or not in each of the minutes, is left out."""
     places = BATCH_IDLE_SHARE * observation.configuration.max_num_seqs
-    return (
-        Evidence(feature=Feature.PENDING.value, value=float(load.pending.min()), threshold=PENDING_OVERLOADED),
-        Evidence(feature=Feature.KV_USAGE.value, value=float(load.kv_percent.max()), threshold=KV_IDLE_PERCENT),
-        Evidence(feature=Feature.RUNNING.value, value=float(load.running.max()), threshold=places),
+    figures = (
+        (Feature.PENDING, float(load.pending.min()), float(PENDING_OVERLOADED)),
+        (Feature.KV_USAGE, float(load.kv_percent.max()), float(KV_IDLE_PERCENT)),
+        (Feature.RUNNING, float(load.running.max()), places),
+    )
+    return tuple(
+        Evidence(feature=feature.value, value=value, threshold=threshold)
+        for feature, value, threshold in figures
+        if load.counts[feature] > 0 and not math.isnan(value)
     )
 
 

@@ -308,3 +308,21 @@ def test_bounds_clamp_and_say_so(wanted: int, low: int, high: int, given: int, r
 def test_the_mended_policy_is_the_default() -> None:
     assert POLICIES[DEFAULT_POLICY] is MENDED
     assert set(POLICIES) == {"enova-0.0.7-mended", "enova-0.0.7-faithful"}
+
+
+@BOTH
+def test_what_nobody_measured_is_no_evidence(policy: Enova007) -> None:
+    assert policy.decide(observation(ReplicaSeries(replica="r", series={}))).evidence == ()
+    measured = policy.decide(observation(replica(pending=1, running=2, kv=3)))
+    assert {each.feature: each.value for each in measured.evidence} == {
+        "pending_requests": 1, "gpu_kv_cache_usage": 3, "running_requests": 2,
+    }  # fmt: skip
+
+
+def test_a_gap_in_the_window_is_no_evidence() -> None:
+    holed = replica(pending=1, running=2, kv=3)
+    gap = Series(start_s=NOW_S - 540, step_s=60.0, values=(*(1.0,) * 8, math.nan, 1.0))
+    holed = replace(holed, series={**holed.series, Feature.PENDING: gap})
+    proposal = MENDED.decide(observation(holed))
+    assert proposal.verdict is VerdictKind.UNKNOWN
+    assert Feature.PENDING.value not in {each.feature for each in proposal.evidence}
