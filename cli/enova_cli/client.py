@@ -179,9 +179,10 @@ class Client:
         return _stubs(self._channels[endpoint])
 
     def _unreachable(self, last: EnovaError | None) -> Unavailable:
-        message = f"no coordinator answers at {', '.join(self._endpoints)}"
         if last is not None and last.reason == "NOT_LEADER":
-            message = "no coordinator leads at the moment"
-        detail = f": {last.message}" if last is not None and last.reason != "NOT_LEADER" else ""
+            remedy = "try again in a few seconds; if it lasts, see that the store runs (docs/store-operations.md)"
+            return Unavailable("no coordinator leads at the moment", reason="UNREACHABLE", remedy=remedy)
+        message = f"no coordinator answers at {', '.join(self._endpoints)}"
+        detail = f": {last.message}" if last is not None else ""
         remedy = "start one (enova up), or name it by --api or ENOVA_API"
         return Unavailable(message + detail, reason="UNREACHABLE", remedy=remedy)

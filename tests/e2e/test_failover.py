@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 import pytest
@@ -22,7 +23,7 @@ from enova_coordinator.store.etcd import EtcdSettings, EtcdStore
 from enova_testing.coordinator_calls import apply, events_refused
 from enova_testing.coordinator_pair import PairFleet, PairSettings, running_pair
 from enova_testing.etcd_observer import STATE_PREFIX
-from enova_testing.etcd_server import EtcdServer
+from enova_testing.etcd_server import EtcdServer, start_cluster
 from enova_testing.freezable_proxy import FreezableProxy
 from enova_testing.store_harness import fill
 from enova_testing.waiting import until_async
@@ -77,7 +78,7 @@ class Served:
 
     pair: PairFleet
     server: EtcdServer
-    proxy: FreezableProxy
+    proxy: FreezableProxy | None
 
     def requests(self) -> Requests:
         return Requests(f"http://{self.pair.ingresses['node-0'].facts['openai_address']}")
@@ -141,9 +142,9 @@ async def _deploy(pair: PairFleet) -> None:
     await until_async(lambda: len(pair.host.living) == 2, timeout_s=PATIENCE_S, what="two engines")
 
 
-@pytest.fixture
-async def untouched(served: Served) -> AsyncIterator[Requests]:
-    """Whatever the test does: no engine is touched, no request fails, no write is stale, terms only grow."""
+@asynccontextmanager
+async def nothing_touched(served: Served) -> AsyncIterator[Requests]:
+    """Whatever happens in the block: no engine is touched, no request fails, terms only grow."""
     engines = served.engines()
     assert len(engines) == 2
     with served.requests() as requests:
@@ -153,6 +154,13 @@ async def untouched(served: Served) -> AsyncIterator[Requests]:
     assert requests.failed == []
     assert served.engines() == engines
     assert all(terms == sorted(terms) for terms in served.pair.host.terms.values())
+
+
+@pytest.fixture
+async def untouched(served: Served) -> AsyncIterator[Requests]:
+    """The test may do what it will: nothing is touched."""
+    async with nothing_touched(served) as requests:
+        yield requests
 
 
 @pytest.mark.timeout(300)
@@ -201,7 +209,9 @@ async def test_a_leader_cut_off_from_etcd_ends_itself_before_another_can_lead(
     await served.obeyed()
     leader = pair.leader()
     ended_s = 0.0
-    served.proxy.freeze()
+    proxy = served.proxy
+    assert proxy is not None
+    proxy.freeze()
     try:
         while pair.etcd.leader == leader or not ended_s:
             asked_s = time.monotonic()
@@ -217,7 +227,7 @@ async def test_a_leader_cut_off_from_etcd_ends_itself_before_another_can_lead(
         assert refusal is not None
         assert refusal.reason == "NOT_LEADER"
     finally:
-        served.proxy.thaw()
+        proxy.thaw()
     await served.obeyed()
     assert pair.leader().name == "b"
 
@@ -282,3 +292,39 @@ async def test_an_etcd_that_is_killed_and_comes_back_costs_a_pause(served: Serve
     await until_async(
         lambda: len(served.pair.etcd.history(f"{STATE_PREFIX}deployments/chat")) > keys, what="the change is in etcd"
     )
+
+
+async def test_members_of_an_etcd_cluster_may_die(tmp_path: Path) -> None:
+    """One of three costs a pause; two of three stop all changes, and nothing else, until one is back."""
+    with ExitStack() as stack:
+        members = start_cluster(tmp_path / "etcd")
+        for member in members:
+            stack.callback(member.kill)
+        endpoints = ",".join(member.endpoint for member in members)
+        wanted = PairSettings(etcd=[endpoints] * 2, observed=members[0].endpoint, ttl_s=TTL_S)
+        pair = stack.enter_context(running_pair(tmp_path / "pair", wanted))
+        await _deploy(pair)
+        served = Served(pair, members[0], None)
+        async with nothing_touched(served):
+            first = next(member for member in members if _leads_raft(member))
+            first.kill()
+            pause_s = await served.changed()
+            assert pause_s < FAILOVER_S
+            await asyncio.to_thread(first.start)
+            for member in members[1:]:
+                member.kill()
+            refusal = await until_async(served.change, what="changes are refused")
+            assert isinstance(refusal, EnovaError)
+            assert refusal.remedy
+            for member in members[1:]:
+                member.launch()
+            for member in members[1:]:
+                await asyncio.to_thread(member.wait)
+            back_s = await served.changed()
+            await served.obeyed()
+            sys.stderr.write(f"etcd's leader died: {pause_s:.2f} s; quorum back: {back_s:.2f} s; {refusal}\n")
+
+
+def _leads_raft(member: EtcdServer) -> bool:
+    (answer,) = json.loads(member.control("endpoint", "status", "-w", "json"))
+    return bool(answer["Status"]["leader"] == answer["Status"]["header"]["member_id"])

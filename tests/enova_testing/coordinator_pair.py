@@ -104,7 +104,7 @@ class PairSettings:
     """What a test wants of a fleet."""
 
     etcd: Sequence[str]
-    """The endpoint at which each coordinator finds etcd."""
+    """Where each coordinator finds etcd: endpoints, separated by commas."""
     observed: str
     """The endpoint at which the observer finds it."""
     ttl_s: int = 2
@@ -218,7 +218,7 @@ class PairFleet:
     def _order_file(self, name: str) -> Path:
         return self.directory / f"{name}.order"
 
-    def _coordinator(self, name: str, endpoint: str, wanted: PairSettings) -> Program:
+    def _coordinator(self, name: str, endpoints: str, wanted: PairSettings) -> Program:
         ready = self.directory / f"{name}.ready.json"
         value = {
             "name": name,
@@ -226,7 +226,7 @@ class PairFleet:
             "data_dir": str(self.directory / name),
             "ready_file": str(ready),
             "leader_ttl_s": wanted.ttl_s,
-            "store": {"kind": "etcd", "endpoints": [endpoint]},
+            "store": {"kind": "etcd", "endpoints": endpoints.split(",")},
         }
         config = self.data.write_toml(self.directory / f"{name}.toml", value)
         module = "enova_testing.stoppable_coordinator" if wanted.stoppable else "enova_coordinator"

@@ -13,6 +13,7 @@ ANSWER_TOO_LARGE = "STORE_ANSWER_TOO_LARGE"
 # etcd says these in words only: its codes are shared with other errors.
 _TOKEN_PROBLEMS = ("invalid auth token", "revision of auth store is old", "user name is empty")
 GRANT_REMEDY = "grant the coordinator's user read and write on the prefix /enova/"
+_AWAY_REMEDY = "try again; see that most of etcd's members run: etcdctl endpoint status"
 _NO_SPACE_REMEDY = "compact and defragment etcd, then clear the alarm: docs/store-operations.md"
 
 
@@ -33,7 +34,8 @@ def translated(error: grpc.aio.AioRpcError, endpoint: str) -> EnovaError:
     text = f"etcd at {endpoint}: {details}"
     match error.code():
         case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return TimedOut(f"etcd at {endpoint} did not answer in time", reason="STORE_TIMED_OUT")
+            text = f"etcd at {endpoint} did not answer in time"
+            return TimedOut(text, reason="STORE_TIMED_OUT", remedy=_AWAY_REMEDY)
         case grpc.StatusCode.RESOURCE_EXHAUSTED if "space exceeded" in details:
             return Exhausted(text, reason=NO_SPACE, remedy=_NO_SPACE_REMEDY)
         case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in details:
@@ -64,4 +66,4 @@ def translated(error: grpc.aio.AioRpcError, endpoint: str) -> EnovaError:
             return FatalError(text, reason="STORE_REFUSED")
         case _:
             # UNAVAILABLE, and what a dying connection or a stopping server is called besides.
-            return Unavailable(text, reason="STORE_UNAVAILABLE")
+            return Unavailable(text, reason="STORE_UNAVAILABLE", remedy=_AWAY_REMEDY)
