@@ -8,8 +8,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TypeVar
 
-from enova_common.errors import EnovaError
+from enova_common.errors import Corrupt, EnovaError
 from enova_coordinator.core.model import Decision, RequestRecord, Snapshot
 from enova_coordinator.core.series import MINUTE_S
 from enova_coordinator.rollups import NodeMinute, Rollups
@@ -20,7 +21,11 @@ BEAT_S = 0.5
 PRUNE_EVERY_S = 60.0
 REQUEST_KEEP_S = 86_400.0
 DECISIONS_KEPT = 200               # of one deployment; each holds what its policy saw
+ORPHANS_KEPT = 20                  # of a deployment that is no more, and only for ORPHAN_KEEP_S
+ORPHAN_KEEP_S = 7 * 86_400.0
 PRUNE_BATCH = 100                  # deletes in one transaction
+
+V = TypeVar("V", RequestRecord, Decision)
 
 log = logging.getLogger(__name__)
 
@@ -92,26 +97,36 @@ class Housekeeping:
         await self._compact()
 
     async def _prune_requests(self) -> None:
-        entries, _ = await self._store.range(codec.prefix("requests"))
         oldest_s = time.time() - REQUEST_KEEP_S
-        old = [
-            (entry.key, entry.mod_revision)
-            for entry in entries
-            if codec.decode_as(RequestRecord, entry.value, key=entry.key).create_time_s < oldest_s
-        ]
-        await self._delete(old)
+        records = await self._readable("requests", RequestRecord)
+        await self._delete([(key, revision) for key, revision, record in records if record.create_time_s < oldest_s])
 
     async def _prune_decisions(self) -> None:
-        entries, _ = await self._store.range(codec.prefix("decisions"))
-        by_deployment: dict[str, list[tuple[str, int]]] = {}
-        for entry in entries:
-            deployment = codec.decode_as(Decision, entry.value, key=entry.key).deployment
-            by_deployment.setdefault(deployment, []).append((entry.key, entry.mod_revision))
+        by_deployment: dict[str, list[tuple[str, int, Decision]]] = {}
+        for each in await self._readable("decisions", Decision):
+            by_deployment.setdefault(each[2].deployment, []).append(each)
         living = self._snapshot().deployments
+        oldest_s = time.time() - ORPHAN_KEEP_S
         for deployment, found in by_deployment.items():
-            # Those of a deleted deployment stay for a while under the same bound: they tell why it was what it was.
-            kept = DECISIONS_KEPT if deployment in living else DECISIONS_KEPT // 10
-            await self._delete(found[:-kept])
+            if deployment in living:
+                old = found[:-DECISIONS_KEPT]
+            else:  # some stay for a while: they tell why it was what it was
+                old = [each for each in found[-ORPHANS_KEPT:] if each[2].create_time_s < oldest_s]
+                old += found[:-ORPHANS_KEPT]
+            await self._delete([(key, revision) for key, revision, _ in old])
+
+    async def _readable(self, collection: str, kind: type[V]) -> list[tuple[str, int, V]]:
+        """Keys, revisions and values; one that cannot be read stays, is named, and keeps no other from going."""
+        found: list[tuple[str, int, V]] = []
+        entries, _ = await self._store.range(codec.prefix(collection))
+        for entry in entries:
+            try:
+                value = codec.decode_as(kind, entry.value, key=entry.key)
+            except Corrupt as error:
+                log.warning("left in the store: %s", error)
+            else:
+                found.append((entry.key, entry.mod_revision, value))
+        return found
 
     async def _delete(self, found: list[tuple[str, int]]) -> None:
         for start in range(0, len(found), PRUNE_BATCH):

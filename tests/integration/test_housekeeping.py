@@ -1,0 +1,113 @@
+"""Old records leave the store, and one that cannot be read keeps no other there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from enova_coordinator.core.model import (
+    Decision,
+    DecisionAction,
+    Deployment,
+    DeploymentSpec,
+    RequestRecord,
+    Snapshot,
+    Stored,
+)
+from enova_coordinator.housekeeping import DECISIONS_KEPT, ORPHAN_KEEP_S, REQUEST_KEEP_S, Housekeeping
+from enova_coordinator.rollups import Rollups
+from enova_coordinator.store import CreateRevisionIs, ModRevisionIs, Put, codec
+from enova_coordinator.store.sqlite import MEMORY, SqliteStore
+from enova_coordinator.telemetry import Telemetry, TelemetryLimits
+from enova_testing.waiting import until_async
+
+LIVING = "deployments/living"
+
+
+def decision(deployment: str, age_s: float) -> Decision:
+    time_s = time.time() - age_s
+    return Decision(
+        name=codec.decision_name(deployment, time_s), deployment=deployment, action=DecisionAction.SCALE_UP,
+        actor="policy/p", reason="load", create_time_s=time_s,
+    )  # fmt: skip
+
+
+def record(name: str, age_s: float) -> RequestRecord:
+    return RequestRecord(
+        name=f"requests/{name}", method="m", object=LIVING, fingerprint="f", create_time_s=time.time() - age_s
+    )
+
+
+@dataclass
+class House:
+    """A store, and who keeps it."""
+
+    store: SqliteStore
+    keeping: Housekeeping
+
+    async def names(self) -> list[str]:
+        """The names of all that is stored, unreadable or not."""
+        return [entry.key.removeprefix(codec.PREFIX) for entry in (await self.store.range(codec.PREFIX))[0]]
+
+    async def put(self, *values: Stored) -> None:
+        for value in values:
+            await self.put_raw(codec.key(value.name), codec.encode(value))
+
+    async def put_raw(self, key: str, value: bytes) -> None:
+        assert (await self.store.transact([ModRevisionIs(key, 0)], [Put(key, value)])).succeeded
+
+    async def tidied(self, count: int) -> list[str]:
+        """What is left once the house was kept and only so much is there."""
+
+        async def tidy() -> bool:
+            return len(await self.names()) == count
+
+        task = asyncio.create_task(self.keeping.run())
+        try:
+            await until_async(tidy, timeout_s=5)
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        return await self.names()
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    store = await SqliteStore.open(MEMORY)
+    rollups = Rollups(tmp_path / "rollups")
+    snapshot = Snapshot(deployments={LIVING: Deployment(name=LIVING, uid="u", spec=DeploymentSpec(model="m"))})
+    keeping = Housekeeping(
+        store,
+        Telemetry(TelemetryLimits(), now_s=time.time, owns=lambda _node, _replica: True),
+        rollups,
+        snapshot=lambda: snapshot,
+        guard=lambda: CreateRevisionIs(codec.LEADER_KEY, 0),
+        history_keep_s=60.0,
+    )
+    yield House(store, keeping)
+    rollups.close()
+    await store.close()
+
+
+async def test_what_cannot_be_read_stays_and_keeps_no_other_from_going(house: House) -> None:
+    await house.put_raw(codec.PREFIX + "requests/broken", b"{")
+    await house.put_raw(codec.PREFIX + "decisions/living/0", b"{")
+    await house.put(record("old", REQUEST_KEEP_S + 1), record("young", 1))
+    await house.put(*(decision(LIVING, age_s) for age_s in range(DECISIONS_KEPT + 1)))
+    left = await house.tidied(DECISIONS_KEPT + 3)
+    assert {"requests/broken", "requests/young", "decisions/living/0"} <= set(left)
+
+
+async def test_decisions_of_what_is_no_more_go_in_time(house: House) -> None:
+    young = decision("deployments/gone", 1)
+    await house.put(young, decision("deployments/gone", ORPHAN_KEEP_S + 1), decision("deployments/lost", 1e7))
+    await house.put(living := decision(LIVING, ORPHAN_KEEP_S + 1))
+    left = await house.tidied(2)
+    assert left == sorted(codec.key(each.name).removeprefix(codec.PREFIX) for each in (young, living))
