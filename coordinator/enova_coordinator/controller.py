@@ -28,6 +28,7 @@ from enova_coordinator.core.model import (
     NodeObservation,
     NodeState,
     ReplicaState,
+    RequestRecord,
     Severity,
     Snapshot,
 )
@@ -288,8 +289,10 @@ class Controller:
 
     # Scaling.
 
-    async def set_target(self, deployment: str, replicas: int, decision: Decision) -> None:
-        """Write a decision and the target that it sets in one transaction.
+    async def set_target(
+        self, deployment: str, replicas: int, decision: Decision, *, request: RequestRecord | None = None
+    ) -> None:
+        """Write a decision, the target that it sets and the request that asked for it in one transaction.
 
         Of `decision` the name, term, numbers of replicas and, if 0, the time are filled in here. Users may set any
         target of a fixed deployment: its spec follows. Every other target is kept within the spec's bounds. Flags
@@ -304,6 +307,8 @@ class Controller:
             full = self._completed(decision, leadership, before, after)
             writes: list[Write] = [Put(value=full, revision=0), Put(value=after, revision=revision)]
             writes += self._variant_writes(after)
+            if request is not None:
+                writes.append(Put(value=request, revision=0))
             result = await commit(self._store, leadership.guard(), writes)
             if result.succeeded:
                 self._recorded(full, result.revision)

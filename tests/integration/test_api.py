@@ -286,6 +286,17 @@ async def test_scaling_beyond_the_bounds_is_refused(api: Api, agent: ScriptedAge
     assert (await refused(api.ScaleDeployment(request))).field == "replicas"
 
 
+async def test_one_scaling_request_that_comes_many_times_is_one_decision(api: Api, agent: ScriptedAgent) -> None:
+    deployment = await created(api)
+    request = deployment_service_pb2.ScaleDeploymentRequest(
+        name=deployment.name, replicas=2, request_id=str(uuid.uuid4())
+    )
+    answers = await asyncio.gather(*(api.ScaleDeployment(request) for _ in range(4)))
+    assert [each.replicas for each in answers] == [2] * 4
+    listed = decision_service_pb2.ListDecisionsRequest(deployment=deployment.name)
+    assert len((await api.ListDecisions(listed)).decisions) == 1
+
+
 async def test_min_zero_is_accepted_and_one_replica_is_held(api: Api, agent: ScriptedAgent) -> None:
     deployment = await created(api, replicas=None, min=0, max=2)
     await until_async(lambda: len([r for r in agent.running if r.startswith(deployment.name)]) == 1)

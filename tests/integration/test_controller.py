@@ -27,6 +27,7 @@ from enova_coordinator.core.model import (
     NodeReport,
     ReplicaReport,
     ReplicaState,
+    RequestRecord,
     Stored,
     Variant,
 )
@@ -248,6 +249,21 @@ async def test_a_decision_and_its_target_are_written_at_one_revision(coordinator
         batch = await anext(batches)
     keys = {event.key for event in batch.events}
     assert {codec.key("deployments/chat"), codec.key("deployments/chat/variants/v1"), entry.key} <= keys
+
+
+async def test_a_decision_and_the_request_that_asked_for_it_are_written_at_one_revision(
+    coordinator: Coordinator,
+) -> None:
+    await coordinator.deploy(DeploymentSpec(model="m", replicas=1))
+    await coordinator.ready(1)
+    record = RequestRecord(
+        name="requests/r", method="ScaleDeployment", object="deployments/chat", fingerprint="f", create_time_s=1.0
+    )
+    await coordinator.controller.set_target("deployments/chat", 2, decision("user/ada"), request=record)
+    (written,), _ = await coordinator.store.range(codec.prefix("decisions"))
+    kept = await coordinator.store.get(codec.key(record.name))
+    assert kept is not None
+    assert kept.mod_revision == written.mod_revision
 
 
 async def test_scaling_a_fixed_deployment_changes_its_spec(coordinator: Coordinator) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from google.protobuf.empty_pb2 import Empty
 
 from enova.v1 import cluster_pb2, deployment_service_pb2, deployment_service_pb2_grpc
-from enova_common.errors import AlreadyExists, InvalidField, NotFound, RetryableError
+from enova_common.errors import AlreadyExists, Conflict, InvalidField, NotFound, RetryableError
 from enova_coordinator.core.model import (
     Decision,
     DecisionAction,
@@ -170,8 +170,13 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         check_etag(request.etag, stored.etag, name)
         _raise_first(scale_problems(stored.spec, request.replicas))
         if not request.validate_only:
-            await leading.control.set_target(name, request.replicas, self._scaling(stored, request.replicas, who))
-            await self._writes.remember(by, name)
+            decision = self._scaling(stored, request.replicas, who)
+            try:
+                record = self._writes.record(by, name)
+                await leading.control.set_target(name, request.replicas, decision, request=record)
+            except Conflict:
+                if await self._writes.repeated(by) is None:  # else the same request came twice; the other one won
+                    raise
         return await self._message(await self._writes.read(Deployment, name))
 
     async def WatchDeployments(  # noqa: N802

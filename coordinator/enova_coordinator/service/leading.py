@@ -11,7 +11,7 @@ from enova_common.identity import Role
 from enova_common.rpc import peer_identity
 from enova_common.rpc.peer import CallContext
 from enova_coordinator.agents import Agents, ModelFacts
-from enova_coordinator.core.model import Decision, Event, Snapshot
+from enova_coordinator.core.model import Decision, Event, RequestRecord, Snapshot
 from enova_coordinator.core.routes import RouteTable
 from enova_coordinator.core.verdicts import Verdict
 from enova_coordinator.rollups import Rollups
@@ -48,8 +48,10 @@ class Control(Protocol):
         """Something changed: look again soon."""
         ...
 
-    async def set_target(self, deployment: str, replicas: int, decision: Decision) -> None:
-        """Make this the deployment's target and record why, in one transaction."""
+    async def set_target(
+        self, deployment: str, replicas: int, decision: Decision, *, request: RequestRecord | None = None
+    ) -> None:
+        """Make this the deployment's target, record why and which request asked for it, in one transaction."""
         ...
 
     async def record_decision(self, decision: Decision) -> Decision:

@@ -107,9 +107,9 @@ class Writes:
             operations: list[Operation] = [
                 Delete(codec.key(name)) if after is None else Put(codec.key(name), codec.encode(after))
             ]
-            if by.id:
-                compares.append(ModRevisionIs(codec.key(by.record_name), 0))
-                operations.append(Put(codec.key(by.record_name), codec.encode(self._record(by, name))))
+            if (record := self.record(by, name)) is not None:
+                compares.append(ModRevisionIs(codec.key(record.name), 0))
+                operations.append(Put(codec.key(record.name), codec.encode(record)))
             result = await self._store.transact(compares, operations)
             if result.succeeded:
                 await self._seen(leading, result.revision)
@@ -120,12 +120,17 @@ class Writes:
                 return (await self._read(kind, name))[0]
         raise Conflict(f"{name} is being changed by others all the time", reason="CONTENDED", remedy="try again")
 
-    async def remember(self, by: Call, name: str) -> None:
-        """Keep that a call was carried out which wrote by another way; one that is kept already stays."""
-        if by.id:
-            key = codec.key(by.record_name)
-            compares = [self._chair.leading().fence.guard(), ModRevisionIs(key, 0)]
-            await self._store.transact(compares, [Put(key, codec.encode(self._record(by, name)))])
+    def record(self, by: Call, name: str) -> RequestRecord | None:
+        """What is to be written with the change, so that the call is not done again; None for one without an id."""
+        if not by.id:
+            return None
+        return RequestRecord(
+            name=by.record_name,
+            method=by.method,
+            object=name,
+            fingerprint=by.fingerprint,
+            create_time_s=self._now_s(),
+        )
 
     @staticmethod
     async def _seen(leading: Leading, revision: int) -> None:
@@ -141,15 +146,6 @@ class Writes:
         if entry is None:
             return None, 0
         return codec.decode_as(kind, entry.value, key=entry.key), entry.mod_revision
-
-    def _record(self, by: Call, name: str) -> RequestRecord:
-        return RequestRecord(
-            name=by.record_name,
-            method=by.method,
-            object=name,
-            fingerprint=by.fingerprint,
-            create_time_s=self._now_s(),
-        )
 
 
 def check_etag(wanted: str, etag: str, name: str) -> None:
