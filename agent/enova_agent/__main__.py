@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from enova_agent import convert
+from enova_agent.core.hub import hub_cache
 from enova_agent.core.local import EnginesStopped, HeldUpdate, StopEngines, SummariesUpdate, decode, encode
 from enova_agent.disk import AssignmentFile, TermFile, boot_id, locked, node_uid, replace_file
 from enova_agent.engine import HttpProbe
@@ -98,7 +99,12 @@ class Agent:
             gpus=self.gpus,
             local=self.local,
             assignments=AssignmentFile(data_dir / "assignment.json"),
-            models=ModelSources(roots=settings.model_roots, catalogue=settings.simulated_models),
+            models=ModelSources(
+                roots=settings.model_roots,
+                catalogue=settings.simulated_models,
+                allow_downloads=settings.engine.allow_downloads,
+                hub_cache=_hub_cache(settings),
+            ),
         )
         instance = uuid.uuid4().hex
         self.maker = FrameMaker(
@@ -274,6 +280,12 @@ async def stop_engines(socket: Path, drain_timeout_s: float) -> int:
     except OSError as error:
         raise Unavailable(f"no agent answers on {socket}: {error}", remedy="is enova-agent running?") from error
     raise Unavailable("the agent broke off before the engines had stopped", remedy="ask again")
+
+
+def _hub_cache(settings: AgentSettings) -> Path | None:
+    """Where engines of this host keep what they fetch from the hub."""
+    found = hub_cache({**os.environ, **settings.engine.environment})
+    return None if found is None else Path(found)
 
 
 def _quiet_collector() -> None:

@@ -103,8 +103,10 @@ class LogReader:
         except FileNotFoundError:
             return []
         *lines, rest = text.split(b"\n")
+        # A bar of progress overwrites itself by carriage returns: each state of it is a line, not all of them one.
+        *bars, rest = rest.split(b"\r")
         self._rest = rest[-LINE_LENGTH_MAX:]
-        return [printable(line) for line in lines]
+        return [printable(part) for line in lines for part in _parts(line)] + [printable(bar) for bar in bars if bar]
 
 
 async def follow(path: Path, *, tail_lines: int) -> AsyncIterator[list[str]]:
@@ -117,6 +119,10 @@ async def follow(path: Path, *, tail_lines: int) -> AsyncIterator[list[str]]:
         else:
             await asyncio.sleep(_FOLLOW_INTERVAL_S)
         lines = await asyncio.to_thread(reader.read)
+
+
+def _parts(line: bytes) -> list[bytes]:
+    return [part for part in line.split(b"\r") if part] or [b""]
 
 
 def _size(path: Path) -> int:

@@ -30,7 +30,10 @@ class EngineSettings:
     """Set for every engine, beside the few variables that are passed on from the agent's own environment."""
 
     allow_downloads: bool = False
-    """Models named org/name may be fetched from the hub; off, engines are told to stay offline."""
+    """Models named org/name[@revision] may be fetched from the hub; off, engines are told to stay offline."""
+
+    download_free_bytes_min: int = 32 << 30
+    """A model that is not here yet is fetched only with so much free on the disk of the hub's cache."""
 
     shutdown_timeout: bool = True
     """The engine knows --shutdown-timeout (vLLM 0.22 and later do)."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from enova_agent.core.command import downloads_refused
+from enova_agent.core.hub import hub_model
 from enova_agent.core.local import HeldUpdate
 from enova_agent.core.model import Assignment, LocalEngine, ReplicaView, Route, RouteTable
 from enova_agent.core.node import ModelFacts, NodeFacts, NodeStatus, next_beat_s
@@ -16,6 +18,7 @@ from enova_agent.core.telemetry import EngineScrape
 from enova_agent.disk import AssignmentFile
 from enova_agent.frames import Gpus
 from enova_agent.host import Scrape
+from enova_agent.hub import inspect_hub
 from enova_agent.inspect_model import inspect_directory, inspect_simulated
 from enova_agent.local_server import LocalServer
 
@@ -82,6 +85,8 @@ class ModelSources:
 
     roots: Sequence[Path] = ()
     catalogue: Path | None = None
+    allow_downloads: bool = False
+    hub_cache: Path | None = None
 
 
 class EngineFigures:
@@ -204,6 +209,11 @@ class Node:
         catalogue = self._models.catalogue
         if catalogue is not None and not model.startswith("/"):
             return await asyncio.to_thread(inspect_simulated, model, catalogue)
+        hub = hub_model(model)
+        if hub is not None and not self._models.allow_downloads:
+            raise downloads_refused(model)
+        if hub is not None:
+            return await asyncio.to_thread(inspect_hub, hub, self._models.hub_cache)
         return await asyncio.to_thread(inspect_directory, model, roots=self._models.roots)
 
     def logs(self, replica: str, *, tail_lines: int, follow: bool) -> AsyncIterator[Sequence[str]]:

@@ -13,7 +13,7 @@ import logging
 import re
 import secrets
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, assert_never
@@ -39,6 +39,7 @@ from enova_agent.core.events import (
     HealthOk,
     KillAll,
     KillDone,
+    Phase,
     PhaseSeen,
     ProbeHealth,
     ProgressSeen,
@@ -52,12 +53,14 @@ from enova_agent.core.events import (
     TokenGenerated,
 )
 from enova_agent.core.failure import Cause, Ending, Fault, classify, is_chatter
+from enova_agent.core.hub import hub_cache
 from enova_agent.core.local import HeldReplica
 from enova_agent.core.machine import Goal, Machine, Stage
 from enova_agent.core.model import LocalEngine, MemberSpec, ReplicaView
-from enova_agent.core.phases import later, phase_of
+from enova_agent.core.phases import download, goes_on
 from enova_agent.core.progress import Verdict
 from enova_agent.host import Host, Notice
+from enova_agent.hub import room_problem
 from enova_agent.journal import Record, encode_record
 from enova_agent.process import EngineProcess, Usage
 from enova_agent.watching import EngineWatch
@@ -67,6 +70,7 @@ _log = logging.getLogger(__name__)
 _LINES_KEPT = 200
 _USAGE_INTERVAL_S = 2.0
 _MEMORY_INTERVAL_S = 30.0
+_DOWNLOAD_INTERVAL_S = 10.0         # each is told to the coordinator and stored there
 _GROWTH_BYTES = 1 << 20            # less growth is noise of an allocator, not progress
 _GROWTH_CPU_S = 0.05
 
@@ -92,6 +96,7 @@ class Replica:
         self._due_s: dict[str, float] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._closed = False
+        self._download = ""
         self._start_time_s = 0.0
         self._ready_time_s = 0.0
 
@@ -122,7 +127,7 @@ class Replica:
         held = self._held
         reason = self.machine.reason
         if self.machine.stage is Stage.STARTING and not reason and self.watch is not None:
-            reason = self.watch.problem
+            reason = self._download if self.machine.phase is Phase.FETCH and self._download else self.watch.problem
         return ReplicaView(
             replica=self.name,
             uid=self.spec.uid,
@@ -310,7 +315,7 @@ class Replica:
             if task.done() or task is me or not name.startswith("memory"):
                 del self._tasks[name]
         self.process, self.watch, self.port, self._token = None, None, 0, ""
-        self._usage, self._shared_memory = None, frozenset()
+        self._usage, self._shared_memory, self._download = None, frozenset(), ""
         self._start_time_s = self._ready_time_s = 0.0
         self._due_s.clear()
 
@@ -327,6 +332,10 @@ class Replica:
                 self.spec, settings.engine_command, port=self.port, token=self._token, record=record_text(record),
                 gpu_types=host.gpu_types(), ambient=host.environment,
             )
+            full = await asyncio.to_thread(self._no_room, built.environment)
+            if full:
+                self._spawn_failed(Cause(fault=Fault.DISK_FULL, detail=full))
+                return
             await host.journal()   # the intention first: an engine can then be orphaned, but never unknown
             self._log = LogReader(self.log_path, from_end=True)
             self._start_time_s = host.wall()
@@ -342,6 +351,15 @@ class Replica:
             return
         self.watch = self._watching(self.process)
         self.handle(Spawned(now_s=host.monotonic()))
+
+    def _no_room(self, environment: Mapping[str, str]) -> str:
+        """Why its model cannot be fetched, empty if it can or need not be."""
+        settings = self._host.settings
+        model = command.fetched_model(self.spec, settings.engine_command)
+        cache = hub_cache(environment)
+        if model is None or cache is None:
+            return ""
+        return room_problem(model, Path(cache), free_bytes_min=settings.download_free_bytes_min)
 
     def _watching(self, process: EngineProcess) -> EngineWatch:
         return EngineWatch(
@@ -422,9 +440,13 @@ class Replica:
 
     def _see_phases(self, lines: list[str], now_s: float) -> None:
         for line in lines:
-            phase = phase_of(line)
-            if phase is not None and later(self.machine.phase, phase):
+            phase = goes_on(self.machine.phase, line)
+            if phase is not None:
                 self.handle(PhaseSeen(now_s=now_s, phase=phase))
+            fetched = download(line)
+            if fetched and self._is_due("download", now_s, _DOWNLOAD_INTERVAL_S):
+                self._download = f"downloads {fetched}"
+                self._host.changed()
         self.handle(ProgressSeen(now_s=now_s))
 
     async def _measure_usage(self) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from enova_agent.core.hub import HubModel, hub_cache
+from enova_agent.hub import INDEX, NOT_INSPECTED, inspect_hub, is_fetched, room_problem
 from enova_agent.inspect_model import CONFIG_BYTES_MAX, inspect_directory, inspect_simulated
 from enova_common.errors import Denied, EnovaError, InvalidField, NotFound, TooLarge
 
@@ -114,3 +116,69 @@ def test_catalogue_names_are_looked_up_in_the_file_of_simulated_models(tmp_path:
     catalogue.write_text("{")
     with pytest.raises(NotFound, match="cannot be read"):
         inspect_simulated("org/small", catalogue)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+QWEN = HubModel(name="Qwen/Qwen2.5-0.5B")
+
+
+def fetched(cache: Path, *, weights: bool = True) -> Path:
+    """The hub's cache as its client leaves it: blobs, and a snapshot of links to them."""
+    folder = cache / "models--Qwen--Qwen2.5-0.5B"
+    snapshot, blobs = folder / "snapshots" / COMMIT, folder / "blobs"
+    for path in (snapshot, blobs, folder / "refs"):
+        path.mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    (blobs / "c0").write_text(json.dumps(CONFIG))
+    (snapshot / "config.json").symlink_to("../../blobs/c0")
+    if weights:
+        safetensors(blobs / "w0", tensor_bytes=4_000)
+        (snapshot / "model.safetensors").symlink_to("../../blobs/w0")
+    return snapshot
+
+
+def test_a_model_of_the_hub_is_inspected_where_it_was_fetched(tmp_path: Path) -> None:
+    fetched(tmp_path)
+    by_branch = inspect_hub(QWEN, tmp_path)
+    assert (json.loads(by_branch.config_json), by_branch.weight_bytes) == (CONFIG, 4_000)
+    assert inspect_hub(HubModel(name=QWEN.name, revision=COMMIT), tmp_path) == by_branch
+    assert is_fetched(QWEN, tmp_path)
+
+
+def test_a_model_that_is_not_fetched_yet_is_unknown_and_not_refused(tmp_path: Path) -> None:
+    assert inspect_hub(QWEN, tmp_path) == NOT_INSPECTED
+    assert inspect_hub(QWEN, None) == NOT_INSPECTED
+    (fetched(tmp_path) / "config.json").unlink()
+    assert inspect_hub(QWEN, tmp_path) == NOT_INSPECTED
+    assert inspect_hub(HubModel(name=QWEN.name, revision="v2"), tmp_path) == NOT_INSPECTED
+    (tmp_path / "models--Qwen--Qwen2.5-0.5B" / "refs" / "main").write_text("../../../..")
+    assert inspect_hub(QWEN, tmp_path) == NOT_INSPECTED
+
+
+def test_half_of_the_weights_is_not_fetched(tmp_path: Path) -> None:
+    snapshot = fetched(tmp_path, weights=False)
+    assert not is_fetched(QWEN, tmp_path)
+    (snapshot / INDEX).write_text(json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}))
+    safetensors(snapshot / "m-1.safetensors", tensor_bytes=4)
+    assert not is_fetched(QWEN, tmp_path)
+    safetensors(snapshot / "m-2.safetensors", tensor_bytes=4)
+    assert is_fetched(QWEN, tmp_path)
+
+
+def test_a_download_wants_room_and_what_is_here_wants_none(tmp_path: Path) -> None:
+    cache = tmp_path / "not" / "there" / "yet"
+    problem = room_problem(QWEN, cache, free_bytes_min=1 << 60)
+    assert "engine.download_free_bytes_min" in problem
+    assert str(tmp_path) in problem
+    assert room_problem(QWEN, cache, free_bytes_min=1) == ""
+    fetched(cache)
+    assert room_problem(QWEN, cache, free_bytes_min=1 << 60) == ""
+
+
+def test_the_cache_is_where_the_hub_s_client_looks_for_it() -> None:
+    home = {"HOME": "/root"}
+    assert str(hub_cache(home)) == "/root/.cache/huggingface/hub"
+    assert str(hub_cache({**home, "XDG_CACHE_HOME": "/c"})) == "/c/huggingface/hub"
+    assert str(hub_cache({**home, "HF_HOME": "/big"})) == "/big/hub"
+    assert str(hub_cache({**home, "HF_HOME": "/big", "HF_HUB_CACHE": "/h"})) == "/h"
+    assert hub_cache({}) is None

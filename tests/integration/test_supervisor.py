@@ -240,6 +240,44 @@ async def test_a_wrong_setting_a_wrong_program_and_a_wrong_model_are_named(tmp_p
         assert "/no/such/engine" in (await agent.reaches(ReplicaState.FAILED)).reason
 
 
+async def test_a_model_of_the_hub_shows_its_download_and_a_gated_one_is_not_asked_twice(tmp_path: Path) -> None:
+    program = """if 1:
+        import os, sys, time
+        bar = "\\rmodel.safetensors:  12%|#  | 594M/4.98G [00:10<01:12, 60.4MB/s]"
+        print("Starting to load model org/name...", flush=True)
+        while not os.path.exists(os.environ["SEEN"]):
+            print(bar, end="", flush=True)
+            time.sleep(0.05)
+        print("\\nAccess to model org/name is restricted. You must have access to it. " + str(sys.argv))
+        raise SystemExit(1)
+        """
+    seen = tmp_path / "seen"
+    settings = replace(
+        with_program(QUICK, *PYTHON, program), kind="vllm", allow_downloads=True, download_free_bytes_min=1,
+        environment={"SEEN": str(seen), "HF_HOME": str(tmp_path / "hub")},
+    )
+    async with Supervised(tmp_path, settings) as agent:
+        agent.assign(replace(member(), model="org/name@v1"))
+        await until_async(lambda: agent.view().reason == "downloads model.safetensors: 12 %")
+        assert agent.view().phase == "fetch"
+        seen.touch()
+        view = await agent.reaches(ReplicaState.FAILED)
+        assert (view.gave_up, view.restarts) == (True, 0)
+        assert "HF_TOKEN" in view.reason
+
+
+async def test_a_model_is_not_fetched_onto_a_disk_without_room(tmp_path: Path) -> None:
+    settings = replace(
+        with_program(QUICK, *PYTHON, "raise SystemExit('started')"), kind="vllm", allow_downloads=True,
+        download_free_bytes_min=1 << 60, environment={"HF_HOME": str(tmp_path / "hub")},
+    )
+    async with Supervised(tmp_path, settings) as agent:
+        agent.assign(replace(member(), model="org/name"))
+        view = await agent.reaches(ReplicaState.FAILED)
+        assert "engine.download_free_bytes_min" in view.reason
+        assert not (tmp_path / "logs").exists() or not list((tmp_path / "logs").glob("*.log"))
+
+
 async def test_two_replicas_never_hold_one_gpu(tmp_path: Path) -> None:
     async with Supervised(tmp_path) as agent:
         agent.assign(member("a", gpu="GPU-1"))

@@ -91,3 +91,13 @@ async def test_following_gives_the_tail_and_then_what_comes(tmp_path: Path) -> N
         file.write("d\n")
     assert await asyncio.wait_for(anext(following), 5.0) == ["d"]
     await following.aclose()  # type: ignore[attr-defined]  # an async generator, said to be an iterator
+
+
+def test_a_bar_that_overwrites_itself_is_read_state_by_state(tmp_path: Path) -> None:
+    log = tmp_path / "e.log"
+    reader = LogReader(log)
+    log.write_bytes(b"start\r\n\n\rfetch:  1%|\rfetch:  2%|\rfetch:  3%|")
+    assert reader.read() == ["start", "", "fetch:  1%|", "fetch:  2%|"]
+    with log.open("ab") as file:
+        file.write(b"\rfetch: 99%|\nend\n")
+    assert reader.read() == ["fetch:  3%|", "fetch: 99%|", "end"]

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from enova_agent.core.hub import HubModel, hub_model
 from enova_agent.core.model import FlagValue, MemberSpec
 from enova_common.errors import InvalidField
 from enova_common.vllm import FLAGS
@@ -25,10 +26,14 @@ RECORD_VARIABLE = "ENOVA_ENGINE_RECORD"
 # Not here on purpose: VLLM_* and PYTHON* (they load code or open development routes), LD_PRELOAD, secrets.
 PASSED_VARIABLES = (
     "PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "XDG_CACHE_HOME",
-    "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_PATH", "HF_HOME", "HF_HUB_CACHE",
+    "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_PATH",
     "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "SSL_CERT_FILE", "SSL_CERT_DIR",
     "ENOVA_TIME_SCALE", "ENOVA_CLOCK_EPOCH",
 )
+
+# Only for an engine that may fetch its model. The token goes by the environment: argv is everybody's to read.
+DOWNLOAD_VARIABLES = ("HF_TOKEN", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HTTPS_PROXY", "NO_PROXY")
+SIMULATED = "simulated"            # such engines have names of the catalogue, and fetch nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +74,10 @@ def build(
     """
     _check(spec, engine)
     serves = engine.words[-1] == "serve"  # `vllm serve MODEL`, but `api_server --model MODEL`
-    argv = [*engine.words, *([spec.model] if serves else ["--model", spec.model])]
+    hub = fetched_model(spec, engine)
+    model = spec.model if hub is None else hub.name
+    argv = [*engine.words, *([model] if serves else ["--model", model])]
+    argv += ["--revision", hub.revision] if hub is not None and hub.revision else []
     argv += flags(spec.configuration)
     argv += _extra(spec, engine, gpu_types)
     if engine.shutdown_timeout:
@@ -78,6 +86,23 @@ def build(
     argv += ["--host", LOOPBACK, "--port", str(port), "--served-model-name", *served_names(spec)]
     environment = _environment(spec, engine, token=token, record=record, ambient=ambient)
     return Command(argv=tuple(argv), environment=environment)
+
+
+def fetched_model(spec: MemberSpec, engine: EngineCommand) -> HubModel | None:
+    """The hub's model that the engine may fetch, None if it has its own. Raises InvalidField where it may not."""
+    hub = None if engine.kind == SIMULATED else hub_model(spec.model)
+    if hub is not None and not engine.allow_downloads:
+        raise downloads_refused(spec.model)
+    return hub
+
+
+def downloads_refused(model: str) -> InvalidField:
+    """What a host says that fetches nothing; the remedy stands in the message, for only that crosses the stream."""
+    remedy = "set engine.allow_downloads = true in its agent.toml, or give the absolute path of a model directory"
+    return InvalidField(
+        f"{model} is a model of the hub, and this host fetches none: {remedy}", field="model", remedy=remedy,
+        reason="DOWNLOADS_NOT_ALLOWED",
+    )
 
 
 def flags(configuration: Mapping[str, FlagValue]) -> list[str]:
@@ -152,7 +177,9 @@ def _environment(
 ) -> Mapping[str, str]:
     environment = {name: ambient[name] for name in engine.passed_variables if name in ambient}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
-    if not engine.allow_downloads:
+    if fetched_model(spec, engine) is not None:
+        environment |= {name: ambient[name] for name in DOWNLOAD_VARIABLES if name in ambient}
+    else:
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     environment |= engine.environment
     uuids = [claim.gpu_uuid for claim in spec.claims if claim.gpu_uuid.startswith(("GPU-", "MIG-"))]

@@ -17,6 +17,9 @@ class Fault(StrEnum):
     GPU_MEMORY = "GPU_MEMORY"
     HOST_MEMORY = "HOST_MEMORY"
     MODEL = "MODEL"
+    HUB_DENIED = "HUB_DENIED"
+    HUB_MISSING = "HUB_MISSING"
+    HUB_UNREACHABLE = "HUB_UNREACHABLE"
     ARGUMENT = "ARGUMENT"
     PORT_TAKEN = "PORT_TAKEN"
     DISK_FULL = "DISK_FULL"
@@ -64,10 +67,28 @@ _PATTERNS: tuple[tuple[Fault, str, str], ...] = (
     (Fault.PORT_TAKEN, "its port is taken", r"Address already in use|\[Errno 98\]"),
     (Fault.DISK_FULL, "the disk is full", r"No space left on device|\[Errno 28\]|Disk quota exceeded"),
     (
+        Fault.HUB_DENIED,
+        "the hub does not give out the model (accept its terms there; give the agent the HF_TOKEN of that account)",
+        r"GatedRepoError|Cannot access gated repo|access a gated repo\.|is a gated repository"
+        r"|Access to model \S+ is restricted|Access to this resource is disabled|Cannot access content at"
+        r"|Invalid (?:user token|credentials in Authorization header|username or password)",
+    ),
+    (
+        Fault.HUB_MISSING,
+        "the hub has no such model or revision (check the name; a private model wants HF_TOKEN)",
+        r"RepositoryNotFoundError|Repository Not Found for url|is not a local folder and is not a valid model identifier"
+        r"|RevisionNotFoundError|Revision Not Found for url|is not a valid git identifier",
+    ),
+    (
+        Fault.HUB_UNREACHABLE,
+        "the hub cannot be reached (check network and proxy, or give the path of a model directory)",
+        r"thrown while requesting (?:HEAD|GET) |We couldn't connect to '|specific connection error when trying to load"
+        r"|429 Too Many Requests",
+    ),
+    (
         Fault.MODEL,
         "the model cannot be loaded",
         r"HFValidationError|Repo id must be|does not appear to have a file named|config\.json"
-        r"|is not a local folder and is not a valid model identifier|RepositoryNotFoundError|GatedRepoError"
         r"|Can't load (?:the )?(?:configuration|tokenizer)|Unrecognized model in"
         r"|model architectures .* are not supported"
         r"|SafetensorError|OfflineModeIsEnabled|LocalEntryNotFoundError|Invalid repository ID or local directory"
@@ -88,6 +109,7 @@ _PATTERNS: tuple[tuple[Fault, str, str], ...] = (
         r"|Found no NVIDIA driver",
     ),
 )
+_HUB = frozenset({Fault.HUB_DENIED, Fault.HUB_MISSING, Fault.HUB_UNREACHABLE})
 _COMPILED = tuple((fault, summary, re.compile(pattern)) for fault, summary, pattern in _PATTERNS)
 # Where no pattern names the cause. A process of vLLM that dies (here or by a signal) takes the others along: who died
 # says more than the errors that follow in every request, and these more than the orderly end after them.
@@ -97,7 +119,7 @@ _TELLING = (
     re.compile(r"EngineDeadError"),
     re.compile(r"^(?!.*WARNING).*\b[A-Za-z_.]+(?:Error|Exception)\b: "),
 )
-_CHATTER = re.compile(r"nanobind|^ - (?:leaked|\.\.\. skipped)|HTTP/1\.[01]\" \d{3}|^INFO:  |DeprecationWarning")
+_CHATTER = re.compile(r"nanobind|^ - (?:leaked|\.\.\. skipped)|HTTP/1\.[01]\" \d{3}|^INFO:  |DeprecationWarning|\d%\|")
 _LINES_KEPT = 200
 _DETAIL_LENGTH_MAX = 400
 
@@ -105,12 +127,16 @@ _DETAIL_LENGTH_MAX = 400
 def classify(ending: Ending, lines: Sequence[str]) -> Cause:
     """The cause of an ending that nobody asked for, from the last lines of the engine's log.
 
-    The newest match wins: an engine may log a harmless refusal long before it dies of something else.
+    The newest match wins: an engine may log a harmless refusal long before it dies of something else. Only that a
+    model cannot be loaded says less than what the hub had answered before.
     """
-    for line in reversed(lines[-_LINES_KEPT:]):
-        for fault, summary, pattern in _COMPILED:
-            if pattern.search(line):
-                return Cause(fault=fault, detail=_shorten(f"{ending}: {summary}: {line.strip()}"))
+    matches = (match for line in reversed(lines[-_LINES_KEPT:]) if (match := _match(line)) is not None)
+    newest = next(matches, None)
+    if newest is not None and newest[0] is Fault.MODEL:
+        newest = next((match for match in matches if match[0] in _HUB), newest)
+    if newest is not None:
+        fault, summary, line = newest
+        return Cause(fault=fault, detail=_shorten(f"{ending}: {summary}: {line}"))
     if ending.signal == 9:
         return Cause(fault=Fault.CRASHED, detail=f"{ending}, by a person or by the kernel for want of host memory")
     last = _last_words(lines[-_LINES_KEPT:])
@@ -119,8 +145,16 @@ def classify(ending: Ending, lines: Sequence[str]) -> Cause:
 
 
 def is_chatter(line: str) -> bool:
-    """True of a line that never tells why an engine ended: each request it answered, the server's orderly end."""
+    """True of a line that never tells why an engine ended: a request it answered, the server's orderly end, a bar."""
     return not line.strip() or _CHATTER.search(line) is not None
+
+
+def _match(line: str) -> tuple[Fault, str, str] | None:
+    """What a line says went wrong, if it does."""
+    for fault, summary, pattern in _COMPILED:
+        if pattern.search(line):
+            return fault, summary, line.strip()
+    return None
 
 
 def _last_words(lines: Sequence[str]) -> str:

@@ -57,6 +57,7 @@ from enova_agent.core.events import (
 )
 from enova_agent.core.failure import Cause, Fault
 from enova_agent.core.model import ReplicaState
+from enova_agent.core.phases import later
 from enova_agent.core.restart import GiveUp, RestartHistory, RestartPolicy, Retry, decide
 
 
@@ -414,8 +415,10 @@ def _adopted(machine: Machine, event: Adopted) -> Step:
 
 
 def _phase(machine: Machine, now_s: float, phase: Phase) -> Machine:
-    times_s = machine.phase_times_s if phase in machine.phase_times_s else {**machine.phase_times_s, phase: now_s}
-    return replace(machine, phase=phase, phase_times_s=MappingProxyType(dict(times_s)), progress_s=now_s)
+    # Back from loading to a download: loading begins again, and its time with it.
+    times_s = {known: time_s for known, time_s in machine.phase_times_s.items() if not later(phase, known)}
+    times_s.setdefault(phase, now_s)
+    return replace(machine, phase=phase, phase_times_s=MappingProxyType(times_s), progress_s=now_s)
 
 
 def _ready(machine: Machine, now_s: float) -> Step:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from enova_agent.core.events import Phase
 
 # Words of a log line -> phase, the latest phase first: a line of vLLM 0.32 (and of the simulated engine, which
@@ -37,20 +39,43 @@ _WORDS: tuple[tuple[Phase, tuple[str, ...]], ...] = (
     ),
 )
 _ORDER = tuple(Phase)
+# A bar of the hub's client: over all files, or over the bytes of one ("x.safetensors:  12%|#  | 594M/4.98G [.. B/s]").
+_BAR = re.compile(r"(?P<what>[^|]{1,120}):\s+(?P<percent>\d{1,3})%\|")
+_DOWNLOAD = re.compile(r"\b(?:Fetching|Downloading)\b|[kMGT]?B/s")
 
 
 def phase_of(line: str) -> Phase | None:
     """The phase that a line speaks of, None for all others."""
     if "WARNING" in line:
         return None
+    if download(line):
+        return Phase.FETCH
     for phase, words in _WORDS:
         if any(word in line for word in words):
             return phase
     return None
 
 
+def download(line: str) -> str:
+    """What is being fetched and how much of it is here, in words; empty if the line is not of a download."""
+    bar = _BAR.search(line)
+    if bar is None or _DOWNLOAD.search(line) is None:
+        return ""
+    return f"{bar['what'].strip()}: {bar['percent']} %"
+
+
+def goes_on(current: Phase | None, line: str) -> Phase | None:
+    """The phase that a line leads to, None if it stays the same.
+
+    Phases go forward, but for a download after the loader began: it is the loader that fetches the weights.
+    """
+    seen = phase_of(line)
+    back = current is Phase.LOAD and bool(download(line))
+    return seen if back or later(current, seen) else None
+
+
 def later(current: Phase | None, seen: Phase | None) -> bool:
-    """True if `seen` is a phase that comes after `current`: phases only go forward."""
+    """True if `seen` is a phase that comes after `current`."""
     if seen is None:
         return False
     return current is None or _ORDER.index(seen) > _ORDER.index(current)

@@ -16,6 +16,8 @@ _IDENTICAL_RETRIES: Mapping[Fault, int] = MappingProxyType(
         Fault.GPU_MEMORY: 2,       # what held the memory may be about to end
         Fault.HOST_MEMORY: 2,
         Fault.MODEL: 1,            # a network mount may come late
+        Fault.HUB_DENIED: 0,       # until somebody accepts terms or gives a token
+        Fault.HUB_MISSING: 0,
         Fault.ARGUMENT: 0,         # the parser will say the same
         Fault.GPU_MISSING: 1,
         Fault.EXECUTABLE: 0,

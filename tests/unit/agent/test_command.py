@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 
 from enova_agent.core.command import Command, EngineCommand, build, max_concurrency, served_names
+from enova_agent.core.hub import HubModel, hub_model
 from enova_agent.core.model import Claim, MemberSpec
 from enova_common.errors import InvalidField
 
 SPEC = MemberSpec(
     replica="deployments/chat/replicas/a1",
     uid="u",
-    model="meta-llama/Llama-3.1-8B-Instruct",
+    model="/models/llama",
     configuration={"max_num_seqs": 64, "enable_prefix_caching": False, "enforce_eager": True, "dtype": "bfloat16"},
     claims=(Claim(gpu_uuid="GPU-a"), Claim(gpu_uuid="GPU-b")),
 )
@@ -115,10 +116,58 @@ def test_the_environment_is_made_of_a_few_known_variables() -> None:
 
 def test_downloads_and_variables_are_the_host_s_choice_but_identity_is_not() -> None:
     engine = EngineCommand(allow_downloads=True, environment={"X": "1", "ENOVA_ENGINE_TOKEN": "forged"})
-    environment = command(engine=engine).environment
+    ambient = {"HF_TOKEN": "hf_secret", "HF_HOME": "/big"}
+    built = command(replace(SPEC, model="org/name@v1.0"), engine, ambient)
+    environment = built.environment
     assert "HF_HUB_OFFLINE" not in environment
+    assert (environment["HF_TOKEN"], environment["HF_HOME"]) == ("hf_secret", "/big")
+    assert not any("hf_secret" in word for word in built.argv)
     assert environment["X"] == "1"
     assert environment["ENOVA_ENGINE_TOKEN"] == "t.1"
+
+
+def test_a_model_of_the_hub_is_named_with_its_revision_apart() -> None:
+    engine = EngineCommand(words=("python", "-m", "server"), allow_downloads=True)
+    argv = command(replace(SPEC, model="Qwen/Qwen2.5-0.5B@refs/pr/1"), engine).argv
+    assert argv[3:7] == ("--model", "Qwen/Qwen2.5-0.5B", "--revision", "refs/pr/1")
+    serve = command(replace(SPEC, model="Qwen/Qwen2.5-0.5B"), replace(engine, words=("vllm", "serve"))).argv
+    assert serve[:3] == ("vllm", "serve", "Qwen/Qwen2.5-0.5B")
+    assert "--revision" not in serve
+
+
+def test_a_host_that_fetches_nothing_refuses_a_model_of_the_hub_and_names_the_setting() -> None:
+    with pytest.raises(InvalidField, match=r"engine\.allow_downloads = true") as refusal:
+        command(replace(SPEC, model="org/name"))
+    assert refusal.value.field == "model"
+    catalogue = command(replace(SPEC, model="org/name"), EngineCommand(kind="simulated", allow_downloads=True))
+    assert catalogue.environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_model_directory_gets_no_token_even_where_downloads_are_allowed() -> None:
+    environment = command(engine=EngineCommand(allow_downloads=True), ambient={"HF_TOKEN": "secret"}).environment
+    assert "HF_TOKEN" not in environment
+    assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "revision"),
+    [
+        ("org/name", "org/name", ""),
+        ("meta-llama/Llama-3.1-8B@main", "meta-llama/Llama-3.1-8B", "main"),
+        ("a/b@refs/pr/7", "a/b", "refs/pr/7"),
+    ],
+)
+def test_names_of_the_hub_are_known(text: str, name: str, revision: str) -> None:
+    assert hub_model(text) == HubModel(name=name, revision=revision)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["/models/x", "name", "a/b/c", "a/b@", "../x", "a/..", "a/b@../x", "a/b@x..y", "-a/b", "a/-b", "a/b--c", "a/b.git",
+     "a/b@-x", "a /b", "a/b\n", "a/b@x/", "a/" + "b" * 97],
+)
+def test_other_words_are_no_names_of_the_hub(text: str) -> None:
+    assert hub_model(text) is None
 
 
 def test_slots_that_are_no_gpus_leave_the_visible_devices_alone() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from enova_agent.core.events import Phase
-from enova_agent.core.phases import later, phase_of
+from enova_agent.core.phases import download, goes_on, later, phase_of
 
 _P = "(Worker pid=7) INFO 11-21 14:18:23 [x.py:1] "
 
@@ -45,3 +45,28 @@ def test_phases_only_go_forward() -> None:
     assert not later(Phase.WARM, Phase.LOAD)
     assert not later(Phase.LOAD, Phase.LOAD)
     assert not later(Phase.LOAD, None)
+
+
+BAR = "model-00001-of-00004.safetensors:  12%|#2        | 594M/4.98G [00:10<01:12, 60.4MB/s]"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (BAR, "model-00001-of-00004.safetensors: 12 %"),
+        ("Fetching 4 files:  25%|##5       | 1/4 [00:01<00:03,  1.00s/it]", "Fetching 4 files: 25 %"),
+        ("Downloading bytes: 100%|##########| 9.1G/9.1G [02:01<00:00, 75.0MB/s]", "Downloading bytes: 100 %"),
+        ("Loading safetensors checkpoint shards:  50% Completed | 1/2 [00:01<00:01,  1.0it/s]", ""),
+        ("Capturing CUDA graphs:  10%|#         | 1/10 [00:01<00:09,  1.0it/s]", ""),
+    ],
+)
+def test_a_bar_of_a_download_says_what_and_how_much(line: str, words: str) -> None:
+    assert download(line) == words
+    assert (phase_of(line) is Phase.FETCH) == bool(words)
+
+
+def test_the_loader_that_fetches_its_weights_is_back_in_fetch() -> None:
+    assert goes_on(Phase.LOAD, BAR) is Phase.FETCH
+    assert goes_on(Phase.FETCH, BAR) is None
+    assert goes_on(Phase.WARM, BAR) is None
+    assert goes_on(Phase.LOAD, "Resolved architecture: LlamaForCausalLM") is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from enova_agent.core.failure import Cause, Ending, Fault, classify
+from enova_agent.core.failure import Cause, Ending, Fault, classify, is_chatter
 from enova_agent.core.restart import GiveUp, RestartHistory, RestartPolicy, Retry, decide
 from enova_common.backoff import Backoff
 
@@ -87,6 +87,15 @@ def test_failures_older_than_the_window_and_before_a_long_healthy_time_are_forgi
         ("  Value error, Sleep mode is not supported on current platform.", Fault.ARGUMENT),
         ("ValueError: No common block size for 16 (CPU_ATTN: [MultipleOf(32)])", Fault.ARGUMENT),
         ("RuntimeError: Failed to infer device type", Fault.GPU_MISSING),
+        ("Cannot access gated repo for url https://hub/api/models/org/name.", Fault.HUB_DENIED),
+        ("Access to model org/name is restricted and you are not in the authorized list.", Fault.HUB_DENIED),
+        ("OSError: You are trying to access a gated repo.", Fault.HUB_DENIED),
+        ("Invalid credentials in Authorization header", Fault.HUB_DENIED),
+        ("huggingface_hub.errors.RepositoryNotFoundError: 401 Client Error. (Request ID: Root=1)", Fault.HUB_MISSING),
+        ("OSError: org/x is not a local folder and is not a valid model identifier listed on", Fault.HUB_MISSING),
+        ("OSError: v9 is not a valid git identifier (branch name, tag name or commit id)", Fault.HUB_MISSING),
+        ("'[Errno 111] Connection refused' thrown while requesting HEAD https://hub/x", Fault.HUB_UNREACHABLE),
+        ("OSError: We couldn't connect to 'https://hub' to load the files", Fault.HUB_UNREACHABLE),
         ("something else", Fault.CRASHED),
     ],
 )
@@ -125,3 +134,34 @@ def test_of_a_dead_core_process_that_is_said_and_not_how_the_server_ended_after_
     without = classify(Ending(code=0), [line for line in lines if "core" not in line])
     assert "ValueError: something" in without.detail
     assert "Parent process exited" in classify(Ending(code=0), lines[:2]).detail
+
+
+_GATED = """\
+huggingface_hub.errors.GatedRepoError: 403 Client Error. (Request ID: Root=1-x)
+
+Cannot access gated repo for url https://hub/org/name/resolve/main/config.json.
+Access to model org/name is restricted and you are not in the authorized list. Visit https://hub/org/name to ask.
+
+The above exception was the direct cause of the following exception:
+ValueError: Invalid repository ID or local directory specified: 'org/name'.
+Please verify the following requirements:
+   - For Hugging Face models: ensure the presence of a 'config.json'.
+"""
+
+
+def test_what_the_hub_answered_says_more_than_that_the_model_cannot_be_loaded() -> None:
+    cause = classify(Ending(code=1), _GATED.splitlines())
+    assert cause.fault is Fault.HUB_DENIED
+    assert "HF_TOKEN" in cause.detail
+    assert "is restricted" in cause.detail
+
+
+@pytest.mark.parametrize("fault", [Fault.HUB_DENIED, Fault.HUB_MISSING])
+def test_what_the_hub_refuses_is_not_asked_again(fault: Fault) -> None:
+    answers, _ = fail(fault, 1)
+    assert isinstance(answers[0], GiveUp)
+
+
+def test_bars_of_progress_push_no_last_words_out() -> None:
+    assert is_chatter("model-00001-of-00004.safetensors:  12%|#2        | 594M/4.98G [00:10<01:12, 60.4MB/s]")
+    assert not is_chatter("ValueError: 12% of x | y")
