@@ -8,13 +8,14 @@ import shlex
 from pathlib import Path
 
 import click
+import yaml
 from rich.console import Console
 
 from enova_cli.context import Context, fail, output_option, pass_context, run
 from enova_cli.output import Format
 from enova_cli.up.fleet import Fleet
 from enova_cli.up.plan import NODES_MAX, UpOptions, parse_gpu
-from enova_common.errors import EnovaError, InvalidField
+from enova_common.errors import EnovaError, InvalidField, TimedOut
 
 DEFAULT_DATA_DIR = Path("enova-data")
 
@@ -103,12 +104,19 @@ async def _up(options: UpOptions, form: Format) -> None:
             await stop.wait()
     finally:
         with console.status("stopping engines, then programs"):
-            await fleet.stop()
+            killed = await fleet.stop()
+    if killed:
+        nodes = ", ".join(killed)
+        message = f"the agents of {nodes} did not end their engines in time: these were killed, requests and all"
+        raise TimedOut(message, reason="ENGINES_KILLED", remedy=f"see {options.data_dir / 'logs'}")
 
 
 def _announce(facts: dict[str, object], form: Format, options: UpOptions) -> None:
     if form is Format.JSON:
         print(json.dumps(facts), flush=True)
+        return
+    if form is Format.YAML:
+        print(yaml.safe_dump(facts, sort_keys=False), end="", flush=True)
         return
     gpus = f"{options.gpus_per_node} {'simulated ' if options.engine == 'simulated' else ''}{options.gpu_type}"
     print(f"enova is up: {options.nodes} nodes with {gpus} each")

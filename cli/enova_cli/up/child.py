@@ -53,6 +53,11 @@ class Child:
         """Of the process that runs now, or ran last; 0 before the first."""
         return self._process.pid if self._process is not None else 0
 
+    @property
+    def kept(self) -> bool:
+        """Whether it is restarted when it dies: from its first readiness until it is stopped."""
+        return self._keeper is not None and not self._keeper.done()
+
     async def start(self) -> Mapping[str, Any]:
         """Start it, wait until it is ready, keep it running from then on; what its ready file says."""
         try:

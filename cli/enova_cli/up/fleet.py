@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from enova.v1 import cluster_pb2
@@ -29,6 +30,7 @@ REGISTER_TIMEOUT_S = 30.0
 REGISTER_POLL_S = 0.1
 STOP_ENGINES_TIMEOUT_S = 30.0  # drain bound and engines' own time to end
 DRAIN_TIMEOUT_S = 10.0
+AGENT_RETURN_TIMEOUT_S = 10.0  # of one that died just before we stop: the longest pause before a restart
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class Fleet:
         self._data.acquire()
         self._owned = True
         self._bounding = asyncio.create_task(keep_bounded(self._data.path / "logs"), name="bound-logs")
+        self._data.remove("up.json")  # of one that was killed: its pids are ended now
         end_leftovers(self._data.token)
         end_engines(self._data.path, kept=self._options.node_names())  # of nodes that a larger fleet had
         starting = asyncio.create_task(self._start_all())
@@ -68,21 +71,27 @@ class Fleet:
             return None
         return await starting
 
-    async def stop(self) -> None:
-        """End engines through their agents, then the programs; agents and ingresses before the coordinator."""
+    async def stop(self) -> list[str]:
+        """End engines through their agents, then the programs; agents and ingresses before the coordinator.
+
+        The nodes whose agents did not end their engines in time, so that these were killed.
+        """
         if not self._owned:
-            return
+            return []
         nodes = [name for name in self._options.node_names() if f"agent/{name}" in self._children]
-        await asyncio.gather(*(self._stop_engines(name) for name in nodes))
+        ended = await asyncio.gather(*(self._stop_engines(name) for name in nodes))
+        killed: list[int] = []
         await asyncio.gather(*(child.stop() for name, child in self._children.items() if "/" in name))
         for name in ("coordinator", "etcd"):
             if name in self._children:
                 await self._children[name].stop()
         if nodes:  # else nothing was begun, and engines that an earlier `up` left still wait to be adopted
-            await asyncio.to_thread(end_engines, self._data.path)  # of agents that were away when they were asked
+            killed = await asyncio.to_thread(end_engines, self._data.path)
         if self._bounding is not None:
             self._bounding.cancel()
+        self._data.remove("up.json")  # its pids mean nothing any more
         self._data.release()
+        return [name for name, done in zip(nodes, ended, strict=True) if not done] if killed else []
 
     async def _start_all(self) -> dict[str, Any]:
         clock = self._data.read_json("clock.json")
@@ -171,19 +180,23 @@ class Fleet:
         message = f"not ready within {REGISTER_TIMEOUT_S:g} s: {problem}"
         raise TimedOut(message, reason="START_TIMED_OUT", remedy=f"see {self._data.path / 'logs'}")
 
-    async def _stop_engines(self, node: str) -> None:
-        """Ask an agent over its local socket to end its engines; those of an agent that is gone are ended later."""
-        path = socket_path(self._data, node)
-        request = {"type": "stop_engines", "drain_timeout_s": DRAIN_TIMEOUT_S}
-        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+    async def _stop_engines(self, node: str) -> bool:
+        """Have an agent end its engines, drained; whether it has.
+
+        One that died is waited for: it is being restarted, and adopts its engines before it answers.
+        """
+        agent = self._children[f"agent/{node}"]
+        away_until = time.monotonic() + AGENT_RETURN_TIMEOUT_S
+        with contextlib.suppress(TimeoutError):  # the engines are ended without their agent, later
             async with asyncio.timeout(STOP_ENGINES_TIMEOUT_S):
-                reader, writer = await asyncio.open_unix_connection(str(path))
-                writer.write(json.dumps(request).encode() + b"\n")
-                await writer.drain()
-                while line := await reader.readline():
-                    if json.loads(line).get("type") == "engines_stopped":
-                        break
-                writer.close()
+                while True:
+                    with contextlib.suppress(OSError):  # it is away
+                        if await _engines_stopped(socket_path(self._data, node)):
+                            return True
+                    if not agent.kept or time.monotonic() > away_until:
+                        return False
+                    await asyncio.sleep(REGISTER_POLL_S)
+        return False
 
     def _public_facts(self) -> dict[str, Any]:
         pids: dict[str, Any] = {"coordinator": self._children["coordinator"].pid, "agents": {}, "ingresses": {}}
@@ -199,6 +212,20 @@ class Fleet:
             self._data.write_json("up.json", self._public_facts())
         except OSError as error:  # a full disk stops no program from coming back
             log.warning("up.json is out of date: %s", error)
+
+
+async def _engines_stopped(socket: Path) -> bool:
+    """Ask an agent over its local socket to end its engines; False if it went away before it had. Raises OSError."""
+    reader, writer = await asyncio.open_unix_connection(str(socket))
+    try:
+        writer.write(json.dumps({"type": "stop_engines", "drain_timeout_s": DRAIN_TIMEOUT_S}).encode() + b"\n")
+        await writer.drain()
+        while line := await reader.readline():
+            if json.loads(line).get("type") == "engines_stopped":
+                return True
+        return False
+    finally:
+        writer.close()
 
 
 def _free(ports: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from enova_common.errors import Conflict, InvalidField
 
 TOKEN_VARIABLE = "ENOVA_UP_TOKEN"  # noqa: S105 - a name; in the environment of every program of one data directory
 
+PRIVATE = 0o700
+
 
 @dataclass(slots=True)
 class DataDirectory:
@@ -29,8 +31,11 @@ class DataDirectory:
     def acquire(self) -> None:
         """Create and lock it; read or draw its token. Raises Conflict naming the owner, InvalidField if unusable."""
         try:
-            for name in ("coordinator", "etcd", "logs"):
-                (self.path / name).mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+            for name in ("coordinator", "etcd", "logs", "nodes"):
+                # Settings may hold tokens of engines. A directory that was there before stays as its owner made it.
+                (self.path / name).mkdir(mode=PRIVATE, exist_ok=True)
+                (self.path / name).chmod(PRIVATE)
             self._lock = os.open(self.path / "up.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             remedy = "give a directory that can be written with --data-dir"
@@ -66,6 +71,10 @@ class DataDirectory:
         temporary = self.path / f".{name}.{os.getpid()}"
         temporary.write_text(json.dumps(value))
         temporary.replace(self.path / name)
+
+    def remove(self, name: str) -> None:
+        """Remove a file of the directory, if there is one."""
+        (self.path / name).unlink(missing_ok=True)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A file of the directory; empty if there is none that can be read."""
