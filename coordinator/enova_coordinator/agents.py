@@ -20,6 +20,7 @@ from enova_coordinator.core.routes import RoutesDelta, RouteTable
 
 INSPECT_TIMEOUT_S = 20.0       # reading a config.json and hashing names; a cold network file system takes seconds
 RELAYS_MAX = 64                # questions open at one agent
+QUESTIONS_MAX = 2 * RELAYS_MAX # that wait to be sent: every open one, and as many withdrawn
 LOG_CHUNKS_MAX = 64            # chunks that wait for a slow reader; over it the oldest go, and their lines are counted
 LIVE_S = 3.0                   # a stream that was heard of within this is somebody's
 
@@ -243,7 +244,10 @@ class AgentSession:
         return outgoing
 
     def _ask(self, question: Outgoing) -> None:
-        self._questions.append(question)
+        if isinstance(question, Cancelled) and len(self._questions) >= QUESTIONS_MAX:
+            return  # the agent reads nothing; the next chunk that nobody waits for says it again
+        if question not in self._questions:
+            self._questions.append(question)
         self._news.set()
 
     def _check_room(self) -> None:
