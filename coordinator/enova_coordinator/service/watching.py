@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from enova_common.errors import TooLarge
+from enova_common.errors import InvalidField, TooLarge
 from enova_coordinator.core.model import Decision, Deployment, Replica
 from enova_coordinator.store import Changed, Compacted, Store, codec
 
@@ -24,10 +24,21 @@ class Batch(Generic[V]):
 
 
 async def watch(store: Store, kind: type[V], prefix: str, *, resume_revision: int) -> AsyncIterator[Batch[V]]:
-    """Changes of the objects under a prefix. Raises TooLarge (OUT_OF_RANGE) where the history is gone."""
+    """Changes of the objects under a prefix. Raises TooLarge (OUT_OF_RANGE) outside of the history."""
     after = resume_revision
+    if after < 0:
+        raise InvalidField(f"{after} is negative", field="resume_revision", remedy="leave it out to get everything")
+    entries, newest = await store.range(prefix, limit=1 if after else 0)
+    if after > newest:
+        raise TooLarge(
+            f"revision {after} is still to come; the store is at {newest}",
+            reason="RESUME_REVISION_FUTURE",
+            field="resume_revision",
+            remedy="watch again without it: the first message then holds everything",
+            metadata={"newest_revision": str(newest)},
+        )
     if not after:
-        entries, after = await store.range(prefix)
+        after = newest
         values = tuple(codec.decode_as(kind, entry.value, key=entry.key) for entry in entries)
         yield Batch(after, values)
     try:
