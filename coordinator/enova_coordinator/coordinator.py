@@ -13,7 +13,7 @@ from typing import Any
 from enova_common import rpc
 from enova_common.clock import ModelClock
 from enova_common.errors import InvalidField, Unavailable
-from enova_coordinator.agents import Agents, ModelFacts
+from enova_coordinator.agents import Agents
 from enova_coordinator.controller import Controller, ControllerSettings
 from enova_coordinator.core.liveness import LivenessLimits
 from enova_coordinator.core.reconcile import ReconcileLimits
@@ -23,6 +23,7 @@ from enova_coordinator.election import Election, Leadership
 from enova_coordinator.events import EventLog
 from enova_coordinator.figures import figures
 from enova_coordinator.housekeeping import Housekeeping
+from enova_coordinator.known_models import KnownModels
 from enova_coordinator.observability import MetricsServer
 from enova_coordinator.policy_loop import PolicyLoop, PolicyLoopFigures
 from enova_coordinator.policy_process import PolicyProcess
@@ -130,7 +131,7 @@ class Coordinator:
     async def lead(self, leadership: Leadership) -> None:
         """What only the leader runs, for one term."""
         verdicts: dict[str, Verdict] = {}
-        models: dict[str, ModelFacts] = {}
+        models = KnownModels(now_s=time.monotonic)
         policy_loop = PolicyLoop(
             self.store,
             self.controller,

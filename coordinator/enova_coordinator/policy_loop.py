@@ -29,6 +29,7 @@ from enova_coordinator.core.observation import (
     wanted_replicas,
 )
 from enova_coordinator.core.scaling_guard import RECORDED, History, Ruling, rule
+from enova_coordinator.known_models import KnownModels
 from enova_coordinator.policy_process import PolicyProcess
 from enova_coordinator.settings import ScalingSettings
 from enova_coordinator.store import Entry, Store, codec
@@ -39,6 +40,7 @@ from enova_recommender.scaling.types import Action, Observation, Proposal, Repli
 from enova_recommender.scaling.types import ModelFacts as PolicyModelFacts
 
 MINUTES = 9                        # of each series that a policy gets: it needs five, and looks at three
+ANSWER_WAIT_S = 0.5                # for what a host knows of a model, in the round that asks
 INTERVAL_REAL_S_MIN = 0.2          # under a fast model clock
 
 log = logging.getLogger(__name__)
@@ -82,7 +84,7 @@ class PolicyLoop:
         settings: ScalingSettings,
         real_s: Callable[[float], float],
         verdicts_by_name: dict[str, verdicts.Verdict],
-        models: dict[str, ModelFacts],
+        models: KnownModels,
     ) -> None:
         self.figures = PolicyLoopFigures()
         self._store = store
@@ -96,9 +98,17 @@ class PolicyLoop:
         self._models = models
         self._last_act_s: dict[str, float] = {}
         self._held: dict[str, tuple[str, int]] = {}
+        self._asked: dict[str, asyncio.Task[ModelFacts]] = {}
 
     async def run(self) -> None:
         """Ask round after round, until cancelled."""
+        try:
+            await self._rounds()
+        finally:
+            for question in self._asked.values():
+                question.cancel()
+
+    async def _rounds(self) -> None:
         while True:
             started_s = time.monotonic()
             for deployment in list(self._control.snapshot.deployments.values()):
@@ -197,14 +207,24 @@ class PolicyLoop:
 
     async def _model(self, deployment: Deployment) -> PolicyModelFacts | None:
         name = deployment.spec.model
+        if not self._models.is_fresh(name) and name not in catalogue():
+            await self._ask(name)
         known = self._models.get(name)
-        if known is None and name not in catalogue():
-            views = self._control.snapshot.nodes.items()
-            ready = tuple(node for node, view in views if view.state is NodeState.READY)
-            known = self._models[name] = await self._agents.inspect(name, nodes=ready)
         config = json.loads(known.config_json) if known is not None and known.config_json else None
         weight_bytes = known.weight_bytes if known is not None else 0
         return model_facts(name, config, weight_bytes=weight_bytes)
+
+    async def _ask(self, model: str) -> None:
+        """Ask a host, and wait a moment: a slow one answers a later round, and delays no other deployment."""
+        question = self._asked.get(model)
+        if question is None:
+            views = self._control.snapshot.nodes.items()
+            ready = tuple(node for node, view in views if view.state is NodeState.READY)
+            question = self._asked[model] = asyncio.create_task(self._agents.inspect(model, nodes=ready))
+            await asyncio.wait([question], timeout=ANSWER_WAIT_S)
+        if question.done():
+            del self._asked[model]
+            self._models.put(model, question.result())
 
     def _frames(self, deployment: Deployment) -> tuple[str, ...]:
         replicas = wanted_replicas(self._control.snapshot, deployment)
@@ -219,6 +239,9 @@ class PolicyLoop:
         for values in kept:
             for name in [name for name in values if name not in living]:
                 del values[name]
+        models = {deployment.spec.model for deployment in living.values()}
+        for model in [model for model in self._asked if model not in models]:
+            self._asked.pop(model).cancel()
 
 
 def last_act_s(entries: Sequence[Entry], *, now_s: float) -> float:

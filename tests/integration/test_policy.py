@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 
 from enova.v1 import (
+    agent_service_pb2,
     cluster_pb2,
     decision_service_pb2,
     decision_service_pb2_grpc,
@@ -28,6 +29,7 @@ from enova.v1 import (
 )
 from enova_common.clock import ModelClock
 from enova_common.errors import TimedOut, Unavailable
+from enova_coordinator.agents import INSPECT_TIMEOUT_S
 from enova_coordinator.policy_process import PolicyProcess, PolicyRaised
 from enova_recommender.scaling import DEFAULT_POLICY
 from enova_recommender.scaling.types import (
@@ -336,6 +338,36 @@ async def test_the_cool_down_goes_on_after_a_restart(tmp_path: Path, clock: Mode
             assert [each.action for each in await decisions(channel)] == [ACTION.ACTION_SCALE_UP]
 
 
+class SilentHost(ScriptedAgent):
+    """A host that says nothing of models: a network file system hangs."""
+
+    def _obey(self, message: agent_service_pb2.ConnectResponse) -> None:
+        if message.WhichOneof("message") != "inspect_model" or message.inspect_model.model == MODEL:
+            super()._obey(message)
+
+
+async def test_a_host_that_is_silent_about_one_model_delays_no_other_deployment(
+    tmp_path: Path, clock: ModelClock
+) -> None:
+    config = Config(
+        scaling={"interval_s": 30.0, "cooldown_s": 60.0, "timeout_s": 1.0},
+        environment={"ENOVA_TIME_SCALE": f"{clock.scale}", "ENOVA_CLOCK_EPOCH": f"{clock.epoch_unix_s:.6f}"},
+    )
+    with running_coordinator(tmp_path, config) as first:
+        async with connected(first, clock) as (channel, agent, load):
+            agent.models["/models/hangs"] = "{}"
+            await deploy(channel, agent)
+            deployments: Any = deployment_service_pb2_grpc.DeploymentServiceStub(channel)
+            wanted = cluster_pb2.Deployment(model="/models/hangs", replicas=1)
+            await deployments.CreateDeployment(
+                deployment_service_pb2.CreateDeploymentRequest(deployment_id="hangs", deployment=wanted)
+            )
+    with running_coordinator(tmp_path, config) as second:  # which has yet to ask
+        async with connected(second, clock, SilentHost) as (channel, _, load):
+            overload(load)
+            await until_async(decided(channel, ACTION.ACTION_SCALE_UP), timeout_s=INSPECT_TIMEOUT_S / 2)
+
+
 async def proposed(coordinator: CoordinatorProcess) -> float:
     return (await asyncio.to_thread(coordinator.figures))["enova_coordinator_policy_calls_total"]
 
@@ -346,11 +378,11 @@ async def more_proposed(coordinator: CoordinatorProcess, count: float) -> bool:
 
 @contextlib.asynccontextmanager
 async def connected(
-    coordinator: CoordinatorProcess, clock: ModelClock
+    coordinator: CoordinatorProcess, clock: ModelClock, kind: type[ScriptedAgent] = ScriptedAgent
 ) -> AsyncIterator[tuple[grpc.aio.Channel, ScriptedAgent, Load]]:
     async with (
         grpc.aio.insecure_channel(coordinator.address) as channel,
-        ScriptedAgent(coordinator.address).connected() as agent,
+        kind(coordinator.address).connected() as agent,
     ):
         load = Load(agent, clock)
         sending = asyncio.create_task(load.run())

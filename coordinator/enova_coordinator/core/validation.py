@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -70,10 +71,34 @@ def conflicts(
     )
 
 
+def context_problems(configuration: Configuration, config_json: str) -> tuple[FieldProblem, ...]:
+    """A context beyond what the model's config.json allows: every engine would refuse it at its start.
+
+    Where positions are scaled, or another entry allows more, the engine alone knows the bound.
+    """
+    wanted = configuration.get("max_model_len")
+    try:
+        config = json.loads(config_json or "{}")
+    except ValueError:  # the engine says what is wrong with it
+        return ()
+    if wanted is None or not isinstance(config, dict):
+        return ()
+    rope = config.get("rope_parameters") or {}
+    scaled = config.get("rope_scaling") or not isinstance(rope, dict) or rope.get("rope_type", "default") != "default"
+    allowed = [config.get(name) for name in ("max_position_embeddings", "model_max_length")]
+    lengths = [length for length in allowed if isinstance(length, int)]
+    if scaled or not isinstance(allowed[0], int) or float(wanted) <= max(lengths):
+        return ()
+    message = f"{wanted} is more than the model's {max(lengths)} (max_position_embeddings in its config.json)"
+    remedy = f"give at most {max(lengths)}, or leave it out"
+    return (FieldProblem(field="configuration.max_model_len", message=message, remedy=remedy),)
+
+
 def scale_problems(spec: DeploymentSpec, replicas: int) -> tuple[FieldProblem, ...]:
     """What is wrong with a number of replicas that a user asks for."""
     if not 0 <= replicas <= MAX_REPLICAS:
-        return (FieldProblem(field="replicas", message=f"must lie between 0 and {MAX_REPLICAS}, not {replicas}"),)
+        message = f"must lie between 0 and {MAX_REPLICAS}, not {replicas}"
+        return (FieldProblem(field="replicas", message=message, remedy="give the number of replicas that shall run"),)
     if not spec.fixed and spec.clamped(replicas) != replicas:
         least, most = spec.bounds
         message = f"{replicas} is outside the deployment's bounds {least} to {most}"
@@ -137,7 +162,11 @@ def _replicas(spec: DeploymentSpec) -> Iterator[FieldProblem]:
     for name in ("replicas", "min", "max"):
         value = getattr(spec, name)
         if value is not None and not 0 <= value <= MAX_REPLICAS:
-            yield FieldProblem(field=name, message=f"must lie between 0 and {MAX_REPLICAS}, not {value}")
+            message = f"must lie between 0 and {MAX_REPLICAS}, not {value}"
+            yield FieldProblem(field=name, message=message, remedy="give a number of replicas")
+    if spec.max == 0:
+        message = "must be at least 1: a policy needs a replica to look at"
+        yield FieldProblem(field="max", message=message, remedy="replicas: 0 keeps the deployment without any replica")
     if spec.replicas is not None and (spec.min is not None or spec.max is not None):
         remedy = "give replicas for a fixed number, or min and max for a policy to choose"
         yield FieldProblem(field="replicas", message="does not go with min or max", remedy=remedy)

@@ -21,7 +21,14 @@ from enova_coordinator.core.model import (
     NodeState,
     Variant,
 )
-from enova_coordinator.core.validation import FieldProblem, conflicts, name_problems, scale_problems, spec_problems
+from enova_coordinator.core.validation import (
+    FieldProblem,
+    conflicts,
+    context_problems,
+    name_problems,
+    scale_problems,
+    spec_problems,
+)
 from enova_coordinator.service import convert, names, paging
 from enova_coordinator.service.leading import Chair, Leading, actor
 from enova_coordinator.service.masks import merged
@@ -89,6 +96,12 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         leading = self._chair.leading()
         _raise_first(name_problems(request.deployment_id, "deployment_id"))
         name = f"deployments/{request.deployment_id}"
+        if request.deployment.name not in {"", name}:
+            raise InvalidField(
+                f"{request.deployment.name[:120]!r} is not {name}, which deployment_id asks for",
+                field="deployment.name",
+                remedy="leave it out",
+            )
         by = call("CreateDeployment", request)
         if (made := await self._writes.repeated(by)) is not None:
             return await self._message(await self._writes.read(Deployment, made))
@@ -123,10 +136,11 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         await self._check(leading, name, wanted, stored)
 
         def edit(before: Deployment | None) -> Deployment:
+            if before is not None:
+                _check_alive(before)
+            check_etag(request.deployment.etag, before.etag if before is not None else "", name)
             if before is None:
                 return self._new(name, wanted)
-            _check_alive(before)
-            check_etag(request.deployment.etag, before.etag, name)
             return self._changed(before, self._wanted(before, request))
 
         return await self._write(name, wanted, edit, by=by, validate_only=request.validate_only)
@@ -225,7 +239,7 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
             raise InvalidField("must not be empty", field="model", remedy="give a path on the hosts, or a model's id")
         nodes = (names.node_name(request.node, "node"),) if request.node else _ready_nodes(leading)
         facts = await leading.agents.inspect(request.model, nodes=nodes)
-        leading.models[request.model] = facts
+        leading.models.put(request.model, facts)
         return deployment_service_pb2.InspectModelResponse(
             node=facts.node,
             config_json=facts.config_json,
@@ -279,7 +293,7 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
     def _wanted(
         self, before: Deployment | None, request: deployment_service_pb2.UpdateDeploymentRequest
     ) -> DeploymentSpec:
-        if before is None or not request.update_mask.paths:
+        if before is None or list(request.update_mask.paths) in ([], ["*"]):
             return convert.spec(request.deployment)
         return convert.spec(
             merged(
@@ -300,6 +314,9 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         _raise_first([*problems, *await self._name_conflicts(name, wanted)])
         if before is None or before.spec.model != wanted.model:
             await self._inspect(leading, wanted.model)
+        facts = leading.models.get(wanted.model)
+        if facts is not None:
+            _raise_first(context_problems(wanted.configuration, facts.config_json))
 
     async def _name_conflicts(self, name: str, wanted: DeploymentSpec) -> tuple[FieldProblem, ...]:
         entries, _ = await self._store.range(codec.prefix("deployments"))
@@ -314,7 +331,7 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         refusal: InvalidField | None = None
         for node in _ready_nodes(leading)[:INSPECT_NODES_MAX]:
             try:
-                leading.models[model] = await leading.agents.inspect(model, nodes=(node,))
+                leading.models.put(model, await leading.agents.inspect(model, nodes=(node,)))
             except RetryableError as error:
                 log.warning("%s could not be asked for %s: %s", node, model, error)
             except InvalidField as error:

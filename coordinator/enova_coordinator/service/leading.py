@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,10 +11,11 @@ from enova_common.errors import Conflict
 from enova_common.identity import Role
 from enova_common.rpc import peer_identity
 from enova_common.rpc.peer import CallContext
-from enova_coordinator.agents import Agents, ModelFacts
+from enova_coordinator.agents import Agents
 from enova_coordinator.core.model import Decision, Event, RequestRecord, Snapshot
 from enova_coordinator.core.routes import RouteTable
 from enova_coordinator.core.verdicts import Verdict
+from enova_coordinator.known_models import KnownModels
 from enova_coordinator.rollups import Rollups
 from enova_coordinator.store import Compare
 from enova_coordinator.telemetry import Telemetry
@@ -82,7 +84,7 @@ class Leading:
     rollups: Rollups
     events: Events
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
-    models: dict[str, ModelFacts] = field(default_factory=dict)
+    models: KnownModels = field(default_factory=lambda: KnownModels(now_s=time.monotonic))
 
 
 class NotLeading(Conflict):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from enova_coordinator.core.model import Deployment, DeploymentSpec, Hardware, ServingClass
-from enova_coordinator.core.validation import conflicts, name_problems, scale_problems, spec_problems
+from enova_coordinator.core.validation import conflicts, context_problems, name_problems, scale_problems, spec_problems
 
 
 def fields(**spec: object) -> list[str]:
@@ -46,6 +46,8 @@ def test_a_full_and_proper_spec_has_no_problem() -> None:
         ({"replicas": 1, "max": 2}, "replicas"),
         ({"min": 3, "max": 2}, "min"),
         ({"min": 1}, "max"),
+        ({"min": 0, "max": 0}, "max"),
+        ({"max": 0}, "max"),
         ({"hardware": Hardware(allow=("",))}, "hardware.allow[0]"),
         ({"hardware": Hardware(clusters=("a", "a"))}, "hardware.clusters[1]"),
         ({"hardware": Hardware(max_gpus=0)}, "hardware.max_gpus"),
@@ -109,3 +111,21 @@ def test_scaling_is_held_to_the_bounds_of_an_autoscaled_deployment_alone() -> No
 )
 def test_bounds_of_a_spec(spec: dict[str, int], bounds: tuple[int, int]) -> None:
     assert DeploymentSpec(model="m", **spec).bounds == bounds  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("config", "problems"),
+    [
+        ('{"max_position_embeddings": 4096}', ["configuration.max_model_len"]),
+        ('{"max_position_embeddings": 4097}', []),
+        ('{"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "yarn", "factor": 4}}', []),
+        ('{"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default"}}',
+         ["configuration.max_model_len"]),
+        ('{"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "yarn"}}', []),
+        ('{"max_position_embeddings": 4096, "model_max_length": 8192}', []),
+        ("{}", []), ("[]", []), ("", []), ("{", []),
+    ],
+)  # fmt: skip
+def test_a_context_beyond_the_models_is_named_where_its_config_says_so(config: str, problems: list[str]) -> None:
+    assert [problem.field for problem in context_problems({"max_model_len": 4097}, config)] == problems
+    assert context_problems({}, config) == ()
