@@ -243,6 +243,69 @@ async def test_apply_creates_what_is_missing_and_changes_nothing_the_second_time
     assert (await refused(api.UpdateDeployment(request))).reason == "NOT_FOUND"
 
 
+async def test_an_etag_of_what_is_missing_is_refused_and_creates_nothing(api: Api, agent: ScriptedAgent) -> None:
+    request = deployment_service_pb2.UpdateDeploymentRequest(deployment=wanted(etag="7"), allow_missing=True)
+    request.deployment.name = f"deployments/{fresh()}"
+    assert (await refused(api.UpdateDeployment(request))).reason == "ETAG_MISMATCH"
+    one = deployment_service_pb2.GetDeploymentRequest(name=request.deployment.name)
+    assert (await refused(api.GetDeployment(one))).reason == "NOT_FOUND"
+
+
+async def test_a_mask_of_everything_replaces_everything(api: Api, agent: ScriptedAgent) -> None:
+    before = await created(api, priority=3, configuration=cluster_pb2.Configuration(seed=1))
+    request = deployment_service_pb2.UpdateDeploymentRequest(
+        deployment=wanted(name=before.name, replicas=2), update_mask=FieldMask(paths=["*"])
+    )
+    after = await api.UpdateDeployment(request)
+    assert (after.replicas, after.priority, after.configuration.HasField("seed")) == (2, 0, False)
+    request.update_mask.paths.append("priority")
+    assert (await refused(api.UpdateDeployment(request))).field == "update_mask"
+
+
+async def test_a_name_that_contradicts_the_id_is_refused(api: Api, agent: ScriptedAgent) -> None:
+    request = creation(fresh())
+    request.deployment.name = "deployments/other"
+    assert (await refused(api.CreateDeployment(request))).field == "deployment.name"
+    request.deployment.name = f"deployments/{request.deployment_id}"
+    assert (await api.CreateDeployment(request)).name == request.deployment.name
+
+
+async def test_a_context_beyond_the_models_is_refused_by_its_field(
+    api: Api, coordinator: CoordinatorProcess
+) -> None:
+    async with ScriptedAgent(coordinator.address, "short").connected() as short:
+        short.models["/models/short"] = '{"max_position_embeddings": 2048}'
+        await until_async(lambda: _node_state(api, short), timeout_s=20)
+        configuration = cluster_pb2.Configuration(max_model_len=2049)
+        error = await refused(
+            api.CreateDeployment(creation(fresh(), model="/models/short", configuration=configuration))
+        )
+        assert error.field == "configuration.max_model_len"
+        assert "2048" in error.message
+        assert error.remedy
+
+
+@pytest.mark.parametrize(("revision", "reason"), [(10**9, "RESUME_REVISION_FUTURE"), (-5, "INVALID_FIELD")])
+async def test_a_watch_from_a_revision_that_never_was_is_refused(api: Api, revision: int, reason: str) -> None:
+    request = deployment_service_pb2.WatchDeploymentsRequest(resume_revision=revision)
+    error = await refused(asyncio.wait_for(anext(aiter(api.WatchDeployments(request))), CALL_TIMEOUT_S))
+    assert (error.reason, error.field) == (reason, "resume_revision")
+
+
+async def test_what_is_refused_comes_with_a_remedy(api: Api, agent: ScriptedAgent) -> None:
+    deployment = await created(api)
+    calls = (
+        api.GetDeployment(deployment_service_pb2.GetDeploymentRequest(name="deployments/nope")),
+        api.GetDecision(decision_service_pb2.GetDecisionRequest(name="decisions/nope.0000000000000001")),
+        api.ScaleDeployment(deployment_service_pb2.ScaleDeploymentRequest(name=deployment.name, replicas=-1)),
+        anext(aiter(api.StreamLogs(replica_service_pb2.StreamLogsRequest(name=deployment.name, tail_lines=-1)))),
+        api.GetTelemetry(replica_service_pb2.GetTelemetryRequest(parent="deployments/nope")),
+    )
+    for each in calls:
+        error = await refused(each)
+        assert error.remedy, error
+
+
 async def test_pages_hold_every_deployment_once(api: Api, agent: ScriptedAgent) -> None:
     made = {(await created(api)).name for _ in range(3)}
     seen: list[str] = []

@@ -34,7 +34,12 @@ class DecisionService(decision_service_pb2_grpc.DecisionServiceServicer):
         name = names.decision_name(request.name)
         entry = await self._store.get(codec.key(name))
         if entry is None:
-            raise NotFound(f"there is no {name}", field="name", metadata={"name": name})
+            raise NotFound(
+                f"there is no {name}",
+                field="name",
+                remedy="enova get decisions lists those that are kept",
+                metadata={"name": name},
+            )
         return convert.decision_message(codec.decode_as(Decision, entry.value, key=entry.key))
 
     async def ListDecisions(  # noqa: N802

@@ -118,7 +118,11 @@ class ReplicaService(replica_service_pb2_grpc.ReplicaServiceServicer):
         actor(context)
         leading = self._chair.leading()
         if not 0 <= request.tail_lines <= LOG_LINES_MAX:
-            raise InvalidField(f"must lie between 0 and {LOG_LINES_MAX}", field="tail_lines")
+            raise InvalidField(
+                f"must lie between 0 and {LOG_LINES_MAX}, not {request.tail_lines}",
+                field="tail_lines",
+                remedy="leave it out for all that is kept",
+            )
         replica = await self._writes.read(Replica, names.replica_name(request.name))
         lines = leading.agents.logs(
             replica.name, node=replica.node, tail_lines=request.tail_lines, follow=request.follow
@@ -183,16 +187,16 @@ class ReplicaService(replica_service_pb2_grpc.ReplicaServiceServicer):
         if parent.startswith("nodes/"):
             name = names.node_name(parent, "parent")
             if name not in snapshot.nodes:
-                raise NotFound(f"there is no {name}", field="parent")
+                raise NotFound(f"there is no {name}", field="parent", remedy="enova get nodes lists them")
             return [each for each in snapshot.replicas.values() if each.node == name], [name]
         if "/replicas/" in parent:
             replica = snapshot.replicas.get(names.replica_name(parent, "parent"))
             if replica is None:
-                raise NotFound(f"there is no {parent}", field="parent")
+                raise NotFound(f"there is no {parent}", field="parent", remedy="enova get replicas lists them")
             return [replica], [replica.node] if replica.node else []
         name = names.deployment_name(parent, "parent")
         if name not in snapshot.deployments:
-            raise NotFound(f"there is no {name}", field="parent")
+            raise NotFound(f"there is no {name}", field="parent", remedy="enova get deployments lists them")
         replicas = list(snapshot.replicas_of(name))
         return replicas, sorted({replica.node for replica in replicas if replica.node})
 

@@ -64,7 +64,8 @@ class Writes:
         """The stored object. Raises NotFound."""
         value, _ = await self._read(kind, name)
         if value is None:
-            raise NotFound(f"there is no {name}", field=field, metadata={"name": name})
+            remedy = f"enova get {kind.__name__.lower()}s lists what there is"
+            raise NotFound(f"there is no {name}", field=field, remedy=remedy, metadata={"name": name})
         return value
 
     async def repeated(self, done: Call) -> str | None:
