@@ -73,11 +73,6 @@ def decode_as(kind: type[T], data: bytes, *, key: str = "") -> T:
     return value
 
 
-def key_of(value: Stored) -> str:
-    """The key under which a value lies."""
-    return key(value.name)
-
-
 def key(name: str) -> str:
     """The key of a full resource name: deployments/d/replicas/r lies under replicas/d/r.
 
