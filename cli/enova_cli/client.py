@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -30,6 +32,9 @@ T = TypeVar("T")
 CALL_TIMEOUT_S = 10.0
 HOPS_MAX = 4  # a leader that changes more often than that within one call is an outage
 PAGE_SIZE = 500
+FOLLOW_TIMEOUT_S = 60.0  # a coordinator that is away longer does not come back by itself
+FOLLOW_POLL_S = 0.5
+FOLLOW_STEADY_S = 5.0  # a stream that lasted so long was well: what follows is another outage
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,12 @@ def _stubs(channel: grpc.aio.Channel) -> Stubs:
         decisions=decision_service_pb2_grpc.DecisionServiceStub(channel),
         verdicts=verdict_service_pb2_grpc.VerdictServiceStub(channel),
     )
+
+
+def _passes(error: EnovaError, *, again: bool) -> bool:
+    """Whether this is an outage that ends by itself; a new leader says LOG_UNREACHABLE until the agents find it."""
+    away = isinstance(error, Unavailable) or error.reason == "NOT_LEADER"
+    return away or (again and error.reason == "LOG_UNREACHABLE")
 
 
 class Client:
@@ -104,6 +115,38 @@ class Client:
                 yield message
         except grpc.RpcError as error:
             raise rpc.error_from_rpc(error) from error
+
+    async def follow(
+        self, method: Callable[[Stubs, bool], AsyncIterable[T]], *, endless: bool
+    ) -> AsyncIterator[T | None]:
+        """A server stream, taken up again when its coordinator goes away; None says that it has just been.
+
+        `method` is told whether it is called again. An `endless` stream is taken up even where it ended in order.
+        """
+        await self.list_nodes()  # a coordinator that never answered is not waited for
+        again, opened_at, failing_since = False, 0.0, 0.0
+        while True:
+            try:
+                await self.list_nodes()
+                opened_at = time.monotonic()
+                if again:
+                    yield None
+                async for message in self.stream(lambda stubs: method(stubs, again)):  # noqa: B023 - used within the turn
+                    yield message
+                if not endless:
+                    return
+            except EnovaError as error:
+                now = time.monotonic()
+                if not _passes(error, again=again):
+                    raise
+                if not failing_since or (opened_at and now - opened_at > FOLLOW_STEADY_S):
+                    failing_since = now
+                if now - failing_since > FOLLOW_TIMEOUT_S:
+                    error.remedy = error.remedy or "enova get nodes shows what is away; then ask again"
+                    raise
+                opened_at = 0.0
+            again = True
+            await asyncio.sleep(FOLLOW_POLL_S)
 
     async def list_deployments(self) -> list[cluster_pb2.Deployment]:
         """All deployments."""

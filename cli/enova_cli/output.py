@@ -116,6 +116,26 @@ def print_object(kind: str, value: dict[str, Any], form: Format) -> None:
             _console().print(_table(kind, [value]))
 
 
+def print_line(value: dict[str, Any], form: Format) -> None:
+    """One object of a stream, told at once: a line of JSON (for people too, of whom none asked otherwise), or YAML."""
+    match form:
+        case Format.JSON | Format.TABLE:
+            print(json.dumps(value), flush=True)
+        case Format.YAML:
+            print(yaml.safe_dump([value], sort_keys=False), end="", flush=True)
+
+
+def print_fact(value: dict[str, Any], sentence: str, form: Format) -> None:
+    """What a command has done: a sentence for people, an object for programs."""
+    match form:
+        case Format.JSON:
+            print(json.dumps(value))
+        case Format.YAML:
+            print(yaml.safe_dump(value, sort_keys=False), end="")
+        case Format.TABLE:
+            print(sentence)
+
+
 def print_description(value: dict[str, Any]) -> None:
     """Everything of one object, field by field, for people."""
     print(yaml.safe_dump({k: v for k, v in value.items() if v not in (None, "", [], {})}, sort_keys=False), end="")

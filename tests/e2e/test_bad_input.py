@@ -118,6 +118,40 @@ def test_a_trace_in_the_wrong_form_is_refused_with_its_line(serving: UpFleet, tm
     result = serving.enova("load", "steady", "--trace", str(trace), "-o", "json")
     assert (result.code, result.error["reason"]) == (1, "INVALID_TRACE")
     assert "line 3" in result.error["message"]
+    assert result.error["remedy"]
+
+
+def test_a_load_of_which_nothing_is_served_fails(serving: UpFleet) -> None:
+    # More than the model takes: the engine refuses each.
+    arguments = ("--rate", "10", "--duration", "1s", "--prompt-tokens", "5000", "--seed", "1")
+    result = serving.enova("load", "steady", *arguments, "-o", "json")
+    assert (result.code, result.error["reason"]) == (1, "UNSERVED"), result
+    assert result.value["failed"] == result.value["sent"] > 0
+    assert result.error["remedy"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("load", "steady", "--rate", "1", "--output-tokens", "-5"),
+        ("load", "steady", "--rate", "1", "--max-requests", "0"),
+        ("scale", "deployment/steady", "--replicas", "-1"),
+        ("logs", "replica/steady", "--tail", "-1"),
+    ],
+)
+def test_a_number_out_of_range_is_a_wrong_use_that_names_its_option(
+    serving: UpFleet, arguments: tuple[str, ...]
+) -> None:
+    result = serving.enova(*arguments, "-o", "json")
+    assert (result.code, result.error["field"]) == (2, arguments[-2])
+    assert result.error["remedy"]
+
+
+@pytest.mark.parametrize("what", ["deployment/nope", "replica/nope", "node/nope", "decision/nope"])
+def test_what_is_not_there_says_where_to_look(serving: UpFleet, what: str) -> None:
+    result = serving.enova("get", what, "-o", "json")
+    assert result.code == 4
+    assert result.error["remedy"].startswith("enova get ")
 
 
 async def test_an_agent_with_a_taken_name_is_refused(serving: UpFleet) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import yaml
 
 from enova_common.records import records_of_bytes
 from enova_testing.fleet import MODEL, UpFleet, up
@@ -109,11 +110,25 @@ def test_logs_of_an_engine_can_be_read(chat: UpFleet) -> None:
     result = chat.enova("logs", f"replica/{name}", "--tail", "50")
     assert result.code == 0, result.err
     assert "Application startup complete" in result.out
+    lines = chat.enova("logs", f"replica/{name}", "--tail", "2", "-o", "json").out.splitlines()
+    assert [set(json.loads(line)) for line in lines] == [{"replica", "line"}] * 2
+
+
+def test_what_is_asked_for_in_json_or_yaml_is_given_so(chat: UpFleet, tmp_path: Path) -> None:
+    answer = chat.ok("chat", "chat", "Why?", "--max-tokens", "4")
+    assert (answer["role"], answer["model"], bool(answer["content"])) == ("assistant", "chat", True)
+    made = chat.ok("certs", "init", "--dir", str(tmp_path / "certs"))
+    assert Path(made["certificate"]).exists()
+    issued = chat.ok("certs", "issue", "agent", "gpu-host-1", "--dir", str(tmp_path / "certs"))
+    assert Path(issued["key"]).exists()
+    load = chat.enova("load", "chat", "--rate", "2", "--duration", "20s", "--time-scale", "20", "-o", "yaml")
+    assert yaml.safe_load(load.out)["failed"] == 0
 
 
 def test_scale_up_and_down_by_hand_is_a_decision_by_a_user(chat: UpFleet) -> None:
     chat.ok("scale", "deployment/chat", "--replicas", "3")
-    until(lambda: sum(r["state"] == "READY" for r in chat.replicas()) == 3, timeout_s=30)
+    chat.ok("wait", "deployment/chat", "--replicas", "3", "--timeout", "30s")
+    assert sum(r["state"] == "READY" for r in chat.replicas()) == 3
     chat.ok("scale", "deployment/chat", "--replicas", "2")
     until(lambda: len(chat.replicas()) == 2, timeout_s=30)
     decisions = chat.ok("get", "decisions")
@@ -170,7 +185,7 @@ def test_apply_leaves_a_paused_policy_paused_unless_the_manifest_says_otherwise(
 
 def test_delete_frees_every_process(chat: UpFleet) -> None:
     pids = [r["pid"] for r in chat.replicas()]
-    chat.ok("delete", "deployment/chat")
+    assert chat.ok("delete", "deployment/chat") == {"name": "deployments/chat", "state": "DELETED"}
     assert chat.enova("get", "deployment/chat").code == 4
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), timeout_s=10)
 

@@ -180,6 +180,7 @@ def delete(context: Context, what: str, wait_gone: bool, timeout: float) -> None
     if what.startswith("node"):
         node = DeleteNodeRequest(name=f"nodes/{parse_kind(what)[1]}", request_id=request_id())
         context.run(lambda client: client.call(lambda s: s.nodes.DeleteNode(node, timeout=CALL_TIMEOUT_S)))
+        _tell_deleted(node.name, context.form)
         return
     name = _deployment_name(what)
 
@@ -188,13 +189,19 @@ def delete(context: Context, what: str, wait_gone: bool, timeout: float) -> None
         await client.call(lambda s: s.deployments.DeleteDeployment(request, timeout=CALL_TIMEOUT_S))
         if wait_gone:
             await _wait_gone(client, name, timeout)
+        _tell_deleted(name, context.form, gone=wait_gone)
 
     context.run(action)
 
 
+def _tell_deleted(name: str, form: output.Format, *, gone: bool = True) -> None:
+    state = "DELETED" if gone else "DELETING"
+    output.print_fact({"name": name, "state": state}, f"{output.short(name)} is {state}", form)
+
+
 @click.command()
 @click.argument("what", metavar="deployment/NAME")
-@click.option("--replicas", type=int, required=True)
+@click.option("--replicas", type=click.IntRange(min=0), required=True)
 @output_option
 @pass_context
 def scale(context: Context, what: str, replicas: int) -> None:
@@ -242,25 +249,29 @@ def resume(context: Context, what: str) -> None:
 @click.command()
 @click.argument("what", metavar="deployment/NAME")
 @click.option("--for", "condition", type=click.Choice(["ready", "deleted"]), default="ready")
+@click.option("--replicas", type=click.IntRange(min=1), default=1, help="Ready ones to wait for, if more than its min.")
 @click.option("--timeout", type=Duration(), default=120.0)
 @output_option
 @pass_context
-def wait(context: Context, what: str, condition: str, timeout: float) -> None:
+def wait(context: Context, what: str, condition: str, replicas: int, timeout: float) -> None:
     """Wait until a deployment is ready (its replicas READY and routed by every ingress), or deleted."""
     name = _deployment_name(what)
 
     async def action(client: Client) -> None:
         if condition == "deleted":
             await _wait_gone(client, name, timeout)
+            _tell_deleted(name, context.form)
             return
-        result = await wait_ready(client, name, timeout, context.form)
+        result = await wait_ready(client, name, timeout, context.form, replicas=replicas)
         output.print_object("deployments", to_plain(result), context.form)
 
     context.run(action)
 
 
-async def wait_ready(client: Client, name: str, timeout_s: float, form: output.Format) -> cluster_pb2.Deployment:
-    """The deployment once max(1, min) of its replicas are READY at its generation and routed everywhere.
+async def wait_ready(
+    client: Client, name: str, timeout_s: float, form: output.Format, *, replicas: int = 1
+) -> cluster_pb2.Deployment:
+    """The deployment once max(`replicas`, min) of its replicas are READY at its generation and routed everywhere.
 
     Raises TimedOut with what is missing, Conflict when the newest generation has failed for good.
     """
@@ -271,7 +282,7 @@ async def wait_ready(client: Client, name: str, timeout_s: float, form: output.F
         while True:
             try:
                 deployment = await client.get_deployment(name)
-                replicas = await client.list_replicas(name)
+                members = await client.list_replicas(name)
             except Unavailable as error:
                 # One that answered before is coming back; one that never did is not where we look.
                 if not answered or time.monotonic() > deadline:
@@ -280,9 +291,9 @@ async def wait_ready(client: Client, name: str, timeout_s: float, form: output.F
                 await asyncio.sleep(WAIT_POLL_S)
                 continue
             answered = True
-            if is_ready(deployment, replicas):
+            if is_ready(deployment, members, replicas):
                 return deployment
-            progress = describe_progress(deployment, replicas)
+            progress = describe_progress(deployment, members)
             status.update(progress)
             if deployment.state == cluster_pb2.Deployment.STATE_FAILED:
                 raise Conflict(
@@ -294,8 +305,8 @@ async def wait_ready(client: Client, name: str, timeout_s: float, form: output.F
             await asyncio.sleep(WAIT_POLL_S)
 
 
-def is_ready(deployment: cluster_pb2.Deployment, replicas: list[cluster_pb2.Replica]) -> bool:
-    """max(1, min) replicas READY at the current generation and in every ingress's routes."""
+def is_ready(deployment: cluster_pb2.Deployment, replicas: list[cluster_pb2.Replica], wanted: int = 1) -> bool:
+    """max(`wanted`, min) replicas READY at the current generation and in every ingress's routes."""
     if deployment.observed_generation != deployment.generation:
         return False
     minimum = deployment.replicas if deployment.HasField("replicas") else deployment.min
@@ -306,7 +317,7 @@ def is_ready(deployment: cluster_pb2.Deployment, replicas: list[cluster_pb2.Repl
         and replica.routed
         and replica.generation == deployment.generation
     ]
-    return len(good) >= max(1, minimum)
+    return len(good) >= max(wanted, minimum)
 
 
 def describe_progress(deployment: cluster_pb2.Deployment, replicas: list[cluster_pb2.Replica]) -> str:

@@ -21,13 +21,13 @@ from rich.console import Console
 from enova.v1 import cluster_pb2, decision_service_pb2
 from enova_cli.client import Client
 from enova_cli.commands.deployments import Duration
-from enova_cli.context import Context, pass_context
+from enova_cli.context import Context, output_option, pass_context
 from enova_cli.endpoint import openai_url
 from enova_cli.load.generator import Progress, Target, run_load
 from enova_cli.load.report import Report, report_table, summarise, summary_lines
-from enova_cli.output import Format, short
+from enova_cli.output import Format, print_fact, short
 from enova_cli.plain import to_plain
-from enova_common.errors import EnovaError, InvalidField, NotFound
+from enova_common.errors import EnovaError, FatalError, InvalidField, NotFound
 from enova_common.records import RequestRecord, row_of_record
 from enova_common.traces import Draws, Scenario, TraceError, TraceRequest, parse_trace
 
@@ -94,7 +94,8 @@ def trace_requests(path: Path, seed: int) -> Iterable[TraceRequest]:
     try:
         return list(parse_trace(open_trace(path), scenario=scenario, draws=Draws(source.random, source.gammavariate)))
     except TraceError as error:
-        raise InvalidField(f"{path.name} {error}", field="--trace", reason="INVALID_TRACE") from error
+        remedy = "correct it; enova reads arrival_s,prompt_tokens,output_tokens[,class], in order of arrival"
+        raise InvalidField(f"{path.name} {error}", field="--trace", reason="INVALID_TRACE", remedy=remedy) from error
 
 
 def rate_requests(
@@ -146,16 +147,16 @@ def decision_rows(decisions: Iterable[decision_service_pb2.Decision]) -> list[di
 @click.option("--trace", type=click.Path(path_type=Path), help="CSV of arrivals and lengths, .gz allowed.")
 @click.option("--rate", type=float, help="Requests per second (model time), in place of a trace.")
 @click.option("--duration", type=Duration(), default=60.0, help="With --rate, or to cut a trace (model time).")
-@click.option("--prompt-tokens", type=int, default=512)
-@click.option("--output-tokens", type=int, default=128)
-@click.option("--max-requests", type=int, help="Stop after so many.")
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=512)
+@click.option("--output-tokens", type=click.IntRange(min=1), default=128)
+@click.option("--max-requests", type=click.IntRange(min=1), help="Stop after so many.")
 @click.option("--url", help="OpenAI base URL; found through the coordinator by default.")
 @click.option("--stream/--no-stream", default=True)
 @click.option("--time-scale", type=float, envvar="ENOVA_TIME_SCALE", default=1.0, help="Of the model clock of `up`.")
 @click.option("--seed", type=int, default=0)
 @click.option("--ca", default="", help="CA of the ingress's certificate.")
 @click.option("--records", type=click.Path(path_type=Path), help="Write one enova.request/v1 row a request here.")
-@click.option("-o", "--output", "form", type=click.Choice(["table", "json"]), default="table")
+@output_option
 @pass_context
 def load(
     context: Context,
@@ -172,13 +173,11 @@ def load(
     seed: int,
     ca: str,
     records: Path | None,
-    form: str,
 ) -> None:
-    """Send traffic to SERVED_NAME and report what it met with; the last line is JSON."""
-    context.form = Format(form)
+    """Send traffic to SERVED_NAME and report what it met with; the last line is JSON, unless YAML is asked for."""
     if (trace is None) == (rate is None):
         raise click.UsageError("give one of --trace and --rate")
-    for option, value in (("--rate", rate), ("--time-scale", time_scale), ("--prompt-tokens", prompt_tokens)):
+    for option, value in (("--rate", rate), ("--time-scale", time_scale)):
         if value is not None and not 0 < value < float("inf"):
             raise click.UsageError(f"{option} must be positive")
 
@@ -202,17 +201,21 @@ def load(
         )
         deployment = await _deployment_of(client, name)
         progress = Progress()
-        console = Console(stderr=True, quiet=form != "table")
+        console = Console(stderr=True, quiet=context.form is not Format.TABLE)
         with console.status("") as status:
             ticker = asyncio.create_task(_tick(progress, status.update, len(requests)))
             report = await measured_load(client, target, islice(requests, max_requests), deployment, progress)
             ticker.cancel()
         if records is not None:
             write_records(records, progress.results)
-        if form == "table":
+        if context.form is Format.TABLE:
             Console(highlight=False).print(report_table(report))
             print("\n".join(summary_lines(report)))
-        print(json.dumps(report.to_plain()))
+        print_fact(report.to_plain(), json.dumps(report.to_plain()), context.form)
+        if report.sent and not report.served:
+            problem = next(iter(report.errors), "no answer said why")
+            remedy = f"enova explain deployment/{short(deployment)}"
+            raise FatalError(f"none of {report.sent} requests was served: {problem}", reason="UNSERVED", remedy=remedy)
 
     context.run(action)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import sys
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import click
@@ -13,6 +15,8 @@ from enova_cli.client import Client
 from enova_cli.context import Context, output_option, pass_context
 from enova_cli.plain import to_plain
 from enova_common.errors import NotFound
+
+EVENTS_SHOWN_MAX = 4096  # remembered while following, so that none is shown twice after an outage
 
 Listing = Callable[[Client], Awaitable[Sequence[Message]]]
 
@@ -46,7 +50,11 @@ async def find(client: Client, kind: str, name: str) -> dict[str, Any]:
     if kind == "replicas":
         return to_plain(await client.find_replica(name))
     if kind == "deployments":
-        return to_plain(await client.get_deployment(f"deployments/{name.removeprefix('deployments/')}"))
+        try:
+            return to_plain(await client.get_deployment(f"deployments/{name.removeprefix('deployments/')}"))
+        except NotFound as error:
+            error.remedy = error.remedy or "enova get deployments lists them"
+            raise
     for message in await KINDS[kind](client):
         plain = to_plain(message)
         full = str(plain.get("name") or plain.get("object"))
@@ -107,20 +115,34 @@ def events(context: Context, what: str, follow: bool) -> None:
         if what:
             kind, short_name = parse_kind(what)
             name = str((await find(client, kind, short_name))["name"])
-        past = [to_plain(event) for event in reversed(await client.list_events(name))]
-        output.print_objects("events", past, context.form)
         if follow:
             await _follow(client, name, context.form)
+        else:
+            past = [to_plain(event) for event in reversed(await client.list_events(name))]
+            output.print_objects("events", past, context.form)
 
     context.run(action)
 
 
 async def _follow(client: Client, name: str, form: output.Format) -> None:
+    """What is remembered, then what happens; after an outage first what is remembered of meanwhile."""
     from enova.v1.decision_service_pb2 import WatchEventsRequest
 
     request = WatchEventsRequest(object=name)
-    async for response in client.stream(lambda stubs: stubs.decisions.WatchEvents(request)):
-        output.print_objects("events", [to_plain(event) for event in response.events], form)
+    shown: deque[tuple[str, str]] = deque(maxlen=EVENTS_SHOWN_MAX)
+
+    def show(events: Iterable[Message]) -> None:
+        fresh = [plain for plain in map(to_plain, events) if (plain["name"], plain["create_time"]) not in shown]
+        shown.extend((plain["name"], plain["create_time"]) for plain in fresh)
+        if fresh and form is output.Format.TABLE:
+            output.print_objects("events", fresh, form)
+        for plain in fresh if form is not output.Format.TABLE else ():
+            output.print_line(plain, form)
+        sys.stdout.flush()
+
+    show(reversed(await client.list_events(name)))
+    async for response in client.follow(lambda stubs, _again: stubs.decisions.WatchEvents(request), endless=True):
+        show(reversed(await client.list_events(name)) if response is None else response.events)
 
 
 @click.command()

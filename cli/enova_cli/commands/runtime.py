@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterable, Iterator
 
 import aiohttp
 import click
 
 from enova.v1.node_service_pb2 import DrainNodeRequest, UncordonNodeRequest
-from enova.v1.replica_service_pb2 import RestartReplicaRequest, StreamLogsRequest
+from enova.v1.replica_service_pb2 import RestartReplicaRequest, StreamLogsRequest, StreamLogsResponse
 from enova_cli import output
-from enova_cli.client import CALL_TIMEOUT_S, Client
+from enova_cli.client import CALL_TIMEOUT_S, Client, Stubs
 from enova_cli.commands.deployments import request_id
 from enova_cli.commands.resources import parse_kind
 from enova_cli.context import Context, output_option, pass_context
@@ -35,7 +35,8 @@ def _named(what: str, kind: str) -> str:
 @click.command()
 @click.argument("what", metavar="replica/NAME")
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes.")
-@click.option("--tail", type=int, default=LOG_TAIL_LINES, help="Lines from the end.")
+@click.option("--tail", type=click.IntRange(min=0), default=LOG_TAIL_LINES, help="Lines from the end.")
+@output_option
 @pass_context
 def logs(context: Context, what: str, follow: bool, tail: int) -> None:
     """Show the log of a replica's engine."""
@@ -43,12 +44,33 @@ def logs(context: Context, what: str, follow: bool, tail: int) -> None:
 
     async def action(client: Client) -> None:
         replica = await client.find_replica(name)
-        request = StreamLogsRequest(name=replica.name, tail_lines=tail, follow=follow)
-        async for response in client.stream(lambda stubs: stubs.replicas.StreamLogs(request)):
-            for line in response.lines:
-                print(line, flush=follow)
+
+        def lines(stubs: Stubs, again: bool) -> AsyncIterable[StreamLogsResponse]:
+            request = StreamLogsRequest(name=replica.name, tail_lines=0 if again else tail, follow=follow)
+            return stubs.replicas.StreamLogs(request)
+
+        if not follow:
+            async for response in client.stream(lambda stubs: lines(stubs, again=False)):
+                _show_lines(response, replica.name, context.form)
+            return
+        away = False
+        async for news in client.follow(lines, endless=False):
+            if news is not None:
+                _show_lines(news, replica.name, context.form)
+            elif not away:
+                print("enova: the coordinator was away: lines of meanwhile are not shown", file=sys.stderr)
+            away = news is None
 
     context.run(action)
+
+
+def _show_lines(response: StreamLogsResponse, replica: str, form: output.Format) -> None:
+    for line in response.lines:
+        if form is output.Format.TABLE:
+            print(line)
+        else:
+            output.print_line({"replica": replica, "line": line}, form)
+    sys.stdout.flush()
 
 
 @click.command()
@@ -104,6 +126,7 @@ def uncordon(context: Context, what: str) -> None:
 @click.option("--url", help="OpenAI base URL; found through the coordinator by default.")
 @click.option("--max-tokens", type=int, default=256)
 @click.option("--ca", default="", help="CA of the ingress's certificate.")
+@output_option
 @pass_context
 def chat(context: Context, name: str, message: str | None, url: str | None, max_tokens: int, ca: str) -> None:
     """Talk to a model through the ingress; one message, or a conversation from the terminal."""
@@ -114,7 +137,10 @@ def chat(context: Context, name: str, message: str | None, url: str | None, max_
         texts = iter([message]) if message is not None else _typed_lines()
         for text in texts:
             history.append({"role": "user", "content": text})
-            answer = await _ask(base, name, history, max_tokens, ca)
+            people = context.form is output.Format.TABLE
+            answer = await _ask(base, name, history, max_tokens, ca, shown=people)
+            if not people:
+                output.print_line({"model": name, "role": "assistant", "content": answer}, context.form)
             history.append({"role": "assistant", "content": answer})
 
     context.run(action)
@@ -131,8 +157,8 @@ def _typed_lines() -> Iterator[str]:
         yield text
 
 
-async def _ask(base: str, name: str, history: list[dict[str, str]], max_tokens: int, ca: str) -> str:
-    """One streamed answer, printed as it comes."""
+async def _ask(base: str, name: str, history: list[dict[str, str]], max_tokens: int, ca: str, *, shown: bool) -> str:
+    """One streamed answer, printed as it comes where it is to be shown."""
     body = {"model": name, "messages": history, "max_tokens": max_tokens, "stream": True}
     timeout = aiohttp.ClientTimeout(total=CHAT_TIMEOUT_S)
     pieces: list[str] = []
@@ -154,14 +180,16 @@ async def _ask(base: str, name: str, history: list[dict[str, str]], max_tokens: 
                     raise _answer_error(response.status, json.dumps(event))
                 for choice in event.get("choices", ()):
                     pieces.append(choice.get("delta", {}).get("content") or "")
-                    print(pieces[-1], end="", flush=True)
+                    if shown:
+                        print(pieces[-1], end="", flush=True)
             else:
                 raise Unavailable("the answer broke off", reason="STREAM_CUT", remedy="ask again")
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         remedy = "is the ingress running? enova get nodes shows its address"
         message = f"no answer from {base}: {error or type(error).__name__}"
         raise Unavailable(message, reason="UNREACHABLE", remedy=remedy) from error
-    print()
+    if shown:
+        print()
     return "".join(pieces)
 
 

@@ -91,6 +91,8 @@ def test_ready_means_enough_replicas_of_this_generation_in_every_ingress() -> No
     unrouted = cluster_pb2.Replica(state=cluster_pb2.Replica.STATE_READY, routed=False, generation=3)
     old = cluster_pb2.Replica(state=cluster_pb2.Replica.STATE_READY, routed=True, generation=2)
     assert is_ready(deployment, [ready, ready])
+    assert not is_ready(deployment, [ready, ready], 3)
+    assert is_ready(deployment, [ready, ready, ready], 3)
     assert not is_ready(deployment, [ready, unrouted])
     assert not is_ready(deployment, [ready, old])
     deployment.generation = 4
