@@ -101,7 +101,11 @@ class AgentSettings:
             if _NAME.fullmatch(value) is None:
                 raise InvalidField(f"{value!r} is not a name: lower case letters, digits and dashes", field=name)
         for address in self.coordinators:
-            parse_address(address, field="coordinators")
+            if not parse_address(address, field="coordinators").is_loopback and self.tls is None:
+                raise InvalidField(
+                    f"refusing to reach {address} in plaintext", field="tls",
+                    remedy="give tls.ca, tls.cert and tls.key (enova certs init, enova certs issue), or use 127.0.0.1",
+                )
         if self.metrics_listen and not parse_address(self.metrics_listen, field="metrics_listen").is_loopback:
             raise InvalidField("must be on the loopback: it is served without TLS", field="metrics_listen")
         if self.heartbeat_timeout_s <= self.heartbeat_interval_s:

@@ -63,7 +63,8 @@ class Flag:
         if isinstance(value, bool) or not isinstance(value, kinds):
             return f"must be a{' whole' if self.kind is FlagKind.INTEGER else ''} number, not {value!r}"
         if not self.minimum <= float(value) <= self.maximum:  # type: ignore[arg-type]
-            return f"must lie between {self.minimum:g} and {self.maximum:g}, not {value!r}"
+            form = ".0f" if self.kind is FlagKind.INTEGER else "g"
+            return f"must lie between {self.minimum:{form}} and {self.maximum:{form}}, not {value!r}"
         return None
 
 
@@ -80,7 +81,7 @@ def _boolean(name: str) -> Flag:
 
 
 # The allow-list: nothing else reaches an engine's command line from a deployment. What names files, addresses or
-# code (plugins, templates, TLS, listening) is left out on purpose.
+# code (plugins, templates, TLS, listening) is left out on purpose. The same names as the API's Configuration.
 FLAGS: Mapping[str, Flag] = MappingProxyType({
     flag.name: flag
     for flag in (
@@ -101,14 +102,9 @@ FLAGS: Mapping[str, Flag] = MappingProxyType({
         _integer("num_gpu_blocks_override", 1, 1 << 30),
         _choice("scheduling_policy", "fcfs", "priority"),
         _integer("max_num_queued_reqs", 1, 1 << 20),
-        _integer("max_num_queued_tokens", 1, 1 << 30),
-        _integer("max_num_active_seqs", 1, 65536),
         _integer("stream_interval", 1, 65536),
         _integer("seed", 0, (1 << 32) - 1),
         Flag(name="load_format", kind=FlagKind.TEXT),
-        Flag(name="watermark", kind=FlagKind.NUMBER, minimum=0.0, maximum=0.999),
-        _boolean("async_scheduling"),
-        _integer("optimization_level", 0, 3),
     )
 })
 
@@ -131,14 +127,9 @@ DEFAULTS: Mapping[str, int | float | str | bool | None] = MappingProxyType({
     "num_gpu_blocks_override": None,
     "scheduling_policy": "fcfs",
     "max_num_queued_reqs": None,
-    "max_num_queued_tokens": None,
-    "max_num_active_seqs": None,
     "stream_interval": 1,
     "seed": 0,
     "load_format": "auto",
-    "watermark": 0.0,
-    "async_scheduling": None,
-    "optimization_level": 2,
 })
 
 

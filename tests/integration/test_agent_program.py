@@ -182,8 +182,10 @@ async def test_mutual_tls_all_the_way(agents: Start, tmp_path: Path) -> None:
 
 def test_plaintext_off_the_loopback_is_refused_with_a_remedy(agents: Start) -> None:
     agent = agents("192.0.2.1:7000")
-    agent.start()
-    until(lambda: "refusing to connect to 192.0.2.1:7000 in plaintext" in agent.log.read_text())
+    done = agent.call()
+    assert done.returncode == 1
+    assert "tls: refusing to reach 192.0.2.1:7000 in plaintext" in done.stderr
+    assert "enova certs issue" in done.stderr
 
 
 def test_two_agents_on_one_directory_are_refused(agents: Start) -> None:
@@ -206,6 +208,7 @@ def test_two_agents_on_one_directory_are_refused(agents: Start) -> None:
         ('gpus = "amd"', "gpus: 'amd' is not one of nvml, none, simulated"),
         ('cluster = "A B"', "cluster: 'A B' is not a name: lower case letters, digits and dashes"),
         ('coordinators = ["here"]', "coordinators: 'here' has no host"),
+        ('coordinators = ["127.0.0.1:1", "10.0.0.1:7700"]', "tls: refusing to reach 10.0.0.1:7700 in plaintext"),
     ],
 )
 def test_a_wrong_setting_is_named_and_nothing_starts(agents: Start, tmp_path: Path, line: str, problem: str) -> None:

@@ -235,6 +235,10 @@ async def test_a_wrong_setting_a_wrong_program_and_a_wrong_model_are_named(tmp_p
         view = await agent.reaches(ReplicaState.FAILED, "model")
         assert "model" in view.reason
         assert view.restarts <= 2
+        agent.assign(member("batch", max_num_seqs=100, max_num_batched_tokens=10))
+        view = await agent.reaches(ReplicaState.FAILED, "batch")
+        assert "max_num_batched_tokens (10)" in view.reason
+        assert view.restarts == 0
     async with Supervised(tmp_path / "other", with_program(QUICK, "/no/such/engine")) as agent:
         agent.assign(member())
         assert "/no/such/engine" in (await agent.reaches(ReplicaState.FAILED)).reason

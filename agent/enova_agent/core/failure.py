@@ -76,8 +76,9 @@ _PATTERNS: tuple[tuple[Fault, str, str], ...] = (
     (
         Fault.HUB_MISSING,
         "the hub has no such model or revision (check the name; a private model wants HF_TOKEN)",
-        r"RepositoryNotFoundError|Repository Not Found for url|is not a local folder and is not a valid model identifier"
-        r"|RevisionNotFoundError|Revision Not Found for url|is not a valid git identifier",
+        r"RepositoryNotFoundError|Repository Not Found for url"
+        r"|is not a local folder and is not a valid model identifier|RevisionNotFoundError"
+        r"|Revision Not Found for url|is not a valid git identifier",
     ),
     (
         Fault.HUB_UNREACHABLE,
@@ -88,7 +89,7 @@ _PATTERNS: tuple[tuple[Fault, str, str], ...] = (
     (
         Fault.MODEL,
         "the model cannot be loaded",
-        r"HFValidationError|Repo id must be|does not appear to have a file named|config\.json"
+        r"HFValidationError|Repo id must be|does not appear to have a file named|(?<!in model's )config\.json"
         r"|Can't load (?:the )?(?:configuration|tokenizer)|Unrecognized model in"
         r"|model architectures .* are not supported"
         r"|SafetensorError|OfflineModeIsEnabled|LocalEntryNotFoundError|Invalid repository ID or local directory"
@@ -99,7 +100,7 @@ _PATTERNS: tuple[tuple[Fault, str, str], ...] = (
         "the engine refuses its arguments",
         r"unrecognized arguments?|invalid choice|expected (?:one|at least one) argument|error: argument"
         r"|the following arguments are required|validation errors? for \w*Config|Value error,"
-        r"|No common block size|invalid \w+ value",
+        r"|No common block size|invalid \w+ value|is greater than the derived max_model_len",
     ),
     (
         Fault.GPU_MISSING,

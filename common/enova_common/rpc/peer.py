@@ -26,11 +26,6 @@ class Peer:
 
     identity: Identity | None
 
-    @property
-    def is_local_plaintext(self) -> bool:
-        """Whether nothing but the host vouches for it."""
-        return self.identity is None
-
     def require(self, *roles: Role) -> None:
         """Raises Denied unless the peer has one of the roles; plaintext on the loopback has all."""
         if self.identity is not None and self.identity.role not in roles:

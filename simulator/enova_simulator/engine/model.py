@@ -137,24 +137,33 @@ def _parallelism(options: Options, shape: ModelShape, environment: Mapping[str, 
     )
     count = options.gpu_count or len(visible_gpus(environment)) or parallelism.gpus
     if parallelism.gpus > count:
-        raise StartRefused(
-            f"ValueError: World size ({parallelism.gpus}) is larger than the number of available GPUs ({count}) "
+        raise _invalid(
+            "ParallelConfig",
+            f"World size ({parallelism.gpus}) is larger than the number of available GPUs ({count}) "
             "in this node."
         )
     if shape.attention_heads % parallelism.tensor:
-        raise StartRefused(
-            f"ValueError: Total number of attention heads ({shape.attention_heads}) must be divisible by tensor "
+        raise _invalid(
+            "VllmConfig",
+            f"Total number of attention heads ({shape.attention_heads}) must be divisible by tensor "
             f"parallel size ({parallelism.tensor})."
         )
     return parallelism
 
 
+def _invalid(config: str, text: str) -> StartRefused:
+    """A value that vLLM's own check of one of its configurations refuses, as pydantic words that."""
+    error = f"pydantic_core._pydantic_core.ValidationError: 1 validation error for {config}"
+    return StartRefused(f"{error}\n  Value error, {text}")
+
+
 def _sizes(options: Options, shape: ModelShape, gpu: GpuModel) -> _Sizes:
     asked = options.integer("max_model_len")
     if asked is not None and asked > shape.context_tokens:
-        raise StartRefused(
-            f"ValueError: User-specified max_model_len ({asked}) is greater than the derived max_model_len "
-            f"(max_position_embeddings={shape.context_tokens})."
+        raise _invalid(
+            "ModelConfig",
+            f"User-specified max_model_len ({asked}) is greater than the derived max_model_len "
+            f"(max_position_embeddings={shape.context_tokens} or model_max_length=None in model's config.json)."
         )
     # vLLM takes larger batches on cards of the H100's class and above.
     large = gpu.memory_bytes >= 70 * GIB and not gpu.name.startswith("A100")
@@ -162,13 +171,15 @@ def _sizes(options: Options, shape: ModelShape, gpu: GpuModel) -> _Sizes:
     max_num_batched_tokens = options.integer("max_num_batched_tokens") or max(max_num_seqs, 8192 if large else 2048)
     max_model_len = asked or shape.context_tokens
     if max_num_batched_tokens < max_num_seqs:
-        raise StartRefused(
-            f"ValueError: max_num_batched_tokens ({max_num_batched_tokens}) must be greater than or equal to "
+        raise _invalid(
+            "SchedulerConfig",
+            f"max_num_batched_tokens ({max_num_batched_tokens}) must be greater than or equal to "
             f"max_num_seqs ({max_num_seqs})."
         )
     if not options.configuration["enable_chunked_prefill"] and max_num_batched_tokens < max_model_len:
-        raise StartRefused(
-            f"ValueError: max_num_batched_tokens ({max_num_batched_tokens}) is smaller than max_model_len "
+        raise _invalid(
+            "SchedulerConfig",
+            f"max_num_batched_tokens ({max_num_batched_tokens}) is smaller than max_model_len "
             f"({max_model_len})."
         )
     return _Sizes(
@@ -204,16 +215,14 @@ def _blocks(options: Options, gpu: GpuModel, memory: MemoryFit, sizes: _Sizes) -
 
 
 def _limits(options: Options, sizes: _Sizes, blocks: int) -> Limits:
-    active = options.integer("max_num_active_seqs") or sizes.max_num_seqs
     return Limits(
         num_blocks=blocks,
         block_size=sizes.block_size,
-        max_num_seqs=min(sizes.max_num_seqs, active),
+        max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         enable_chunked_prefill=bool(options.configuration["enable_chunked_prefill"]),
         enable_prefix_caching=bool(options.configuration["enable_prefix_caching"]),
         scheduling_policy=Policy(options.text("scheduling_policy")),
-        watermark=float(options.configuration["watermark"] or 0.0),
         max_num_queued_reqs=options.integer("max_num_queued_reqs"),
     )
 

@@ -86,6 +86,12 @@ def test_failures_older_than_the_window_and_before_a_long_healthy_time_are_forgi
         ("api_server.py: error: unrecognized arguments: --max-num-sequences 4", Fault.ARGUMENT),
         ("  Value error, Sleep mode is not supported on current platform.", Fault.ARGUMENT),
         ("ValueError: No common block size for 16 (CPU_ATTN: [MultipleOf(32)])", Fault.ARGUMENT),
+        (
+            "  Value error, User-specified max_model_len (100000) is greater than the derived max_model_len "
+            "(max_position_embeddings=2048.0 or model_max_length=None in model's config.json).",
+            Fault.ARGUMENT,
+        ),
+        ("ValueError: User-specified max_model_len (9) is greater than the derived max_model_len", Fault.ARGUMENT),
         ("RuntimeError: Failed to infer device type", Fault.GPU_MISSING),
         ("Cannot access gated repo for url https://hub/api/models/org/name.", Fault.HUB_DENIED),
         ("Access to model org/name is restricted and you are not in the authorized list.", Fault.HUB_DENIED),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from enova.v1 import cluster_pb2
 from enova_common.vllm import (
     DEFAULTS,
     FLAGS,
@@ -93,3 +94,12 @@ def test_finish_reasons_are_the_labels_of_the_success_counter() -> None:
     success = next(metric for metric in METRICS if metric.name == "request_success")
     assert success.values == tuple(FinishReason)
     assert success.series_name == "vllm:request_success_total"
+
+
+def test_the_api_s_configuration_carries_the_allowed_flags_and_no_others() -> None:
+    assert set(cluster_pb2.Configuration.DESCRIPTOR.fields_by_name) == set(FLAGS)
+
+
+def test_bounds_of_whole_numbers_are_written_as_such() -> None:
+    assert FLAGS["max_model_len"].problem(0) == "must lie between 1 and 134217728, not 0"
+    assert FLAGS["gpu_memory_utilization"].problem(2.0) == "must lie between 0.01 and 1, not 2.0"
