@@ -14,8 +14,11 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from enova_agent.core.local import VERSION, AgentHello, EnginesUpdate, RoutesUpdate, encode
+from enova_agent.ingress.listener import Listener
+from enova_agent.ingress.server import guarded
 from enova_common.records import records_of_bytes
 from enova_testing.ingress_node import MODEL, IngressNode, engine, replica, route, serve, settle, started
 from enova_testing.scripted_engine import Behaviour, ScriptedEngine
@@ -292,3 +295,37 @@ async def test_nobody_learns_what_is_inside(folder: Path, session: aiohttp.Clien
                 for word in ("aiohttp", replica(0), upstream.url, "127.0.0.1"):
                     assert word not in text
         assert not upstream.bodies
+
+
+async def test_a_defect_of_the_ingress_is_answered_in_the_shape_that_clients_parse(
+    session: aiohttp.ClientSession,
+) -> None:
+    async def broken(request: web.BaseRequest) -> web.StreamResponse:
+        raise ZeroDivisionError(request.path)
+
+    listener = Listener(guarded(broken), connections_max=4, body_bytes_max=100, keepalive_s=1.0)
+    await listener.start("127.0.0.1", 0)
+    try:
+        async with session.post(f"http://{listener.address}/v1/chat/completions", json=CHAT) as answer:
+            assert answer.status == 500
+            assert answer.content_type == "application/json"
+            assert (await answer.json())["error"]["code"] == "internal_error"
+    finally:
+        await listener.close()
+
+
+async def test_metrics_forget_a_deployment_without_a_route(folder: Path, session: aiohttp.ClientSession) -> None:
+    async def labels() -> int:
+        async with session.get(node.metrics_url) as answer:
+            return (await answer.text()).count('deployment="deployments/')
+
+    async with ScriptedEngine() as upstream, started(node := IngressNode(folder, node="a", frame_interval_s=0.2)):
+        await serve([node], [(0, node, upstream.url)])
+        async with session.post(f"{node.url}/chat/completions", json=CHAT) as answer:
+            await answer.read()
+        assert await labels() > 0
+        node.agent.say(routes=RoutesUpdate(revision=99, routes=()))
+        deadline_s = asyncio.get_running_loop().time() + 5.0
+        while await labels():
+            assert asyncio.get_running_loop().time() < deadline_s
+            await asyncio.sleep(0.05)

@@ -138,6 +138,14 @@ def stream_cut() -> OpenAIError:
     )
 
 
+def internal_error() -> OpenAIError:
+    """A defect of this ingress; its log says more."""
+    return OpenAIError(
+        status=500, message="The request failed here, by no fault of its own; the operator finds why in the log.",
+        type="server_error", code="internal_error",
+    )
+
+
 def shutting_down() -> OpenAIError:
     """This ingress ends: another one takes the request."""
     return OpenAIError(

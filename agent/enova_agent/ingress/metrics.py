@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -79,6 +79,16 @@ class Metrics:
             bound.tpot.observe(record.tpot_s)
         if record.queue_s is not None:
             bound.queue.observe(record.queue_s)
+
+    def retain(self, deployments: Iterable[str]) -> None:
+        """Forget deployments that have no route any more; one that comes back counts from zero, as after a restart."""
+        kept = {"", *deployments}  # the empty name counts requests for models that nobody serves
+        for deployment, serving_class in [key for key in self._bound if key[0] not in kept]:
+            del self._bound[deployment, serving_class]
+            for metric in (self.prompt_tokens, self.output_tokens, self.ttft, self.tpot, self.queue):
+                metric.remove(deployment, serving_class)
+            for outcome in Outcome:
+                self.requests.remove(deployment, serving_class, outcome.value)
 
     def exposition(self) -> bytes:
         """All metrics as Prometheus reads them."""

@@ -17,7 +17,14 @@ from aiohttp import web
 
 from enova_agent.core.local import EnginesUpdate, HeldReplica, HeldUpdate, IngressHello, RoutesUpdate
 from enova_agent.core.model import RouteTable, RouteTarget
-from enova_agent.core.openai_errors import ingress_full, shutting_down, unknown_model, unknown_path, wrong_method
+from enova_agent.core.openai_errors import (
+    ingress_full,
+    internal_error,
+    shutting_down,
+    unknown_model,
+    unknown_path,
+    wrong_method,
+)
 from enova_agent.core.routing import Router
 from enova_agent.ingress import tls
 from enova_agent.ingress.calls import Rejected
@@ -96,8 +103,8 @@ class Ingress:
             self._owner, body_bytes_max=settings.body_bytes_max, body_timeout_s=settings.body_timeout_s,
             check_peer=settings.hop_tls is not None,
         )
-        self._openai_listener = self._listener(self._openai)
-        self._hop_listener = self._listener(self._hop)
+        self._openai_listener = self._listener(guarded(self._openai))
+        self._hop_listener = self._listener(guarded(self._hop))
         self._metrics_listener = self._listener(self._serve_metrics)
         self._link = AgentLink(settings.socket, hello=self._hello, events=self)
 
@@ -217,6 +224,7 @@ class Ingress:
                 await asyncio.to_thread(save_state, self._state_path, self._state)
 
     def _report(self) -> None:
+        self._metrics.retain(route.deployment for route in self._state.routes)
         if self._link.listening:
             self._link.send(self._summaries.take(end_s=self._clock.now()))
 
@@ -316,6 +324,25 @@ class Ingress:
             return endpoint_of_url(target.hop_address)
         except ValueError as error:
             raise Unreachable(str(error)) from error
+
+
+def guarded(handler: Handler) -> Handler:
+    """The handler, answering a defect of its own in the shape that clients parse."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except (web.HTTPException, ConnectionError):
+            raise  # what aiohttp means to answer, or nobody is left to answer to
+        except Exception:
+            if request.writer.output_size:
+                raise  # its head is gone already: only the end of the connection can say more
+            _log.exception("%s %s failed", request.method, request.path[:200])
+            response = error_response(internal_error())
+            response.force_close()  # nobody knows how much of the request was read
+            return response
+
+    return answer
 
 
 def _json(value: dict[str, object]) -> web.Response:
