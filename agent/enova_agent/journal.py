@@ -25,7 +25,10 @@ _QUARANTINED_MAX = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One engine: what it is for, and how to know it again. A pid of 0: it was about to be started."""
+    """One engine: what it is for, and how to know it again. A pid of 0: it was about to be started.
+
+    With `gave_up`, the reason, there is no engine: it failed too often in this boot, and is not to be tried again.
+    """
 
     spec: MemberSpec
     token: str
@@ -40,6 +43,7 @@ class Record:
     ready_time_s: float = 0.0
     restarts: int = 0
     shared_memory: tuple[str, ...] = ()
+    gave_up: str = ""
 
 
 class Journal:
@@ -113,6 +117,7 @@ def decode_record(value: Mapping[str, Any]) -> Record:
     known: dict[str, type | tuple[type, ...]] = {
         "token": str, "port": int, "log_path": str, "pid": int, "start_ticks": int, "boot_id": str, "ready": bool,
         "stopping": bool, "start_time_s": (int, float), "ready_time_s": (int, float), "restarts": int,
+        "gave_up": str,
     }
     fields = {name: _checked(name, value[name], kind) for name, kind in known.items() if name in value}
     names = tuple(_checked("shared_memory", name, str) for name in value.get("shared_memory", ()))

@@ -59,6 +59,7 @@ from enova_agent.core.machine import Goal, Machine, Stage
 from enova_agent.core.model import LocalEngine, MemberSpec, ReplicaView
 from enova_agent.core.phases import download, goes_on
 from enova_agent.core.progress import Verdict
+from enova_agent.disk import boot_id
 from enova_agent.host import Host, Notice
 from enova_agent.hub import room_problem
 from enova_agent.journal import Record, encode_record
@@ -159,9 +160,10 @@ class Replica:
         )
 
     def record(self) -> Record | None:
-        """What the journal keeps; None if nothing of it runs or shall run again."""
-        if self.machine.stage in (Stage.STOPPED, Stage.FAILED):
+        """What the journal keeps; None if nothing of it runs, shall run again, or must not be tried again."""
+        if self.machine.stage is Stage.STOPPED:
             return None
+        failed = self.machine.stage is Stage.FAILED
         process = self.process
         return Record(
             spec=self.spec,
@@ -170,13 +172,14 @@ class Replica:
             log_path=str(self.log_path),
             pid=process.pid if process is not None else 0,
             start_ticks=process.start_ticks if process is not None else 0,
-            boot_id=process.boot_id if process is not None else "",
+            boot_id=process.boot_id if process is not None else (boot_id() if failed else ""),
             ready=self.machine.ready_s is not None,
             stopping=self.machine.goal is Goal.STOP,
             start_time_s=self._start_time_s,
             ready_time_s=self._ready_time_s,
             restarts=self.machine.restarts,
             shared_memory=tuple(sorted(self._shared_memory)),
+            gave_up=self.machine.reason if failed else "",
         )
 
     # --- what happens to it ---
@@ -209,6 +212,14 @@ class Replica:
         if record.stopping:
             self.machine = replace(self.machine, goal=Goal.STOP)
         self.handle(Exited(now_s=self._host.monotonic(), cause=replace(cause, detail=detail)))
+
+    def adopt_failed(self, record: Record) -> None:
+        """It was given up: a new agent has no better reason to try it again."""
+        self.machine = replace(
+            self.machine, stage=Stage.FAILED, reason=record.gave_up, restarts=record.restarts,
+            since_s=self._host.monotonic(),
+        )
+        self._host.changed()
 
     def _remember(self, record: Record, process: EngineProcess) -> None:
         self.process, self.port, self._token = process, record.port, record.token

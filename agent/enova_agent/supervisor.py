@@ -27,6 +27,7 @@ from enova_agent.core.local import HeldReplica, HeldUpdate
 from enova_agent.core.machine import Goal, Stage
 from enova_agent.core.model import Assignment, Claim, LocalEngine, MemberSpec, ReplicaView
 from enova_agent.core.node import next_beat_s
+from enova_agent.disk import boot_id
 from enova_agent.engine import EngineProbe
 from enova_agent.engine_settings import EngineSettings
 from enova_agent.host import Host, Notice, Scrape
@@ -301,8 +302,13 @@ class Supervisor:
             if living is not None:
                 await self._end_stray(living)
             return
+        if record.gave_up and record.boot_id != boot_id():
+            return                             # a new boot may have mended it: it starts as if it were new
         replica = Replica(record.spec, self._host)
         self._replicas[replica.name] = replica
+        if record.gave_up:
+            replica.adopt_failed(record)
+            return
         if record.pid == 0 and living is not None:
             replica.adopt(record, living)      # started, but the agent ended before it could write so
             return

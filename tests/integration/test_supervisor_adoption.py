@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from enova_agent.core.model import Desired, MemberSpec, ReplicaState
 from enova_agent.journal import Journal, Record
 from enova_agent.process import LocalProcesses
 from enova_common.errors import Corrupt
-from enova_testing.supervised import QUICK, Supervised, complete, exists, member
+from enova_testing.supervised import QUICK, Supervised, complete, exists, member, with_program
 from enova_testing.waiting import until_async
 
 pytestmark = pytest.mark.network
@@ -105,6 +106,32 @@ async def test_an_agent_that_ended_before_the_start_starts_it(tmp_path: Path) ->
         journal.save([replace(record, pid=0, start_ticks=0, boot_id="", ready=False) for record in records])
         await agent.begin()
         await agent.reaches(ReplicaState.READY)
+
+
+async def test_what_was_given_up_stays_so_over_agents_until_a_restart_is_wanted_or_the_host_boots(
+    tmp_path: Path,
+) -> None:
+    words = (sys.executable, "-I", "-c", "print('Traceback: the end is near'); raise SystemExit(1)")
+    settings = replace(with_program(QUICK, *words), restart_attempts_max=1, restart_maximum_s=0.2)
+    async with Supervised(tmp_path, settings) as agent:
+        agent.assign(member())
+        before = await agent.reaches(ReplicaState.FAILED)
+        await agent.close()
+        await agent.begin()
+        agent.assign(member())
+        assert agent.view() == before
+        agent.assign(replace(member(), restart_nonce=1))
+        await until_async(lambda: agent.view().restarts > before.restarts)
+        failed = await agent.reaches(ReplicaState.FAILED)
+        await agent.close()
+        journal = Journal(tmp_path / "engines.json")
+        records = journal.load()
+        assert records is not None
+        assert records[0].gave_up == failed.reason
+        journal.save([replace(record, boot_id="another boot") for record in records])
+        await agent.begin()
+        agent.assign(member())
+        await until_async(lambda: not agent.view().gave_up)
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage", "older", "one byte"])
