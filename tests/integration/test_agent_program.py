@@ -19,7 +19,7 @@ from enova_common.settings import TlsSettings
 from enova_testing.agent_process import AgentProcess
 from enova_testing.fake_nvml import FakeDriver
 from enova_testing.scripted_coordinator import ScriptedCoordinator
-from enova_testing.waiting import until, until_async
+from enova_testing.waiting import until_async
 
 pytestmark = pytest.mark.network
 
