@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
 from enova_testing.fleet import ENOVA, MODEL, UpFleet
+from enova_testing.processes import is_alive
 from enova_testing.telemetry import telemetry
 from enova_testing.waiting import until
 
@@ -62,7 +62,7 @@ def test_a_killed_engine_costs_its_own_streams_and_comes_back(served: UpFleet) -
         return bool(replica and replica["state"] == "READY" and replica["pid"] != victim["pid"])
 
     until(back, timeout_s=30, what=f"restart of {victim['name']}")
-    assert not any(Path(f"/proc/{pid}").exists() for pid in descendants)
+    assert not any(is_alive(pid) for pid in descendants)
 
 
 def test_a_killed_agent_fails_no_request_and_adopts_its_engines(served: UpFleet) -> None:
@@ -103,7 +103,7 @@ def test_a_stopped_core_process_is_found_within_ten_seconds_and_mended(served: U
     until(found, timeout_s=15, what="the hang to be found")
     assert time.monotonic() - stopped_at <= 10.0 + 1.0  # one poll of the command line takes up to a second
     until(lambda: sum(r["state"] == "READY" for r in served.replicas("busy")) == 3, timeout_s=40)
-    until(lambda: not core.is_running(), timeout_s=10, what="the end of the stopped core")
+    until(lambda: not is_alive(core), timeout_s=10, what="the end of the stopped core")
 
 
 def test_a_changed_spec_that_cannot_start_keeps_the_old_replicas_serving(served: UpFleet) -> None:

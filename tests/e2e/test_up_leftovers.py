@@ -15,6 +15,7 @@ from enova_cli.up.fleet import Fleet
 from enova_cli.up.leftovers import remaining
 from enova_cli.up.plan import UpOptions
 from enova_testing.fleet import MODEL, UpFleet, run_enova, up
+from enova_testing.processes import is_alive
 from enova_testing.waiting import until
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
@@ -77,7 +78,7 @@ def test_a_smaller_fleet_ends_the_engines_of_nodes_that_it_no_longer_has(data_di
         fleet.process.wait()
         nodes = {replica["pid"]: replica["node"] for replica in fleet.replicas()}
         with up(data_dir, "--nodes", "1", "--gpu", "H100:1", "--time-scale", "100"):
-            alive = [pid for pid in engines if Path(f"/proc/{pid}").exists()]
+            alive = [pid for pid in engines if is_alive(pid)]
             assert [nodes[pid] for pid in alive] == ["nodes/node-0"]
         until(lambda: not fleet.left(), timeout_s=10.0)
 

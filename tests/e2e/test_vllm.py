@@ -22,6 +22,7 @@ import pytest
 
 from enova_common.vllm import METRIC_ALIASES, METRIC_PREFIX, METRICS, MetricKind
 from enova_testing.fleet import UpFleet, up
+from enova_testing.processes import is_alive
 from enova_testing.telemetry import settled, telemetry
 from enova_testing.waiting import until
 
@@ -69,14 +70,6 @@ def family_of(fleet: UpFleet) -> list[psutil.Process]:
 def core_of(family: list[psutil.Process]) -> psutil.Process:
     """vLLM's core process."""
     return next(p for p in family if "EngineCore" in " ".join([p.name(), *p.cmdline()]))
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """True while it is the process that was meant, and no zombie."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def shared_memory() -> set[str]:

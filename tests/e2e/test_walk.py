@@ -12,6 +12,7 @@ import yaml
 
 from enova_common.records import records_of_bytes
 from enova_testing.fleet import MODEL, UpFleet, up
+from enova_testing.processes import is_alive
 from enova_testing.telemetry import settled, telemetry
 from enova_testing.waiting import until
 
@@ -187,7 +188,7 @@ def test_delete_frees_every_process(chat: UpFleet) -> None:
     pids = [r["pid"] for r in chat.replicas()]
     assert chat.ok("delete", "deployment/chat") == {"name": "deployments/chat", "state": "DELETED"}
     assert chat.enova("get", "deployment/chat").code == 4
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), timeout_s=10)
+    until(lambda: not any(is_alive(pid) for pid in pids), timeout_s=10)
 
 
 def test_up_ends_everything_and_a_second_one_restores_its_deployments(data_dir: Path) -> None:

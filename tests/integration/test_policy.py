@@ -43,6 +43,7 @@ from enova_recommender.scaling.types import (
     VerdictKind,
 )
 from enova_testing.coordinator_process import Config, CoordinatorProcess, running_coordinator
+from enova_testing.processes import is_alive
 from enova_testing.scripted_agent import MODEL, ScriptedAgent
 from enova_testing.waiting import until_async
 
@@ -293,7 +294,7 @@ async def test_a_hung_child_delays_no_heartbeat_and_no_frame_and_decisions_come_
 
     await until_async(taken)
     await until_async(decided(channel, ACTION.ACTION_SCALE_UP), timeout_s=30)
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert not is_alive(child)
     figures = await asyncio.to_thread(coordinator.figures)
     assert figures["enova_coordinator_policy_timeouts_total"] >= 1
 

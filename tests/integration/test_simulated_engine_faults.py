@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from enova_testing.processes import is_alive
 from enova_testing.simulated_engine import SimulatedEngine
 from enova_testing.waiting import until
 
@@ -59,7 +60,7 @@ def test_crash_comes_after_so_many_requests(tmp_path: Path) -> None:
         with pytest.raises(httpx.RemoteProtocolError):
             engine.complete(max_tokens=1)
         assert engine.exit_code() == 7
-        until(lambda: not core.is_running() or core.status() == psutil.STATUS_ZOMBIE)
+        until(lambda: not is_alive(core))
 
 
 def test_core_crash_turns_health_bad(tmp_path: Path) -> None:

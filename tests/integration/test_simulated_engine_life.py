@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from enova_testing.processes import is_alive
 from enova_testing.simulated_engine import SimulatedEngine, write_tiny_model
 from enova_testing.waiting import until
 
@@ -217,4 +218,4 @@ def test_a_killed_api_server_takes_its_core_along(tmp_path: Path) -> None:
         core = engine.core
         engine.process.kill()
         assert engine.exit_code() == -signal.SIGKILL
-        until(lambda: not core.is_running() or core.status() == psutil.STATUS_ZOMBIE)
+        until(lambda: not is_alive(core))
