@@ -114,8 +114,10 @@ def complete(fleet: UpFleet, prompt: list[int], output_tokens: int) -> dict[str,
     return value
 
 
-async def stream(client: httpx.AsyncClient, fleet: UpFleet, prompt: list[int], output_tokens: int) -> str:
-    """One streamed completion: "served" if it came whole, else what went wrong."""
+async def stream(
+    client: httpx.AsyncClient, fleet: UpFleet, prompt: list[int], output_tokens: int, begun: asyncio.Event
+) -> str:
+    """One streamed completion: "served" if it came whole, else what went wrong. `begun` is set by its first line."""
     body = {"model": "tiny", "prompt": prompt, "max_tokens": output_tokens, "ignore_eos": True, "stream": True}
     last = ""
     try:
@@ -123,6 +125,7 @@ async def stream(client: httpx.AsyncClient, fleet: UpFleet, prompt: list[int], o
             if answer.status_code != 200:
                 return f"{answer.status_code} {(await answer.aread()).decode()}"
             async for line in answer.aiter_lines():
+                begun.set()
                 if '"error"' in line:
                     return line
                 last = line or last
@@ -131,12 +134,15 @@ async def stream(client: httpx.AsyncClient, fleet: UpFleet, prompt: list[int], o
     return "served" if last == "data: [DONE]" else f"ended with {last}"
 
 
-async def streams(fleet: UpFleet, count: int, prompt_tokens: int, output_tokens: int) -> list[str]:
+async def streams(
+    fleet: UpFleet, count: int, prompt_tokens: int, output_tokens: int, begun: asyncio.Event | None = None
+) -> list[str]:
     """That many at once, no two prompts alike from the first token on: no prefix is cached."""
+    first = begun or asyncio.Event()
     prompts = [[5 + (7 * n + place * (n + 3)) % 480 for place in range(prompt_tokens)] for n in range(count)]
     limits = httpx.Limits(max_connections=count)
     async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, limits=limits) as client:
-        return list(await asyncio.gather(*(stream(client, fleet, prompt, output_tokens) for prompt in prompts)))
+        return list(await asyncio.gather(*(stream(client, fleet, prompt, output_tokens, first) for prompt in prompts)))
 
 
 def test_a_streamed_completion_goes_through_the_ingress_and_is_counted(fleet: UpFleet) -> None:
@@ -214,8 +220,9 @@ async def test_long_prompts_and_saturation_are_served_and_taken_for_no_hang(flee
 async def test_a_killed_agent_fails_no_stream_and_adopts_the_engine(fleet: UpFleet) -> None:
     before = await asyncio.to_thread(replica, fleet)
     agent = fleet.pids()["agents"]["node-0"]
-    running = asyncio.create_task(streams(fleet, SEQUENCES, 20, CONTEXT - 100))
-    await asyncio.to_thread(until, lambda: telemetry(fleet, "deployments/tiny").held > 0, timeout_s=20)
+    begun = asyncio.Event()
+    running = asyncio.create_task(streams(fleet, SEQUENCES, 20, CONTEXT - 100, begun))
+    await asyncio.wait_for(begun.wait(), REQUEST_TIMEOUT_S)
     os.kill(agent, signal.SIGKILL)
     assert await running == ["served"] * SEQUENCES
     await asyncio.to_thread(until, lambda: fleet.pids()["agents"]["node-0"] != agent, timeout_s=20)
@@ -255,8 +262,9 @@ def test_a_stopped_core_process_is_found_within_ten_seconds_and_mended(fleet: Up
 async def test_a_dead_core_process_is_a_crash_though_the_server_ends_with_zero(fleet: UpFleet) -> None:
     old = await asyncio.to_thread(replica, fleet)
     family = await asyncio.to_thread(family_of, fleet)
-    running = asyncio.create_task(streams(fleet, 4, 20, CONTEXT - 100))
-    await asyncio.to_thread(until, lambda: telemetry(fleet, "deployments/tiny").held > 0, timeout_s=20)
+    begun = asyncio.Event()
+    running = asyncio.create_task(streams(fleet, 4, 20, CONTEXT - 100, begun))
+    await asyncio.wait_for(begun.wait(), REQUEST_TIMEOUT_S)
     os.kill(core_of(family).pid, signal.SIGKILL)
     killed_at = time.monotonic()
     answers = await running
@@ -299,8 +307,9 @@ async def test_deleting_finishes_what_runs_and_leaves_no_process_port_or_shared_
     family = await asyncio.to_thread(family_of, fleet)
     segments = mapped_by(family)
     endpoint = (await asyncio.to_thread(replica, fleet))["endpoint"]
-    running = asyncio.create_task(streams(fleet, 4, 20, CONTEXT - 100))
-    await asyncio.to_thread(until, lambda: telemetry(fleet, "deployments/tiny").held > 0, timeout_s=20)
+    begun = asyncio.Event()
+    running = asyncio.create_task(streams(fleet, 4, 20, CONTEXT - 100, begun))
+    await asyncio.wait_for(begun.wait(), REQUEST_TIMEOUT_S)
     await asyncio.to_thread(fleet.ok, "delete", "deployment/tiny")
     assert await running == ["served"] * 4
     assert not any(map(is_alive, family))

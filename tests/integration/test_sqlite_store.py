@@ -225,7 +225,9 @@ async def test_cancelled_caller_does_not_hide_its_write_from_watchers(tmp_path: 
             # It was either taken back before it began, or it happened and is told.
             if await store.get(key) is not None:
                 await watch.until_key(key, 2.0)
-        assert len(watch.batches) > 1
+        # How many were taken back is the scheduler's affair; one that nobody cancels is told in any case.
+        await put(store, "/enova/test/last", b"")
+        await watch.until_key("/enova/test/last", 2.0)
     await store.close()
 
 
