@@ -299,7 +299,7 @@ def test_time_scale_makes_model_seconds_pass_faster(tmp_path: Path) -> None:
 
 
 def test_gpu_readings_follow_the_load(tmp_path: Path) -> None:
-    words = ("--tensor-parallel-size", "2", "--simulated-gpu", "A100-80G", "--simulated-time-scale", "10")
+    words = ("--tensor-parallel-size", "2", "--simulated-gpu", "A100-80G", "--simulated-time-scale", "3")
     visible = {"CUDA_VISIBLE_DEVICES": "GPU-aa,GPU-bb"}
     with SimulatedEngine(tmp_path, *words, environment=visible) as engine:
 
@@ -312,7 +312,7 @@ def test_gpu_readings_follow_the_load(tmp_path: Path) -> None:
         assert idle[0]["name"] == "NVIDIA A100-SXM4-80GB"
         assert idle[0]["utilization"] == 0
         assert 0.85 < idle[0]["memory_used_bytes"] / idle[0]["memory_total_bytes"] < 0.95
-        call = Call(engine, max_tokens=1500)
+        call = Call(engine, max_tokens=1500)  # seconds of work, however late the readings come
         until(lambda: read()[0]["utilization"] > 0.95)
         assert read()[0]["power_w"] > idle[0]["power_w"]
         call.join()

@@ -10,6 +10,7 @@ the first byte a failure becomes a last event that clients raise on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import re
@@ -329,7 +330,9 @@ class Entry:
                 await self._send(response, cut.event())
             if stream.events.error is not None:
                 outcome, reason = Outcome.CUT, "engine_error"
-            await response.write_eof()
+            # Every event has been handed over, the end marker included: who hangs up on it was served all the same.
+            with contextlib.suppress(ConnectionResetError):
+                await response.write_eof()
         finally:
             exchange.usage, exchange.finish_reason = stream.events.usage, stream.events.finish_reason
             if outcome is Outcome.CUT and reason != "engine_error":
