@@ -29,6 +29,7 @@ class Behaviour(StrEnum):
     ENDS_EARLY = "ENDS_EARLY"          # the stream ends in good order, but before its end marker
     HANG = "HANG"                      # never a byte
     STALL = "STALL"                    # a token, then nothing
+    LINGERS = "LINGERS"                # after the end marker the answer stays open for a while
     PREFILL = "PREFILL"                # the head of a stream at once, as vLLM does, its first token only when released
 
 
@@ -136,6 +137,8 @@ class ScriptedEngine:
             usage = {"prompt_tokens": 7, "completion_tokens": self.tokens, "total_tokens": 7 + self.tokens}
             await response.write(_event({**base, "choices": [], "usage": usage}))
         await response.write(b"data: [DONE]\n\n")
+        if self.behaviour is Behaviour.LINGERS:
+            await asyncio.Event().wait()
         return response
 
 

@@ -278,6 +278,20 @@ async def test_a_client_that_goes_away_ends_the_engines_work_within_a_second(
         assert [record.outcome for record in a.flushed()] == [Outcome.CANCELLED]
 
 
+async def test_a_client_that_hangs_up_on_the_end_marker_was_served(
+    folder: Path, session: aiohttp.ClientSession
+) -> None:
+    async with ScriptedEngine(behaviour=Behaviour.LINGERS) as upstream:
+        async with started(node := IngressNode(folder, node="a")):
+            await serve([node], [(0, node, upstream.url)])
+            answer = await session.post(f"{node.url}/chat/completions", json={**CHAT, "stream": True})
+            while (await answer.content.readline()).strip() != b"data: [DONE]":
+                pass
+            answer.close()
+            await until_async(lambda: upstream.cancelled == 1)
+        assert [(record.outcome, record.output_tokens) for record in node.flushed()] == [(Outcome.FINISHED, 5)]
+
+
 async def test_a_full_queue_answers_429_and_priority_goes_first(folder: Path, session: aiohttp.ClientSession) -> None:
     classes = (ServingClass(name="normal", priority=10), ServingClass(name="urgent", priority=1))
     async with ScriptedEngine(tokens=1) as upstream, started(

@@ -190,9 +190,9 @@ def test_requests_beyond_max_num_seqs_wait_and_the_urgent_are_served_first(tmp_p
     with SimulatedEngine(tmp_path, "--max-num-seqs", "1", "--scheduling-policy", "priority") as engine:
         first = Call(engine, max_tokens=150)
         until(lambda: engine.metrics()["vllm:num_requests_running"] == 1)
-        idle = Call(engine, max_tokens=2, priority=5)
+        idle = Call(engine, max_tokens=150, priority=5)
         until(lambda: engine.metrics()["vllm:num_requests_waiting"] == 1)
-        urgent = Call(engine, max_tokens=2, priority=-5)
+        urgent = Call(engine, max_tokens=150, priority=-5)
         until(lambda: engine.metrics()['vllm:num_requests_waiting_by_reason{reason="capacity"}'] == 2)
         for call in (first, idle, urgent):
             call.join()

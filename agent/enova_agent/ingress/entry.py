@@ -152,6 +152,8 @@ class Entry:
             response, outcome, reason = await self._serve(request, exchange)
             return response
         finally:
+            if exchange.told_end and outcome is Outcome.CANCELLED:
+                outcome, reason = Outcome.FINISHED, ""
             record = exchange.ended(outcome, reason=reason)
             exchange.settle(self._summaries, record)
             if not exchange.canary:
@@ -322,6 +324,7 @@ class Entry:
         try:
             await response.prepare(request)
             await self._send(response, stream.first)
+            exchange.told_end = stream.events.done and stream.events.error is None
             try:
                 await self._pump(response, exchange, stream)
             except (UpstreamError, EventTooLarge) as error:
@@ -330,7 +333,7 @@ class Entry:
                 await self._send(response, cut.event())
             if stream.events.error is not None:
                 outcome, reason = Outcome.CUT, "engine_error"
-            # Every event has been handed over, the end marker included: who hangs up on it was served all the same.
+            # Every event has been handed over: who hangs up on the end marker was served all the same.
             with contextlib.suppress(ConnectionResetError):
                 await response.write_eof()
         finally:
@@ -347,6 +350,7 @@ class Entry:
             passed = events.feed(piece)
             if passed:
                 await self._send(response, passed)
+                exchange.told_end = events.done and events.error is None
         if not events.done and events.error is None:
             raise Broken("the stream ended without its end marker")
 

@@ -84,6 +84,7 @@ class Exchange:
     last_s: float | None = None
     usage: Usage | None = None
     finish_reason: str = ""
+    told_end: bool = False  # the client was handed its stream's end marker: it is served, whatever it does next
     _held: Key | None = field(default=None)
 
     def aimed(self, summaries: Summaries, replica: str) -> None:
