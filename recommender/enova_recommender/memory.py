@@ -13,7 +13,10 @@ from enova_recommender.types import (
     ELEMENT_BYTES,
     QUANTIZED_WEIGHT_BYTES,
     SINGLE_GPU,
+    Block,
+    Experts,
     GpuModel,
+    Mlp,
     ModelShape,
     Parallelism,
     Precision,
@@ -63,18 +66,29 @@ def kv_bytes_per_token(shape: ModelShape, precision: Precision = AS_PUBLISHED, *
     """Bytes of keys and values of one token in all layers, on one GPU; heads are replicated beyond their number."""
     cached = precision.kv_cache_dtype
     element = plain_element_bytes(shape, precision) if cached == "auto" else ELEMENT_BYTES[cached]
-    heads = max(1, -(-shape.kv_heads // tensor_parallel))
-    return round(2 * shape.layers * heads * shape.head_dim * element)
+    layers = shape.attention_layers
+    return round(element * sum(n * mixer.cache_elements(tensor_parallel=tensor_parallel) for n, mixer in layers))
 
 
 def activation_bytes(
     shape: ModelShape, *, max_num_batched_tokens: int, max_num_seqs: int, tensor_parallel: int = 1
 ) -> int:
     """Peak of what a step holds beside weights and cache: the widest layer's tensors, or the logits of a full batch."""
-    per_token = 4 * shape.hidden_size + 3 * shape.intermediate_size // tensor_parallel
+    widest = max(map(_intermediate_elements, shape.blocks))
+    per_token = 4 * shape.hidden_size + 3 * widest // tensor_parallel
     layer = 2 * max_num_batched_tokens * per_token
     logits = max_num_seqs * shape.vocabulary_size * (2 + 4)  # gathered in 16 bits, sampled in 32
     return layer + logits
+
+
+def _intermediate_elements(block: Block) -> int:
+    """Elements that the feed-forward layer of a block makes of one token."""
+    match block.feed_forward:
+        case Mlp() as mlp:
+            return mlp.intermediate_size
+        case Experts() as moe:
+            return moe.experts_per_token * moe.intermediate_size + moe.shared_intermediate_size
+    return 0
 
 
 def fit(

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from enova_recommender.memory import kv_bytes_per_token, layer_weight_bytes, plain_element_bytes
-from enova_recommender.types import AS_PUBLISHED, SINGLE_GPU, Batch, GpuModel, ModelShape, Parallelism, Precision
+from enova_recommender.types import (
+    AS_PUBLISHED,
+    SINGLE_GPU,
+    Attention,
+    Batch,
+    GpuModel,
+    LatentAttention,
+    ModelShape,
+    Parallelism,
+    Precision,
+)
 
 
 class StepTimes(Protocol):
@@ -112,11 +122,11 @@ class Roofline:
         plain = plain_element_bytes(shape, precision)
         layer_bytes = layer_weight_bytes(shape, precision)
         # Stages of a pipeline run one after another for one batch, so only the tensor-parallel size divides.
-        self._matrix_token_s = 2 * shape.linear_parameters / tensor / (peak * part.matrix_compute)
+        self._matrix_token_s = 2 * shape.active_linear_parameters / tensor / (peak * part.matrix_compute)
         self._matrix_read_s = layer_bytes / tensor * element_s
         self._head_sequence_s = 2 * shape.embedding_parameters / tensor / (gpu.bf16_flops * part.matrix_compute)
         self._head_read_s = shape.embedding_parameters * plain / tensor * element_s
-        pair_flops = 4 * shape.layers * shape.attention_heads * shape.head_dim / tensor
+        pair_flops = sum(4 * count * _pair_elements(mixer) for count, mixer in shape.attention_layers) / tensor
         self._pair_s = pair_flops / (gpu.bf16_flops * part.attention_compute)
         kv_bytes = kv_bytes_per_token(shape, precision, tensor_parallel=tensor)
         self._context_token_s = max(
@@ -152,6 +162,13 @@ class Roofline:
             + self._collective_s
             + self._collective_token_s * tokens
         )
+
+
+def _pair_elements(mixer: Attention | LatentAttention) -> int:
+    """Multiplications of one query token with one key, and of its weight with one value, halved, over all heads."""
+    if isinstance(mixer, LatentAttention):
+        return mixer.heads * (mixer.nope_dim + mixer.rope_dim + mixer.value_dim) // 2
+    return mixer.heads * mixer.head_dim
 
 
 def _read_tokens(sequences: int, context_tokens: int, steps: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from enova_recommender.types import ELEMENT_BYTES, QUANTIZED_WEIGHT_BYTES, ModelShape
+from enova_recommender.types import ELEMENT_BYTES, QUANTIZED_WEIGHT_BYTES, Attention, Block, Mlp, ModelShape
 
 # Model types whose layers are what ModelShape describes, and whether they carry biases on q, k, v or norms on q, k.
 _QKV_BIAS = {"llama": False, "mistral": False, "qwen2": True, "qwen3": False}
@@ -35,21 +35,27 @@ def parse_shape(config: Mapping[str, object], *, name: str) -> ModelShape:
     model_type = _model_type(config)
     heads = _count(config, "num_attention_heads")
     hidden_size = _count(config, "hidden_size")
+    kv_heads = _count(config, "num_key_value_heads", heads)
+    head_dim = _count(config, "head_dim", hidden_size // heads)
+    biases = (heads + 2 * kv_heads) * head_dim if config.get("attention_bias", _QKV_BIAS[model_type]) else 0
+    norms = 2 * head_dim if model_type in _QK_NORM else 0
+    attention = Attention(heads=heads, kv_heads=kv_heads, head_dim=head_dim, extra_parameters=biases + norms)
+    layer = Block(
+        count=_count(config, "num_hidden_layers"),
+        mixer=attention,
+        feed_forward=Mlp(intermediate_size=_count(config, "intermediate_size")),
+        norm_parameters=2 * hidden_size,
+    )
     return ModelShape(
         name=name,
-        layers=_count(config, "num_hidden_layers"),
         hidden_size=hidden_size,
-        intermediate_size=_count(config, "intermediate_size"),
-        attention_heads=heads,
-        kv_heads=_count(config, "num_key_value_heads", heads),
-        head_dim=_count(config, "head_dim", hidden_size // heads),
         vocabulary_size=_count(config, "vocab_size"),
         context_tokens=_count(config, "max_position_embeddings"),
+        blocks=(layer,),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         dtype=_dtype(config),
         quantization=_quantization(config),
-        qkv_bias=bool(config.get("attention_bias", _QKV_BIAS[model_type])),
-        qk_norm=model_type in _QK_NORM,
+        extra_parameters=hidden_size,
     )
 
 

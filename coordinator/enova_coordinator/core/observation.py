@@ -121,7 +121,7 @@ def model_facts(name: str, config: Mapping[str, object] | None, *, weight_bytes:
         framework=_FRAMEWORK_OF.get(family, family) or "llama",
         size_billion=max(1, round(shape.parameters / 1e9)),
         parameters=shape.parameters,
-        kv_elements_per_token=2 * shape.layers * shape.kv_heads * shape.head_dim,
+        kv_elements_per_token=shape.kv_elements_per_token,
         attention_heads=shape.attention_heads,
         context_tokens=shape.context_tokens,
     )

@@ -6,6 +6,7 @@ import pytest
 
 from enova_recommender import catalog
 from enova_recommender.shape import ShapeError, parse_shape
+from enova_recommender.types import Attention
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -32,7 +33,9 @@ def test_parameters_are_those_of_the_published_checkpoints(name: str, parameters
 
 def test_what_a_config_leaves_out_follows_from_the_rest() -> None:
     shape = parse_shape({key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}, name="m")
-    assert (shape.kv_heads, shape.head_dim, shape.tied_embeddings) == (32, 128, False)
+    ((_, attention),) = shape.attention_layers
+    assert attention == Attention(heads=32, kv_heads=32, head_dim=128)
+    assert not shape.tied_embeddings
 
 
 def test_a_quantised_checkpoint_says_so() -> None:
