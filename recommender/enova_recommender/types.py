@@ -22,7 +22,7 @@ EXPERTS_ONLY = frozenset({"mxfp4"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """Attention that keeps keys and values of each token: multi-head, grouped or multi-query; a window makes it slide."""
+    """Attention that keeps keys and values of each token: multi-head, grouped or multi-query; it may slide."""
 
     heads: int
     kv_heads: int
