@@ -298,7 +298,7 @@ def inspect_error(request: str, error: EnovaError) -> agent_service_pb2.ConnectR
     """Why there is no answer to an InspectModelRequest."""
     return agent_service_pb2.ConnectRequest(
         inspect_model_result=agent_service_pb2.InspectModelResult(
-            request=request, error_reason=error.reason, error_message=str(error)
+            request=request, error_reason=error.reason, error_message=error.message, error_remedy=error.remedy
         )
     )
 
@@ -313,6 +313,7 @@ def log_chunk(
             lines=list(lines),
             end=end,
             error_reason=error.reason if error else "",
-            error_message=str(error) if error else "",
+            error_message=error.message if error else "",
+            error_remedy=error.remedy if error else "",
         )
     )

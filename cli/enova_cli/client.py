@@ -59,8 +59,13 @@ def _stubs(channel: grpc.aio.Channel) -> Stubs:
 
 
 def _passes(error: EnovaError, *, again: bool) -> bool:
-    """Whether this is an outage that ends by itself; a new leader says LOG_UNREACHABLE until the agents find it."""
-    away = isinstance(error, Unavailable) or error.reason == "NOT_LEADER"
+    """Whether this is an outage that ends by itself.
+
+    A new leader says LOG_UNREACHABLE until the agents find it, and knows nothing of its predecessor's events.
+    """
+    away = isinstance(error, Unavailable) or error.reason in {
+        "NOT_LEADER", "RESUME_REVISION_COMPACTED", "RESUME_REVISION_FUTURE"
+    }
     return away or (again and error.reason == "LOG_UNREACHABLE")
 
 
@@ -176,6 +181,12 @@ class Client:
         """What the coordinator remembers that happened, newest first."""
         request = decision_service_pb2.ListEventsRequest(object=obj)
         return await self._list(lambda stubs: stubs.decisions.ListEvents, request, "events")
+
+    async def events_revision(self) -> int:
+        """The revision from which events are watched on."""
+        request = decision_service_pb2.ListEventsRequest(page_size=1)
+        answer = await self.call(lambda stubs: stubs.decisions.ListEvents(request, timeout=CALL_TIMEOUT_S))
+        return answer.revision
 
     async def list_verdicts(self, obj: str = "") -> list[verdict_service_pb2.Verdict]:
         """The current verdicts."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from enova_common.errors import TooLarge
 from enova_coordinator.core.model import Event, Severity
 from enova_coordinator.core.plan import Note
 
 CAPACITY = 10_000                  # about 4 MB; an hour of a busy fleet
 QUEUE_MAX = 1000                   # events that wait for one slow reader; over it the oldest are dropped
+REVISIONS_PER_S = 1_000_000        # a revision is the event's time in microseconds, or one more than the last
 REPEAT_S = 60.0                    # the same words about the same object within this are one event
 
 
@@ -23,7 +24,8 @@ class EventLog:
         self._now_s = now_s
         self._ring: deque[Event] = deque(maxlen=capacity)
         self._last: dict[str, Event] = {}
-        self._numbers = itertools.count(1)
+        self._forgotten = int(now_s() * REVISIONS_PER_S)  # all up to here is not known, or not any more
+        self._newest = self._forgotten
         self._readers: set[asyncio.Queue[Event]] = set()
 
     def record(
@@ -35,16 +37,19 @@ class EventLog:
         same = last is not None and (last.reason, last.message) == (reason, message)
         if last is not None and same and now_s < last.create_time_s + REPEAT_S:
             return
+        self._newest = max(self._newest + 1, int(now_s * REVISIONS_PER_S))
         event = Event(
-            name=f"events/{int(now_s * 1000)}-{next(self._numbers)}",
+            name=f"events/{self._newest}",
             object=obj,
             reason=reason,
             message=message,
             create_time_s=now_s,
             severity=severity,
         )
-        if len(self._ring) == self._ring.maxlen and self._last.get(self._ring[0].object) is self._ring[0]:
-            del self._last[self._ring[0].object]
+        if len(self._ring) == self._ring.maxlen:
+            self._forgotten = _revision(self._ring[0])
+            if self._last.get(self._ring[0].object) is self._ring[0]:
+                del self._last[self._ring[0].object]
         self._ring.append(event)
         self._last[obj] = event
         for queue in self._readers:
@@ -60,11 +65,21 @@ class EventLog:
         """Newest first; of one object and all that it owns, or of everything."""
         return [event for event in reversed(self._ring) if _about(event, obj)]
 
-    async def watch(self, obj: str = "") -> AsyncIterator[Sequence[Event]]:
-        """Events from now on, as they happen."""
+    @property
+    def revision(self) -> int:
+        """Of the newest event: to watch on from. It grows from one leader to the next, as their clocks do."""
+        return self._newest
+
+    async def watch(self, obj: str = "", *, after: int = 0) -> AsyncIterator[Sequence[Event]]:
+        """Events after a revision, or from now on, as they happen. Raises TooLarge for a forgotten one."""
+        if after:
+            self._check_known(after)
         queue: asyncio.Queue[Event] = asyncio.Queue(QUEUE_MAX)
         self._readers.add(queue)
         try:
+            past = [event for event in self._ring if _revision(event) > after and _about(event, obj)] if after else []
+            if past:
+                yield past
             while True:
                 events = [await queue.get()]
                 while not queue.empty():
@@ -73,6 +88,23 @@ class EventLog:
                     yield matching
         finally:
             self._readers.discard(queue)
+
+
+    def _check_known(self, after: int) -> None:
+        if self._forgotten <= after <= self._newest:
+            return
+        future = after > self._newest
+        raise TooLarge(
+            f"revision {after} is {'still to come' if future else 'of a time that this coordinator does not remember'}",
+            reason="RESUME_REVISION_FUTURE" if future else "RESUME_REVISION_COMPACTED",
+            field="resume_revision",
+            remedy="list the events, then watch on from the revision that came with the list",
+            metadata={"oldest_revision": str(self._forgotten), "newest_revision": str(self._newest)},
+        )
+
+
+def _revision(event: Event) -> int:
+    return int(event.name.removeprefix("events/"))
 
 
 def _about(event: Event, obj: str) -> bool:

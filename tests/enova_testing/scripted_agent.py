@@ -201,6 +201,7 @@ class ScriptedAgent:
                 request=question.request,
                 error_reason="MODEL_NOT_FOUND",
                 error_message=f"{question.model} is not on this host",
+                error_remedy="check the path",
             )
         json.loads(config)
         return wire.InspectModelResult(request=question.request, config_json=config, weight_bytes=16 << 30, digest="d")

@@ -187,7 +187,7 @@ async def test_bad_input_names_its_field_and_the_system_still_serves(
 
 async def test_a_model_that_no_host_has_is_refused_with_the_hosts_reason(api: Api, agent: ScriptedAgent) -> None:
     error = await refused(api.CreateDeployment(creation(fresh(), model="/models/absent")))
-    assert (error.reason, error.field) == ("MODEL_NOT_FOUND", "model")
+    assert (error.reason, error.field, error.remedy) == ("MODEL_NOT_FOUND", "model", "check the path")
     assert "/models/absent" in error.message
 
 
@@ -492,6 +492,47 @@ async def test_a_restart_is_written_into_the_desired_state(api: Api, agent: Scri
         return next(member.restart_nonce for member in agent.assignment.members if member.replica == name)
 
     await until_async(lambda: nonce() == 1)
+
+
+async def test_node_and_replica_calls_are_tried_only_and_are_refused_on_an_old_etag(
+    api: Api, agent: ScriptedAgent
+) -> None:
+    deployment = await created(api)
+    await until_async(lambda: any(r.startswith(deployment.name) for r in agent.running))
+    name = next(r for r in agent.running if r.startswith(deployment.name))
+    replica = await api.GetReplica(replica_service_pb2.GetReplicaRequest(name=name))
+    node = await api.GetNode(node_service_pb2.GetNodeRequest(name=agent.node))
+    assert not (
+        await api.DrainNode(node_service_pb2.DrainNodeRequest(name=node.name, etag=node.etag, validate_only=True))
+    ).draining
+    await api.RestartReplica(replica_service_pb2.RestartReplicaRequest(name=name, validate_only=True))
+    assert (await api.GetNode(node_service_pb2.GetNodeRequest(name=node.name))).etag == node.etag
+    assert next(m.restart_nonce for m in agent.assignment.members if m.replica == name) == 0
+    for late in (
+        api.DrainNode(node_service_pb2.DrainNodeRequest(name=node.name, etag=node.etag + "0")),
+        api.UncordonNode(node_service_pb2.UncordonNodeRequest(name=node.name, etag="1")),
+        api.RestartReplica(replica_service_pb2.RestartReplicaRequest(name=name, etag=replica.etag + "0")),
+    ):
+        error = await refused(late)
+        assert (error.reason, error.field) == ("ETAG_MISMATCH", "etag")
+
+
+async def test_events_are_watched_on_from_where_a_list_ended(api: Api, agent: ScriptedAgent) -> None:
+    listed = await api.ListEvents(decision_service_pb2.ListEventsRequest(page_size=1))
+    deployment = await created(api)
+    request = decision_service_pb2.WatchEventsRequest(object=deployment.name, resume_revision=listed.revision)
+    call = api.WatchEvents(request)
+    first = await call.read()
+    assert first.events[0].object.startswith(deployment.name)
+    assert first.revision > listed.revision
+    call.cancel()
+    error = await refused(api.WatchEvents(decision_service_pb2.WatchEventsRequest(resume_revision=1)).read())
+    assert (error.reason, error.field) == ("RESUME_REVISION_COMPACTED", "resume_revision")
+    for watch in (
+        api.WatchEvents(decision_service_pb2.WatchEventsRequest(resume_revision=-1)),
+        api.WatchNodes(node_service_pb2.WatchNodesRequest(resume_revision=-1)),
+    ):
+        assert (await refused(watch.read())).field == "resume_revision"
 
 
 async def test_explanations_and_events_name_what_happened(api: Api, agent: ScriptedAgent) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
+
+from enova_common.errors import TooLarge
 from enova_coordinator.controller import LoopLag
 from enova_coordinator.core.model import Severity
 from enova_coordinator.events import QUEUE_MAX, EventLog
@@ -46,6 +49,34 @@ def test_the_oldest_events_are_forgotten() -> None:
     for number in range(9):
         log.record(f"nodes/{number % 2}", "A", str(number))
     assert messages(log) == ["8", "7", "6"]
+
+
+async def test_who_watches_on_from_a_list_misses_nothing_and_sees_nothing_twice() -> None:
+    clock = Clock()
+    log = EventLog(now_s=clock, capacity=4)
+    log.record("nodes/a", "A", "1")
+    seen = log.revision
+    clock.now_s -= 5.0  # a clock that is set back does not turn the order around
+    log.record("nodes/a", "A", "2")
+    log.record("nodes/b", "A", "not for it")
+    reader = log.watch("nodes/a", after=seen)
+    assert [event.message for event in await anext(reader)] == ["2"]
+    following = asyncio.ensure_future(anext(reader))
+    await asyncio.sleep(0)
+    log.record("nodes/a", "A", "3")
+    assert [event.message for event in await following] == ["3"]
+
+
+@pytest.mark.parametrize(("step", "reason"), [(-1, "RESUME_REVISION_COMPACTED"), (9, "RESUME_REVISION_FUTURE")])
+async def test_a_revision_that_is_forgotten_or_still_to_come_is_refused(step: int, reason: str) -> None:
+    log = EventLog(now_s=Clock(), capacity=3)
+    for number in range(5):
+        log.record("nodes/a", "A", str(number))
+    forgotten = log.revision - 3
+    assert len(await anext(log.watch(after=forgotten))) == 3
+    with pytest.raises(TooLarge) as refusal:
+        await anext(log.watch(after=forgotten + step))
+    assert refusal.value.reason == reason
 
 
 async def test_a_reader_gets_what_happens_and_one_that_is_slow_misses_the_oldest() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import click
 from google.protobuf.message import Message
 
 from enova_cli import output
-from enova_cli.client import Client
+from enova_cli.client import Client, Stubs
 from enova_cli.context import Context, output_option, pass_context
 from enova_cli.plain import to_plain
 from enova_common.errors import NotFound
@@ -126,9 +126,9 @@ def events(context: Context, what: str, follow: bool) -> None:
 
 async def _follow(client: Client, name: str, form: output.Format) -> None:
     """What is remembered, then what happens; after an outage first what is remembered of meanwhile."""
-    from enova.v1.decision_service_pb2 import WatchEventsRequest
+    from enova.v1.decision_service_pb2 import WatchEventsRequest, WatchEventsResponse
 
-    request = WatchEventsRequest(object=name)
+    revision = 0
     shown: deque[tuple[str, str]] = deque(maxlen=EVENTS_SHOWN_MAX)
 
     def show(events: Iterable[Message]) -> None:
@@ -140,9 +140,21 @@ async def _follow(client: Client, name: str, form: output.Format) -> None:
             output.print_line(plain, form)
         sys.stdout.flush()
 
-    show(reversed(await client.list_events(name)))
-    async for response in client.follow(lambda stubs, _again: stubs.decisions.WatchEvents(request), endless=True):
-        show(reversed(await client.list_events(name)) if response is None else response.events)
+    async def show_past() -> None:
+        nonlocal revision
+        # Asked first: what happens between the two answers is then in both, and shown once.
+        revision = await client.events_revision()
+        show(reversed(await client.list_events(name)))
+
+    def watched(stubs: Stubs, _again: bool) -> AsyncIterable[WatchEventsResponse]:
+        return stubs.decisions.WatchEvents(WatchEventsRequest(object=name, resume_revision=revision))
+
+    await show_past()
+    async for response in client.follow(watched, endless=True):
+        if response is None:
+            await show_past()
+        else:
+            show(response.events)
 
 
 @click.command()

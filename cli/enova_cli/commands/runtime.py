@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
-from collections.abc import AsyncIterable, Iterator
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
 
 import aiohttp
 import click
 
+from enova.v1.cluster_pb2 import Node
 from enova.v1.node_service_pb2 import DrainNodeRequest, UncordonNodeRequest
 from enova.v1.replica_service_pb2 import RestartReplicaRequest, StreamLogsRequest, StreamLogsResponse
 from enova_cli import output
@@ -97,12 +98,7 @@ def restart(context: Context, what: str) -> None:
 def drain(context: Context, what: str) -> None:
     """Move all replicas away from a node and place no new ones there."""
     request = DrainNodeRequest(name=f"nodes/{_named(what, 'node')}", request_id=request_id())
-
-    async def action(client: Client) -> None:
-        result = await client.call(lambda s: s.nodes.DrainNode(request, timeout=CALL_TIMEOUT_S))
-        output.print_object("nodes", to_plain(result), context.form)
-
-    context.run(action)
+    _change_node(context, lambda stubs: stubs.nodes.DrainNode(request, timeout=CALL_TIMEOUT_S))
 
 
 @click.command()
@@ -112,10 +108,12 @@ def drain(context: Context, what: str) -> None:
 def uncordon(context: Context, what: str) -> None:
     """Let a drained node take replicas again."""
     request = UncordonNodeRequest(name=f"nodes/{_named(what, 'node')}", request_id=request_id())
+    _change_node(context, lambda stubs: stubs.nodes.UncordonNode(request, timeout=CALL_TIMEOUT_S))
 
+
+def _change_node(context: Context, method: Callable[[Stubs], Awaitable[Node]]) -> None:
     async def action(client: Client) -> None:
-        result = await client.call(lambda s: s.nodes.UncordonNode(request, timeout=CALL_TIMEOUT_S))
-        output.print_object("nodes", to_plain(result), context.form)
+        output.print_object("nodes", to_plain(await client.call(method)), context.form)
 
     context.run(action)
 

@@ -179,7 +179,7 @@ def _check_replaceable(leading: Leading, before: Node, node: Node) -> None:
 def _facts(node: str, message: agent_service_pb2.ConnectRequest) -> ModelFacts | EnovaError:
     result = message.inspect_model_result
     if result.error_reason:
-        return _agent_error(result.error_reason, result.error_message, field="model")
+        return _agent_error(result, field="model")
     if len(result.config_json) > MODEL_TEXT_MAX:
         return InvalidField(f"its config.json is over {MODEL_TEXT_MAX} characters", field="model")
     return ModelFacts(
@@ -192,16 +192,19 @@ def _facts(node: str, message: agent_service_pb2.ConnectRequest) -> ModelFacts |
 
 
 def _log_error(chunk: agent_service_pb2.LogChunk) -> EnovaError:
-    return _agent_error(chunk.error_reason, chunk.error_message, field="name")
+    return _agent_error(chunk, field="name")
 
 
-def _agent_error(reason: str, message: str, *, field: str) -> EnovaError:
+def _agent_error(
+    refusal: agent_service_pb2.InspectModelResult | agent_service_pb2.LogChunk, *, field: str
+) -> EnovaError:
     """The agent's refusal as one of the caller's; what may pass by itself can be tried again."""
+    reason, message, remedy = refusal.error_reason, refusal.error_message, refusal.error_remedy
     if reason in {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL"}:
-        return Unavailable(message, reason=reason)
+        return Unavailable(message, reason=reason, remedy=remedy)
     if field == "model":
-        return InvalidField(message.removeprefix("model: "), reason=reason, field=field)
-    return CallerError(message, reason=reason)
+        return InvalidField(message, reason=reason, field=field, remedy=remedy)
+    return CallerError(message, reason=reason, remedy=remedy)
 
 
 def _response(term: int, outgoing: Outgoing) -> agent_service_pb2.ConnectResponse:

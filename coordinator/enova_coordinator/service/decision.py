@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from enova.v1 import decision_service_pb2, decision_service_pb2_grpc
-from enova_common.errors import NotFound
+from enova_common.errors import InvalidField, NotFound
 from enova_coordinator.core.explain import explain
 from enova_coordinator.core.model import Decision
 from enova_coordinator.service import convert, names, paging
@@ -76,7 +76,8 @@ class DecisionService(decision_service_pb2_grpc.DecisionServiceServicer):
     ) -> decision_service_pb2.ListEventsResponse:
         """A page of what the leader remembers that happened; newest first."""
         actor(context)
-        newest_first = self._chair.leading().events.list(request.object)
+        events = self._chair.leading().events
+        newest_first = events.list(request.object)
         size = paging.page_size(request.page_size)
         last = paging.decode_token("events", request.page_token)
         at = next((index + 1 for index, each in enumerate(newest_first) if each.name == last), 0) if last else 0
@@ -85,15 +86,24 @@ class DecisionService(decision_service_pb2_grpc.DecisionServiceServicer):
         return decision_service_pb2.ListEventsResponse(
             events=[convert.event_message(each) for each in taken],
             next_page_token=paging.encode_token("events", taken[-1].name) if more else "",
+            revision=events.revision,
         )
 
     async def WatchEvents(  # noqa: N802
         self, request: decision_service_pb2.WatchEventsRequest, context: Context
     ) -> AsyncIterator[decision_service_pb2.WatchEventsResponse]:
-        """What happens from now on."""
+        """What happened after resume_revision, or from now on, and what happens."""
         actor(context)
-        async for events in self._chair.leading().events.watch(request.object):
-            yield decision_service_pb2.WatchEventsResponse(events=[convert.event_message(each) for each in events])
+        log = self._chair.leading().events
+        if request.resume_revision < 0:
+            raise InvalidField(
+                f"{request.resume_revision} is negative", field="resume_revision", remedy="leave it out"
+            )
+        async for events in log.watch(request.object, after=request.resume_revision):
+            yield decision_service_pb2.WatchEventsResponse(
+                events=[convert.event_message(each) for each in events],
+                revision=int(events[-1].name.removeprefix("events/")),
+            )
 
     async def Explain(  # noqa: N802
         self, request: decision_service_pb2.ExplainRequest, context: Context

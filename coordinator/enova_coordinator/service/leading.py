@@ -68,8 +68,13 @@ class Events(Protocol):
         """Newest first; of one object and what belongs to it, or of all."""
         ...
 
-    def watch(self, obj: str = "") -> AsyncIterator[Sequence[Event]]:
-        """What happens from now on."""
+    @property
+    def revision(self) -> int:
+        """Of the newest event: to watch on from."""
+        ...
+
+    def watch(self, obj: str = "", *, after: int = 0) -> AsyncIterator[Sequence[Event]]:
+        """What happened after a revision, or from now on, and what happens."""
         ...
 
 

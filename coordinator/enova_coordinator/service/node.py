@@ -10,7 +10,7 @@ from typing import Any
 from google.protobuf.empty_pb2 import Empty
 
 from enova.v1 import cluster_pb2, node_service_pb2, node_service_pb2_grpc
-from enova_common.errors import Conflict, NotFound
+from enova_common.errors import Conflict, InvalidField, NotFound
 from enova_coordinator.core.model import Node, NodeState, NodeView
 from enova_coordinator.service import convert, names, paging
 from enova_coordinator.service.leading import Chair, Leading, actor
@@ -56,8 +56,15 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
     async def WatchNodes(  # noqa: N802
         self, request: node_service_pb2.WatchNodesRequest, context: Context
     ) -> AsyncIterator[node_service_pb2.WatchNodesResponse]:
-        """First every node as it is, whatever the revision, then every change but those of heartbeats alone."""
+        """First every node as it is, whatever the revision, then every change but those of heartbeats alone.
+
+        Most of a node is the leader's memory and has no history: who resumes is told everything and misses nothing.
+        """
         actor(context)
+        if request.resume_revision < 0:
+            raise InvalidField(
+                f"{request.resume_revision} is negative", field="resume_revision", remedy="leave it out"
+            )
         shown: dict[str, cluster_pb2.Node] = {}
         first = True
         while True:
@@ -105,7 +112,11 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
                 field="name",
                 remedy="stop its agent first, and wait until it is LOST; enova drain moves its replicas away",
             )
-        await self._writes.change(Node, name, lambda _: None, by=by)
+        await self._writes.change(
+            Node, name, lambda _: None, by=by, validate_only=request.validate_only, etag=request.etag
+        )
+        if request.validate_only:
+            return Empty()
         leading.agents.forget(name)
         leading.telemetry.forget_node(name)
         return Empty()
@@ -127,7 +138,9 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
             return replace(before, draining=draining, schedulable=not draining)
 
         if await self._writes.repeated(by) is None:
-            await self._writes.change(Node, name, edit, by=by)
+            await self._writes.change(
+                Node, name, edit, by=by, validate_only=request.validate_only, etag=request.etag
+            )
         view = _view(leading, name)
         return _message(leading, replace(view, node=await self._writes.read(Node, name)))
 

@@ -16,7 +16,7 @@ from enova_coordinator.core.series import GPU_FEATURES, MINUTE_S, REPLICA_FEATUR
 from enova_coordinator.service import convert, frames, names, paging
 from enova_coordinator.service.leading import Chair, Leading, actor
 from enova_coordinator.service.watching import Batch, watch
-from enova_coordinator.service.writes import Writes, call
+from enova_coordinator.service.writes import Writes, call, check_etag
 from enova_coordinator.store import Store, codec
 
 Context = Any  # grpc.aio.ServicerContext of whatever messages
@@ -105,9 +105,10 @@ class ReplicaService(replica_service_pb2_grpc.ReplicaServiceServicer):
                         field="name",
                         remedy="enova get replicas shows those that run",
                     )
+                check_etag(request.etag, before.etag, name)
                 return replace(before, restart_nonce=before.restart_nonce + 1)
 
-            await self._writes.change(Replica, name, edit, by=by)
+            await self._writes.change(Replica, name, edit, by=by, validate_only=request.validate_only)
         replica = await self._writes.read(Replica, name)
         return convert.replica_message(replica, routed=_routed(leading, replica))
 

@@ -93,14 +93,17 @@ class Writes:
         *,
         by: Call,
         validate_only: bool = False,
+        etag: str = "",
     ) -> V | None:
         """Replace the object by what `edit` makes of it (None: delete); what was written.
 
+        An `etag` is that of an object whose etag is its revision (a node): Conflict if it was changed since.
         `edit` is called again with newer values while others write in between; what it raises is raised.
         """
         leading = self._chair.leading()
         for _ in range(ATTEMPTS_MAX):
             before, revision = await self._read(kind, name)
+            check_etag(etag, str(revision), name)
             after = edit(before)
             if validate_only:
                 return after

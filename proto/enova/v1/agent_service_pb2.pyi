@@ -554,6 +554,7 @@ class InspectModelResult(_message.Message):
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     ERROR_REASON_FIELD_NUMBER: _builtins.int
     ERROR_MESSAGE_FIELD_NUMBER: _builtins.int
+    ERROR_REMEDY_FIELD_NUMBER: _builtins.int
     request: _builtins.str
     config_json: _builtins.str
     weight_bytes: _builtins.int
@@ -562,6 +563,7 @@ class InspectModelResult(_message.Message):
     vocabulary_size: _builtins.int
     error_reason: _builtins.str
     error_message: _builtins.str
+    error_remedy: _builtins.str
     def __init__(
         self,
         *,
@@ -572,10 +574,11 @@ class InspectModelResult(_message.Message):
         vocabulary_size: _builtins.int = ...,
         error_reason: _builtins.str = ...,
         error_message: _builtins.str = ...,
+        error_remedy: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "digest", b"digest", "error_message", b"error_message", "error_reason", b"error_reason", "request", b"request", "vocabulary_size", b"vocabulary_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "digest", b"digest", "error_message", b"error_message", "error_reason", b"error_reason", "error_remedy", b"error_remedy", "request", b"request", "vocabulary_size", b"vocabulary_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -618,10 +621,12 @@ class LogChunk(_message.Message):
     END_FIELD_NUMBER: _builtins.int
     ERROR_REASON_FIELD_NUMBER: _builtins.int
     ERROR_MESSAGE_FIELD_NUMBER: _builtins.int
+    ERROR_REMEDY_FIELD_NUMBER: _builtins.int
     request: _builtins.str
     end: _builtins.bool
     error_reason: _builtins.str
     error_message: _builtins.str
+    error_remedy: _builtins.str
     @_builtins.property
     def lines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -632,10 +637,11 @@ class LogChunk(_message.Message):
         end: _builtins.bool = ...,
         error_reason: _builtins.str = ...,
         error_message: _builtins.str = ...,
+        error_remedy: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "error_message", b"error_message", "error_reason", b"error_reason", "lines", b"lines", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "error_message", b"error_message", "error_reason", b"error_reason", "error_remedy", b"error_remedy", "lines", b"lines", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from enova.v1 import cluster_pb2 as enova_dot_v1_dot_cluster__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65nova/v1/node_service.proto\x12\x08\x65nova.v1\x1a\x16\x65nova/v1/cluster.proto\x1a\x1bgoogle/protobuf/empty.proto\"\x1e\n\x0eGetNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"K\n\x11ListNodesResponse\x12\x1d\n\x05nodes\x18\x01 \x03(\x0b\x32\x0e.enova.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\",\n\x11WatchNodesRequest\x12\x17\n\x0fresume_revision\x18\x01 \x01(\x03\"X\n\x12WatchNodesResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x1f\n\x07\x63hanged\x18\x02 \x03(\x0b\x32\x0e.enova.v1.Node\x12\x0f\n\x07\x64\x65leted\x18\x03 \x03(\t\"4\n\x10\x44rainNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"7\n\x13UncordonNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"5\n\x11\x44\x65leteNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t2\x8e\x03\n\x0bNodeService\x12\x33\n\x07GetNode\x12\x18.enova.v1.GetNodeRequest\x1a\x0e.enova.v1.Node\x12\x44\n\tListNodes\x12\x1a.enova.v1.ListNodesRequest\x1a\x1b.enova.v1.ListNodesResponse\x12I\n\nWatchNodes\x12\x1b.enova.v1.WatchNodesRequest\x1a\x1c.enova.v1.WatchNodesResponse0\x01\x12\x37\n\tDrainNode\x12\x1a.enova.v1.DrainNodeRequest\x1a\x0e.enova.v1.Node\x12=\n\x0cUncordonNode\x12\x1d.enova.v1.UncordonNodeRequest\x1a\x0e.enova.v1.Node\x12\x41\n\nDeleteNode\x12\x1b.enova.v1.DeleteNodeRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65nova/v1/node_service.proto\x12\x08\x65nova.v1\x1a\x16\x65nova/v1/cluster.proto\x1a\x1bgoogle/protobuf/empty.proto\"\x1e\n\x0eGetNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"K\n\x11ListNodesResponse\x12\x1d\n\x05nodes\x18\x01 \x03(\x0b\x32\x0e.enova.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\",\n\x11WatchNodesRequest\x12\x17\n\x0fresume_revision\x18\x01 \x01(\x03\"X\n\x12WatchNodesResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x1f\n\x07\x63hanged\x18\x02 \x03(\x0b\x32\x0e.enova.v1.Node\x12\x0f\n\x07\x64\x65leted\x18\x03 \x03(\t\"Y\n\x10\x44rainNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"\\\n\x13UncordonNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"Z\n\x11\x44\x65leteNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\x32\x8e\x03\n\x0bNodeService\x12\x33\n\x07GetNode\x12\x18.enova.v1.GetNodeRequest\x1a\x0e.enova.v1.Node\x12\x44\n\tListNodes\x12\x1a.enova.v1.ListNodesRequest\x1a\x1b.enova.v1.ListNodesResponse\x12I\n\nWatchNodes\x12\x1b.enova.v1.WatchNodesRequest\x1a\x1c.enova.v1.WatchNodesResponse0\x01\x12\x37\n\tDrainNode\x12\x1a.enova.v1.DrainNodeRequest\x1a\x0e.enova.v1.Node\x12=\n\x0cUncordonNode\x12\x1d.enova.v1.UncordonNodeRequest\x1a\x0e.enova.v1.Node\x12\x41\n\nDeleteNode\x12\x1b.enova.v1.DeleteNodeRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,11 +44,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHNODESRESPONSE']._serialized_start=308
   _globals['_WATCHNODESRESPONSE']._serialized_end=396
   _globals['_DRAINNODEREQUEST']._serialized_start=398
-  _globals['_DRAINNODEREQUEST']._serialized_end=450
-  _globals['_UNCORDONNODEREQUEST']._serialized_start=452
-  _globals['_UNCORDONNODEREQUEST']._serialized_end=507
-  _globals['_DELETENODEREQUEST']._serialized_start=509
-  _globals['_DELETENODEREQUEST']._serialized_end=562
-  _globals['_NODESERVICE']._serialized_start=565
-  _globals['_NODESERVICE']._serialized_end=963
+  _globals['_DRAINNODEREQUEST']._serialized_end=487
+  _globals['_UNCORDONNODEREQUEST']._serialized_start=489
+  _globals['_UNCORDONNODEREQUEST']._serialized_end=581
+  _globals['_DELETENODEREQUEST']._serialized_start=583
+  _globals['_DELETENODEREQUEST']._serialized_end=673
+  _globals['_NODESERVICE']._serialized_start=676
+  _globals['_NODESERVICE']._serialized_end=1074
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ from enova.v1 import cluster_pb2 as enova_dot_v1_dot_cluster__pb2
 from enova.v1 import telemetry_pb2 as enova_dot_v1_dot_telemetry__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65nova/v1/replica_service.proto\x12\x08\x65nova.v1\x1a\x16\x65nova/v1/cluster.proto\x1a\x18\x65nova/v1/telemetry.proto\"!\n\x11GetReplicaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListReplicasRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"T\n\x14ListReplicasResponse\x12#\n\x08replicas\x18\x01 \x03(\x0b\x32\x11.enova.v1.Replica\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"?\n\x14WatchReplicasRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x17\n\x0fresume_revision\x18\x02 \x01(\x03\"^\n\x15WatchReplicasResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\"\n\x07\x63hanged\x18\x02 \x03(\x0b\x32\x11.enova.v1.Replica\x12\x0f\n\x07\x64\x65leted\x18\x03 \x03(\t\"9\n\x15RestartReplicaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"E\n\x11StreamLogsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ntail_lines\x18\x02 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"#\n\x12StreamLogsResponse\x12\r\n\x05lines\x18\x01 \x03(\t\"7\n\x13GetTelemetryRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x10\n\x08window_s\x18\x02 \x01(\x01\"\xd4\x01\n\x14GetTelemetryResponse\x12\r\n\x05now_s\x18\x01 \x01(\x01\x12\x0e\n\x06step_s\x18\x02 \x01(\x01\x12 \n\x06series\x18\x03 \x03(\x0b\x32\x10.enova.v1.Series\x12(\n\x06totals\x18\x04 \x03(\x0b\x32\x18.enova.v1.RequestSummary\x12\'\n\x06latest\x18\x05 \x03(\x0b\x32\x17.enova.v1.ReplicaSample\x12(\n\x0blatest_gpus\x18\x06 \x03(\x0b\x32\x13.enova.v1.GpuSample\"J\n\x06Series\x12\x0e\n\x06object\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\t\x12\x0f\n\x07start_s\x18\x03 \x01(\x01\x12\x0e\n\x06values\x18\x04 \x03(\x01\x32\xd1\x03\n\x0eReplicaService\x12<\n\nGetReplica\x12\x1b.enova.v1.GetReplicaRequest\x1a\x11.enova.v1.Replica\x12M\n\x0cListReplicas\x12\x1d.enova.v1.ListReplicasRequest\x1a\x1e.enova.v1.ListReplicasResponse\x12R\n\rWatchReplicas\x12\x1e.enova.v1.WatchReplicasRequest\x1a\x1f.enova.v1.WatchReplicasResponse0\x01\x12\x44\n\x0eRestartReplica\x12\x1f.enova.v1.RestartReplicaRequest\x1a\x11.enova.v1.Replica\x12I\n\nStreamLogs\x12\x1b.enova.v1.StreamLogsRequest\x1a\x1c.enova.v1.StreamLogsResponse0\x01\x12M\n\x0cGetTelemetry\x12\x1d.enova.v1.GetTelemetryRequest\x1a\x1e.enova.v1.GetTelemetryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65nova/v1/replica_service.proto\x12\x08\x65nova.v1\x1a\x16\x65nova/v1/cluster.proto\x1a\x18\x65nova/v1/telemetry.proto\"!\n\x11GetReplicaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListReplicasRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"T\n\x14ListReplicasResponse\x12#\n\x08replicas\x18\x01 \x03(\x0b\x32\x11.enova.v1.Replica\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"?\n\x14WatchReplicasRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x17\n\x0fresume_revision\x18\x02 \x01(\x03\"^\n\x15WatchReplicasResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\"\n\x07\x63hanged\x18\x02 \x03(\x0b\x32\x11.enova.v1.Replica\x12\x0f\n\x07\x64\x65leted\x18\x03 \x03(\t\"^\n\x15RestartReplicaRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"E\n\x11StreamLogsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ntail_lines\x18\x02 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"#\n\x12StreamLogsResponse\x12\r\n\x05lines\x18\x01 \x03(\t\"7\n\x13GetTelemetryRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x10\n\x08window_s\x18\x02 \x01(\x01\"\xd4\x01\n\x14GetTelemetryResponse\x12\r\n\x05now_s\x18\x01 \x01(\x01\x12\x0e\n\x06step_s\x18\x02 \x01(\x01\x12 \n\x06series\x18\x03 \x03(\x0b\x32\x10.enova.v1.Series\x12(\n\x06totals\x18\x04 \x03(\x0b\x32\x18.enova.v1.RequestSummary\x12\'\n\x06latest\x18\x05 \x03(\x0b\x32\x17.enova.v1.ReplicaSample\x12(\n\x0blatest_gpus\x18\x06 \x03(\x0b\x32\x13.enova.v1.GpuSample\"J\n\x06Series\x12\x0e\n\x06object\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\t\x12\x0f\n\x07start_s\x18\x03 \x01(\x01\x12\x0e\n\x06values\x18\x04 \x03(\x01\x32\xd1\x03\n\x0eReplicaService\x12<\n\nGetReplica\x12\x1b.enova.v1.GetReplicaRequest\x1a\x11.enova.v1.Replica\x12M\n\x0cListReplicas\x12\x1d.enova.v1.ListReplicasRequest\x1a\x1e.enova.v1.ListReplicasResponse\x12R\n\rWatchReplicas\x12\x1e.enova.v1.WatchReplicasRequest\x1a\x1f.enova.v1.WatchReplicasResponse0\x01\x12\x44\n\x0eRestartReplica\x12\x1f.enova.v1.RestartReplicaRequest\x1a\x11.enova.v1.Replica\x12I\n\nStreamLogs\x12\x1b.enova.v1.StreamLogsRequest\x1a\x1c.enova.v1.StreamLogsResponse0\x01\x12M\n\x0cGetTelemetry\x12\x1d.enova.v1.GetTelemetryRequest\x1a\x1e.enova.v1.GetTelemetryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,17 +44,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHREPLICASRESPONSE']._serialized_start=358
   _globals['_WATCHREPLICASRESPONSE']._serialized_end=452
   _globals['_RESTARTREPLICAREQUEST']._serialized_start=454
-  _globals['_RESTARTREPLICAREQUEST']._serialized_end=511
-  _globals['_STREAMLOGSREQUEST']._serialized_start=513
-  _globals['_STREAMLOGSREQUEST']._serialized_end=582
-  _globals['_STREAMLOGSRESPONSE']._serialized_start=584
-  _globals['_STREAMLOGSRESPONSE']._serialized_end=619
-  _globals['_GETTELEMETRYREQUEST']._serialized_start=621
-  _globals['_GETTELEMETRYREQUEST']._serialized_end=676
-  _globals['_GETTELEMETRYRESPONSE']._serialized_start=679
-  _globals['_GETTELEMETRYRESPONSE']._serialized_end=891
-  _globals['_SERIES']._serialized_start=893
-  _globals['_SERIES']._serialized_end=967
-  _globals['_REPLICASERVICE']._serialized_start=970
-  _globals['_REPLICASERVICE']._serialized_end=1435
+  _globals['_RESTARTREPLICAREQUEST']._serialized_end=548
+  _globals['_STREAMLOGSREQUEST']._serialized_start=550
+  _globals['_STREAMLOGSREQUEST']._serialized_end=619
+  _globals['_STREAMLOGSRESPONSE']._serialized_start=621
+  _globals['_STREAMLOGSRESPONSE']._serialized_end=656
+  _globals['_GETTELEMETRYREQUEST']._serialized_start=658
+  _globals['_GETTELEMETRYREQUEST']._serialized_end=713
+  _globals['_GETTELEMETRYRESPONSE']._serialized_start=716
+  _globals['_GETTELEMETRYRESPONSE']._serialized_end=928
+  _globals['_SERIES']._serialized_start=930
+  _globals['_SERIES']._serialized_end=1004
+  _globals['_REPLICASERVICE']._serialized_start=1007
+  _globals['_REPLICASERVICE']._serialized_end=1472
 # @@protoc_insertion_point(module_scope)
