@@ -105,6 +105,7 @@ FLAGS: Mapping[str, Flag] = MappingProxyType({
         _integer("stream_interval", 1, 65536),
         _integer("seed", 0, (1 << 32) - 1),
         Flag(name="load_format", kind=FlagKind.TEXT),
+        _boolean("enable_expert_parallel"),
     )
 })
 
@@ -130,6 +131,7 @@ DEFAULTS: Mapping[str, int | float | str | bool | None] = MappingProxyType({
     "stream_interval": 1,
     "seed": 0,
     "load_format": "auto",
+    "enable_expert_parallel": False,
 })
 
 

@@ -20,6 +20,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Reconfiguration:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReconfigurationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reconfiguration.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RECONFIGURATION_UNSPECIFIED: _Reconfiguration.ValueType  # 0
+    """as PROPOSE"""
+    RECONFIGURATION_PROPOSE: _Reconfiguration.ValueType  # 1
+    """it is shown with its gain; a user decides"""
+    RECONFIGURATION_APPLY: _Reconfiguration.ValueType  # 2
+    """it is rolled out, replica by replica"""
+    RECONFIGURATION_OFF: _Reconfiguration.ValueType  # 3
+    """no advice at all: the engine's own defaults"""
+
+class Reconfiguration(_Reconfiguration, metaclass=_ReconfigurationEnumTypeWrapper):
+    """What becomes of a better configuration that the recommender finds for a deployment without an explicit one."""
+
+RECONFIGURATION_UNSPECIFIED: Reconfiguration.ValueType  # 0
+"""as PROPOSE"""
+RECONFIGURATION_PROPOSE: Reconfiguration.ValueType  # 1
+"""it is shown with its gain; a user decides"""
+RECONFIGURATION_APPLY: Reconfiguration.ValueType  # 2
+"""it is rolled out, replica by replica"""
+RECONFIGURATION_OFF: Reconfiguration.ValueType  # 3
+"""no advice at all: the engine's own defaults"""
+Global___Reconfiguration: _TypeAlias = Reconfiguration  # noqa: Y015
+
 class _Role:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -234,6 +262,7 @@ class Configuration(_message.Message):
     STREAM_INTERVAL_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     LOAD_FORMAT_FIELD_NUMBER: _builtins.int
+    ENABLE_EXPERT_PARALLEL_FIELD_NUMBER: _builtins.int
     tensor_parallel_size: _builtins.int
     pipeline_parallel_size: _builtins.int
     data_parallel_size: _builtins.int
@@ -254,6 +283,7 @@ class Configuration(_message.Message):
     stream_interval: _builtins.int
     seed: _builtins.int
     load_format: _builtins.str
+    enable_expert_parallel: _builtins.bool
     def __init__(
         self,
         *,
@@ -277,10 +307,11 @@ class Configuration(_message.Message):
         stream_interval: _builtins.int | None = ...,
         seed: _builtins.int | None = ...,
         load_format: _builtins.str | None = ...,
+        enable_expert_parallel: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_block_size", b"_block_size", "_data_parallel_size", b"_data_parallel_size", "_dtype", b"_dtype", "_enable_chunked_prefill", b"_enable_chunked_prefill", "_enable_prefix_caching", b"_enable_prefix_caching", "_enforce_eager", b"_enforce_eager", "_gpu_memory_utilization", b"_gpu_memory_utilization", "_kv_cache_dtype", b"_kv_cache_dtype", "_load_format", b"_load_format", "_max_model_len", b"_max_model_len", "_max_num_batched_tokens", b"_max_num_batched_tokens", "_max_num_queued_reqs", b"_max_num_queued_reqs", "_max_num_seqs", b"_max_num_seqs", "_num_gpu_blocks_override", b"_num_gpu_blocks_override", "_pipeline_parallel_size", b"_pipeline_parallel_size", "_quantization", b"_quantization", "_scheduling_policy", b"_scheduling_policy", "_seed", b"_seed", "_stream_interval", b"_stream_interval", "_tensor_parallel_size", b"_tensor_parallel_size", "block_size", b"block_size", "data_parallel_size", b"data_parallel_size", "dtype", b"dtype", "enable_chunked_prefill", b"enable_chunked_prefill", "enable_prefix_caching", b"enable_prefix_caching", "enforce_eager", b"enforce_eager", "gpu_memory_utilization", b"gpu_memory_utilization", "kv_cache_dtype", b"kv_cache_dtype", "load_format", b"load_format", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_queued_reqs", b"max_num_queued_reqs", "max_num_seqs", b"max_num_seqs", "num_gpu_blocks_override", b"num_gpu_blocks_override", "pipeline_parallel_size", b"pipeline_parallel_size", "quantization", b"quantization", "scheduling_policy", b"scheduling_policy", "seed", b"seed", "stream_interval", b"stream_interval", "tensor_parallel_size", b"tensor_parallel_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_block_size", b"_block_size", "_data_parallel_size", b"_data_parallel_size", "_dtype", b"_dtype", "_enable_chunked_prefill", b"_enable_chunked_prefill", "_enable_expert_parallel", b"_enable_expert_parallel", "_enable_prefix_caching", b"_enable_prefix_caching", "_enforce_eager", b"_enforce_eager", "_gpu_memory_utilization", b"_gpu_memory_utilization", "_kv_cache_dtype", b"_kv_cache_dtype", "_load_format", b"_load_format", "_max_model_len", b"_max_model_len", "_max_num_batched_tokens", b"_max_num_batched_tokens", "_max_num_queued_reqs", b"_max_num_queued_reqs", "_max_num_seqs", b"_max_num_seqs", "_num_gpu_blocks_override", b"_num_gpu_blocks_override", "_pipeline_parallel_size", b"_pipeline_parallel_size", "_quantization", b"_quantization", "_scheduling_policy", b"_scheduling_policy", "_seed", b"_seed", "_stream_interval", b"_stream_interval", "_tensor_parallel_size", b"_tensor_parallel_size", "block_size", b"block_size", "data_parallel_size", b"data_parallel_size", "dtype", b"dtype", "enable_chunked_prefill", b"enable_chunked_prefill", "enable_expert_parallel", b"enable_expert_parallel", "enable_prefix_caching", b"enable_prefix_caching", "enforce_eager", b"enforce_eager", "gpu_memory_utilization", b"gpu_memory_utilization", "kv_cache_dtype", b"kv_cache_dtype", "load_format", b"load_format", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_queued_reqs", b"max_num_queued_reqs", "max_num_seqs", b"max_num_seqs", "num_gpu_blocks_override", b"num_gpu_blocks_override", "pipeline_parallel_size", b"pipeline_parallel_size", "quantization", b"quantization", "scheduling_policy", b"scheduling_policy", "seed", b"seed", "stream_interval", b"stream_interval", "tensor_parallel_size", b"tensor_parallel_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_block_size", b"_block_size", "_data_parallel_size", b"_data_parallel_size", "_dtype", b"_dtype", "_enable_chunked_prefill", b"_enable_chunked_prefill", "_enable_prefix_caching", b"_enable_prefix_caching", "_enforce_eager", b"_enforce_eager", "_gpu_memory_utilization", b"_gpu_memory_utilization", "_kv_cache_dtype", b"_kv_cache_dtype", "_load_format", b"_load_format", "_max_model_len", b"_max_model_len", "_max_num_batched_tokens", b"_max_num_batched_tokens", "_max_num_queued_reqs", b"_max_num_queued_reqs", "_max_num_seqs", b"_max_num_seqs", "_num_gpu_blocks_override", b"_num_gpu_blocks_override", "_pipeline_parallel_size", b"_pipeline_parallel_size", "_quantization", b"_quantization", "_scheduling_policy", b"_scheduling_policy", "_seed", b"_seed", "_stream_interval", b"_stream_interval", "_tensor_parallel_size", b"_tensor_parallel_size", "block_size", b"block_size", "data_parallel_size", b"data_parallel_size", "dtype", b"dtype", "enable_chunked_prefill", b"enable_chunked_prefill", "enable_prefix_caching", b"enable_prefix_caching", "enforce_eager", b"enforce_eager", "gpu_memory_utilization", b"gpu_memory_utilization", "kv_cache_dtype", b"kv_cache_dtype", "load_format", b"load_format", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_queued_reqs", b"max_num_queued_reqs", "max_num_seqs", b"max_num_seqs", "num_gpu_blocks_override", b"num_gpu_blocks_override", "pipeline_parallel_size", b"pipeline_parallel_size", "quantization", b"quantization", "scheduling_policy", b"scheduling_policy", "seed", b"seed", "stream_interval", b"stream_interval", "tensor_parallel_size", b"tensor_parallel_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_block_size", b"_block_size", "_data_parallel_size", b"_data_parallel_size", "_dtype", b"_dtype", "_enable_chunked_prefill", b"_enable_chunked_prefill", "_enable_expert_parallel", b"_enable_expert_parallel", "_enable_prefix_caching", b"_enable_prefix_caching", "_enforce_eager", b"_enforce_eager", "_gpu_memory_utilization", b"_gpu_memory_utilization", "_kv_cache_dtype", b"_kv_cache_dtype", "_load_format", b"_load_format", "_max_model_len", b"_max_model_len", "_max_num_batched_tokens", b"_max_num_batched_tokens", "_max_num_queued_reqs", b"_max_num_queued_reqs", "_max_num_seqs", b"_max_num_seqs", "_num_gpu_blocks_override", b"_num_gpu_blocks_override", "_pipeline_parallel_size", b"_pipeline_parallel_size", "_quantization", b"_quantization", "_scheduling_policy", b"_scheduling_policy", "_seed", b"_seed", "_stream_interval", b"_stream_interval", "_tensor_parallel_size", b"_tensor_parallel_size", "block_size", b"block_size", "data_parallel_size", b"data_parallel_size", "dtype", b"dtype", "enable_chunked_prefill", b"enable_chunked_prefill", "enable_expert_parallel", b"enable_expert_parallel", "enable_prefix_caching", b"enable_prefix_caching", "enforce_eager", b"enforce_eager", "gpu_memory_utilization", b"gpu_memory_utilization", "kv_cache_dtype", b"kv_cache_dtype", "load_format", b"load_format", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_queued_reqs", b"max_num_queued_reqs", "max_num_seqs", b"max_num_seqs", "num_gpu_blocks_override", b"num_gpu_blocks_override", "pipeline_parallel_size", b"pipeline_parallel_size", "quantization", b"quantization", "scheduling_policy", b"scheduling_policy", "seed", b"seed", "stream_interval", b"stream_interval", "tensor_parallel_size", b"tensor_parallel_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__block_size: _TypeAlias = _typing.Literal["block_size"]  # noqa: Y015
     _WhichOneofArgType__block_size: _TypeAlias = _typing.Literal["_block_size", b"_block_size"]  # noqa: Y015
@@ -290,6 +321,8 @@ class Configuration(_message.Message):
     _WhichOneofArgType__dtype: _TypeAlias = _typing.Literal["_dtype", b"_dtype"]  # noqa: Y015
     _WhichOneofReturnType__enable_chunked_prefill: _TypeAlias = _typing.Literal["enable_chunked_prefill"]  # noqa: Y015
     _WhichOneofArgType__enable_chunked_prefill: _TypeAlias = _typing.Literal["_enable_chunked_prefill", b"_enable_chunked_prefill"]  # noqa: Y015
+    _WhichOneofReturnType__enable_expert_parallel: _TypeAlias = _typing.Literal["enable_expert_parallel"]  # noqa: Y015
+    _WhichOneofArgType__enable_expert_parallel: _TypeAlias = _typing.Literal["_enable_expert_parallel", b"_enable_expert_parallel"]  # noqa: Y015
     _WhichOneofReturnType__enable_prefix_caching: _TypeAlias = _typing.Literal["enable_prefix_caching"]  # noqa: Y015
     _WhichOneofArgType__enable_prefix_caching: _TypeAlias = _typing.Literal["_enable_prefix_caching", b"_enable_prefix_caching"]  # noqa: Y015
     _WhichOneofReturnType__enforce_eager: _TypeAlias = _typing.Literal["enforce_eager"]  # noqa: Y015
@@ -330,6 +363,8 @@ class Configuration(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dtype) -> _WhichOneofReturnType__dtype | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__enable_chunked_prefill) -> _WhichOneofReturnType__enable_chunked_prefill | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__enable_expert_parallel) -> _WhichOneofReturnType__enable_expert_parallel | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__enable_prefix_caching) -> _WhichOneofReturnType__enable_prefix_caching | None: ...
     @_typing.overload
@@ -445,6 +480,56 @@ class Hardware(_message.Message):
 Global___Hardware: _TypeAlias = Hardware  # noqa: Y015
 
 @_typing.final
+class DeploymentAdvice(_message.Message):
+    """The configuration that the recommender gave a deployment, or proposes to it, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_TYPE_FIELD_NUMBER: _builtins.int
+    CONFIGURATION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
+    COST_PER_HOUR_FIELD_NUMBER: _builtins.int
+    CAPACITY_RPS_FIELD_NUMBER: _builtins.int
+    GAIN_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    gpu_type: _builtins.str
+    """empty: there is none, for `reason`; engines run with their own defaults"""
+    reason: _builtins.str
+    """what it rests on, or why there is none"""
+    cost_per_hour: _builtins.float
+    """of one replica, USD"""
+    capacity_rps: _builtins.float
+    """of one replica, while the objectives hold"""
+    gain: _builtins.float
+    """of a proposal: share of the cost of a request that it saves"""
+    @_builtins.property
+    def configuration(self) -> Global___Configuration: ...
+    @_builtins.property
+    def explanation(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        gpu_type: _builtins.str = ...,
+        configuration: Global___Configuration | None = ...,
+        reason: _builtins.str = ...,
+        explanation: _abc.Iterable[_builtins.str] | None = ...,
+        cost_per_hour: _builtins.float = ...,
+        capacity_rps: _builtins.float = ...,
+        gain: _builtins.float = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["configuration", b"configuration", "create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_rps", b"capacity_rps", "configuration", b"configuration", "cost_per_hour", b"cost_per_hour", "create_time", b"create_time", "explanation", b"explanation", "gain", b"gain", "gpu_type", b"gpu_type", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeploymentAdvice: _TypeAlias = DeploymentAdvice  # noqa: Y015
+
+@_typing.final
 class Deployment(_message.Message):
     """What the user wants served, and how it stands."""
 
@@ -504,6 +589,9 @@ class Deployment(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     DELETE_TIME_FIELD_NUMBER: _builtins.int
     VARIANTS_FIELD_NUMBER: _builtins.int
+    RECONFIGURATION_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    PROPOSAL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """deployments/{deployment}"""
     uid: _builtins.str
@@ -529,6 +617,8 @@ class Deployment(_message.Message):
     reason: _builtins.str
     target_replicas: _builtins.int
     ready_replicas: _builtins.int
+    reconfiguration: Global___Reconfiguration.ValueType
+    """Desired."""
     @_builtins.property
     def served_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -545,6 +635,16 @@ class Deployment(_message.Message):
     def delete_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def variants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def advice(self) -> Global___DeploymentAdvice:
+        """Output only.
+        what it runs by, where `configuration` is empty
+        """
+
+    @_builtins.property
+    def proposal(self) -> Global___DeploymentAdvice:
+        """a better one, for a user to take up"""
+
     def __init__(
         self,
         *,
@@ -573,10 +673,13 @@ class Deployment(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         delete_time: _timestamp_pb2.Timestamp | None = ...,
         variants: _abc.Iterable[_builtins.str] | None = ...,
+        reconfiguration: Global___Reconfiguration.ValueType = ...,
+        advice: Global___DeploymentAdvice | None = ...,
+        proposal: Global___DeploymentAdvice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "_replicas", b"_replicas", "configuration", b"configuration", "create_time", b"create_time", "delete_time", b"delete_time", "hardware", b"hardware", "max", b"max", "min", b"min", "replicas", b"replicas", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "_replicas", b"_replicas", "advice", b"advice", "configuration", b"configuration", "create_time", b"create_time", "delete_time", b"delete_time", "hardware", b"hardware", "max", b"max", "min", b"min", "proposal", b"proposal", "replicas", b"replicas", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "_replicas", b"_replicas", "autoscaling_paused", b"autoscaling_paused", "classes", b"classes", "configuration", b"configuration", "create_time", b"create_time", "delete_time", b"delete_time", "engine", b"engine", "etag", b"etag", "generation", b"generation", "hardware", b"hardware", "max", b"max", "min", b"min", "model", b"model", "name", b"name", "observed_generation", b"observed_generation", "policy", b"policy", "priority", b"priority", "ready_replicas", b"ready_replicas", "reason", b"reason", "replicas", b"replicas", "served_names", b"served_names", "state", b"state", "target_replicas", b"target_replicas", "uid", b"uid", "update_time", b"update_time", "variants", b"variants"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "_replicas", b"_replicas", "advice", b"advice", "autoscaling_paused", b"autoscaling_paused", "classes", b"classes", "configuration", b"configuration", "create_time", b"create_time", "delete_time", b"delete_time", "engine", b"engine", "etag", b"etag", "generation", b"generation", "hardware", b"hardware", "max", b"max", "min", b"min", "model", b"model", "name", b"name", "observed_generation", b"observed_generation", "policy", b"policy", "priority", b"priority", "proposal", b"proposal", "ready_replicas", b"ready_replicas", "reason", b"reason", "reconfiguration", b"reconfiguration", "replicas", b"replicas", "served_names", b"served_names", "state", b"state", "target_replicas", b"target_replicas", "uid", b"uid", "update_time", b"update_time", "variants", b"variants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max: _TypeAlias = _typing.Literal["max"]  # noqa: Y015
     _WhichOneofArgType__max: _TypeAlias = _typing.Literal["_max", b"_max"]  # noqa: Y015

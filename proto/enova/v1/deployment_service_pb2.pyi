@@ -9,6 +9,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +20,42 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Constraint:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ConstraintEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Constraint.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONSTRAINT_UNSPECIFIED: _Constraint.ValueType  # 0
+    CONSTRAINT_MEMORY: _Constraint.ValueType  # 1
+    CONSTRAINT_LAYOUT: _Constraint.ValueType  # 2
+    CONSTRAINT_PRECISION: _Constraint.ValueType  # 3
+    CONSTRAINT_CONTEXT: _Constraint.ValueType  # 4
+    CONSTRAINT_TTFT: _Constraint.ValueType  # 5
+    CONSTRAINT_TPOT: _Constraint.ValueType  # 6
+    CONSTRAINT_KV_CACHE: _Constraint.ValueType  # 7
+    CONSTRAINT_MAX_NUM_SEQS: _Constraint.ValueType  # 8
+    CONSTRAINT_COMPUTE: _Constraint.ValueType  # 9
+    CONSTRAINT_INVENTORY: _Constraint.ValueType  # 10
+    CONSTRAINT_COST: _Constraint.ValueType  # 11
+
+class Constraint(_Constraint, metaclass=_ConstraintEnumTypeWrapper):
+    """What keeps a configuration from being better, or from being possible."""
+
+CONSTRAINT_UNSPECIFIED: Constraint.ValueType  # 0
+CONSTRAINT_MEMORY: Constraint.ValueType  # 1
+CONSTRAINT_LAYOUT: Constraint.ValueType  # 2
+CONSTRAINT_PRECISION: Constraint.ValueType  # 3
+CONSTRAINT_CONTEXT: Constraint.ValueType  # 4
+CONSTRAINT_TTFT: Constraint.ValueType  # 5
+CONSTRAINT_TPOT: Constraint.ValueType  # 6
+CONSTRAINT_KV_CACHE: Constraint.ValueType  # 7
+CONSTRAINT_MAX_NUM_SEQS: Constraint.ValueType  # 8
+CONSTRAINT_COMPUTE: Constraint.ValueType  # 9
+CONSTRAINT_INVENTORY: Constraint.ValueType  # 10
+CONSTRAINT_COST: Constraint.ValueType  # 11
+Global___Constraint: _TypeAlias = Constraint  # noqa: Y015
 
 @_typing.final
 class GetDeploymentRequest(_message.Message):
@@ -364,3 +401,537 @@ class InspectModelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InspectModelResponse: _TypeAlias = InspectModelResponse  # noqa: Y015
+
+@_typing.final
+class RecommendConfigurationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    CONFIG_JSON_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    WORKLOAD_FIELD_NUMBER: _builtins.int
+    OBJECTIVES_FIELD_NUMBER: _builtins.int
+    MAX_GPUS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """a path on the hosts, org/name, or a name of the catalogue"""
+    config_json: _builtins.str
+    """the model's; empty: as the catalogue or a host has it"""
+    max_gpus: _builtins.int
+    """of all replicas together"""
+    @_builtins.property
+    def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuSupply]:
+        """to choose from; empty: what the fleet has and nobody holds"""
+
+    @_builtins.property
+    def workload(self) -> Global___ExpectedWorkload: ...
+    @_builtins.property
+    def objectives(self) -> Global___AdviceObjectives: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        config_json: _builtins.str = ...,
+        gpus: _abc.Iterable[Global___GpuSupply] | None = ...,
+        workload: Global___ExpectedWorkload | None = ...,
+        objectives: Global___AdviceObjectives | None = ...,
+        max_gpus: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_gpus", b"_max_gpus", "max_gpus", b"max_gpus", "objectives", b"objectives", "workload", b"workload"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_gpus", b"_max_gpus", "config_json", b"config_json", "gpus", b"gpus", "max_gpus", b"max_gpus", "model", b"model", "objectives", b"objectives", "workload", b"workload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_gpus: _TypeAlias = _typing.Literal["max_gpus"]  # noqa: Y015
+    _WhichOneofArgType__max_gpus: _TypeAlias = _typing.Literal["_max_gpus", b"_max_gpus"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_gpus) -> _WhichOneofReturnType__max_gpus | None: ...
+
+Global___RecommendConfigurationRequest: _TypeAlias = RecommendConfigurationRequest  # noqa: Y015
+
+@_typing.final
+class GpuSupply(_message.Message):
+    """GPUs of one type. What the catalogue does not know is to be described: all of memory, rates and price."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TYPE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    GPUS_PER_NODE_FIELD_NUMBER: _builtins.int
+    PRICE_PER_HOUR_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    BF16_FLOPS_FIELD_NUMBER: _builtins.int
+    FP8_FLOPS_FIELD_NUMBER: _builtins.int
+    LINK_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    COMPUTE_CAPABILITY_FIELD_NUMBER: _builtins.int
+    type: _builtins.str
+    count: _builtins.int
+    gpus_per_node: _builtins.int
+    """0: as the catalogue has it"""
+    price_per_hour: _builtins.float
+    """USD; the catalogue's list price if absent"""
+    memory_bytes: _builtins.int
+    bandwidth_bytes_per_s: _builtins.float
+    bf16_flops: _builtins.float
+    """dense"""
+    fp8_flops: _builtins.float
+    link_bytes_per_s: _builtins.float
+    """to its peers, one direction"""
+    compute_capability: _builtins.float
+    def __init__(
+        self,
+        *,
+        type: _builtins.str = ...,
+        count: _builtins.int = ...,
+        gpus_per_node: _builtins.int = ...,
+        price_per_hour: _builtins.float | None = ...,
+        memory_bytes: _builtins.int | None = ...,
+        bandwidth_bytes_per_s: _builtins.float | None = ...,
+        bf16_flops: _builtins.float | None = ...,
+        fp8_flops: _builtins.float | None = ...,
+        link_bytes_per_s: _builtins.float | None = ...,
+        compute_capability: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bandwidth_bytes_per_s", b"_bandwidth_bytes_per_s", "_bf16_flops", b"_bf16_flops", "_compute_capability", b"_compute_capability", "_fp8_flops", b"_fp8_flops", "_link_bytes_per_s", b"_link_bytes_per_s", "_memory_bytes", b"_memory_bytes", "_price_per_hour", b"_price_per_hour", "bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "bf16_flops", b"bf16_flops", "compute_capability", b"compute_capability", "fp8_flops", b"fp8_flops", "link_bytes_per_s", b"link_bytes_per_s", "memory_bytes", b"memory_bytes", "price_per_hour", b"price_per_hour"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bandwidth_bytes_per_s", b"_bandwidth_bytes_per_s", "_bf16_flops", b"_bf16_flops", "_compute_capability", b"_compute_capability", "_fp8_flops", b"_fp8_flops", "_link_bytes_per_s", b"_link_bytes_per_s", "_memory_bytes", b"_memory_bytes", "_price_per_hour", b"_price_per_hour", "bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "bf16_flops", b"bf16_flops", "compute_capability", b"compute_capability", "count", b"count", "fp8_flops", b"fp8_flops", "gpus_per_node", b"gpus_per_node", "link_bytes_per_s", b"link_bytes_per_s", "memory_bytes", b"memory_bytes", "price_per_hour", b"price_per_hour", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bandwidth_bytes_per_s: _TypeAlias = _typing.Literal["bandwidth_bytes_per_s"]  # noqa: Y015
+    _WhichOneofArgType__bandwidth_bytes_per_s: _TypeAlias = _typing.Literal["_bandwidth_bytes_per_s", b"_bandwidth_bytes_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__bf16_flops: _TypeAlias = _typing.Literal["bf16_flops"]  # noqa: Y015
+    _WhichOneofArgType__bf16_flops: _TypeAlias = _typing.Literal["_bf16_flops", b"_bf16_flops"]  # noqa: Y015
+    _WhichOneofReturnType__compute_capability: _TypeAlias = _typing.Literal["compute_capability"]  # noqa: Y015
+    _WhichOneofArgType__compute_capability: _TypeAlias = _typing.Literal["_compute_capability", b"_compute_capability"]  # noqa: Y015
+    _WhichOneofReturnType__fp8_flops: _TypeAlias = _typing.Literal["fp8_flops"]  # noqa: Y015
+    _WhichOneofArgType__fp8_flops: _TypeAlias = _typing.Literal["_fp8_flops", b"_fp8_flops"]  # noqa: Y015
+    _WhichOneofReturnType__link_bytes_per_s: _TypeAlias = _typing.Literal["link_bytes_per_s"]  # noqa: Y015
+    _WhichOneofArgType__link_bytes_per_s: _TypeAlias = _typing.Literal["_link_bytes_per_s", b"_link_bytes_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__memory_bytes: _TypeAlias = _typing.Literal["memory_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__price_per_hour: _TypeAlias = _typing.Literal["price_per_hour"]  # noqa: Y015
+    _WhichOneofArgType__price_per_hour: _TypeAlias = _typing.Literal["_price_per_hour", b"_price_per_hour"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bandwidth_bytes_per_s) -> _WhichOneofReturnType__bandwidth_bytes_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bf16_flops) -> _WhichOneofReturnType__bf16_flops | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__compute_capability) -> _WhichOneofReturnType__compute_capability | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fp8_flops) -> _WhichOneofReturnType__fp8_flops | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__link_bytes_per_s) -> _WhichOneofReturnType__link_bytes_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__price_per_hour) -> _WhichOneofReturnType__price_per_hour | None: ...
+
+Global___GpuSupply: _TypeAlias = GpuSupply  # noqa: Y015
+
+@_typing.final
+class TokenPair(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    output_tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenPair: _TypeAlias = TokenPair  # noqa: Y015
+
+@_typing.final
+class TokenPercentiles(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    P50_FIELD_NUMBER: _builtins.int
+    P95_FIELD_NUMBER: _builtins.int
+    p50: _builtins.float
+    p95: _builtins.float
+    """0: all are p50"""
+    def __init__(
+        self,
+        *,
+        p50: _builtins.float = ...,
+        p95: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["p50", b"p50", "p95", b"p95"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenPercentiles: _TypeAlias = TokenPercentiles  # noqa: Y015
+
+@_typing.final
+class ExpectedWorkload(_message.Message):
+    """Requests to be carried: their rate, and their lengths as a joint sample or by percentiles."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_PER_S_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    ARRIVAL_CV_FIELD_NUMBER: _builtins.int
+    CACHED_PREFIX_SHARE_FIELD_NUMBER: _builtins.int
+    requests_per_s: _builtins.float
+    arrival_cv: _builtins.float
+    """of the times between arrivals; 1: Poisson"""
+    cached_prefix_share: _builtins.float
+    """of prompt tokens that a prefix cache holds"""
+    @_builtins.property
+    def lengths(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenPair]: ...
+    @_builtins.property
+    def prompt_tokens(self) -> Global___TokenPercentiles:
+        """with output_tokens, in place of lengths"""
+
+    @_builtins.property
+    def output_tokens(self) -> Global___TokenPercentiles: ...
+    def __init__(
+        self,
+        *,
+        requests_per_s: _builtins.float = ...,
+        lengths: _abc.Iterable[Global___TokenPair] | None = ...,
+        prompt_tokens: Global___TokenPercentiles | None = ...,
+        output_tokens: Global___TokenPercentiles | None = ...,
+        arrival_cv: _builtins.float | None = ...,
+        cached_prefix_share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_arrival_cv", b"_arrival_cv", "arrival_cv", b"arrival_cv", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_arrival_cv", b"_arrival_cv", "arrival_cv", b"arrival_cv", "cached_prefix_share", b"cached_prefix_share", "lengths", b"lengths", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "requests_per_s", b"requests_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__arrival_cv: _TypeAlias = _typing.Literal["arrival_cv"]  # noqa: Y015
+    _WhichOneofArgType__arrival_cv: _TypeAlias = _typing.Literal["_arrival_cv", b"_arrival_cv"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__arrival_cv) -> _WhichOneofReturnType__arrival_cv | None: ...
+
+Global___ExpectedWorkload: _TypeAlias = ExpectedWorkload  # noqa: Y015
+
+@_typing.final
+class AdviceObjectives(_message.Message):
+    """Seconds at a percentile of requests; absent promises nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    TPOT_S_FIELD_NUMBER: _builtins.int
+    PERCENTILE_FIELD_NUMBER: _builtins.int
+    ttft_s: _builtins.float
+    tpot_s: _builtins.float
+    percentile: _builtins.float
+    """0.95"""
+    def __init__(
+        self,
+        *,
+        ttft_s: _builtins.float | None = ...,
+        tpot_s: _builtins.float | None = ...,
+        percentile: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_percentile", b"_percentile", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "percentile", b"percentile", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_percentile", b"_percentile", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "percentile", b"percentile", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__percentile: _TypeAlias = _typing.Literal["percentile"]  # noqa: Y015
+    _WhichOneofArgType__percentile: _TypeAlias = _typing.Literal["_percentile", b"_percentile"]  # noqa: Y015
+    _WhichOneofReturnType__tpot_s: _TypeAlias = _typing.Literal["tpot_s"]  # noqa: Y015
+    _WhichOneofArgType__tpot_s: _TypeAlias = _typing.Literal["_tpot_s", b"_tpot_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__percentile) -> _WhichOneofReturnType__percentile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_s) -> _WhichOneofReturnType__tpot_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_s) -> _WhichOneofReturnType__ttft_s | None: ...
+
+Global___AdviceObjectives: _TypeAlias = AdviceObjectives  # noqa: Y015
+
+@_typing.final
+class PredictedInterval(_message.Message):
+    """A predicted figure with the bounds that hold it in 80 of 100 cases."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    value: _builtins.float
+    low: _builtins.float
+    high: _builtins.float
+    def __init__(
+        self,
+        *,
+        value: _builtins.float = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PredictedInterval: _TypeAlias = PredictedInterval  # noqa: Y015
+
+@_typing.final
+class AdvicePrediction(_message.Message):
+    """What one replica does at `requests_per_s`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_PER_S_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    TPOT_S_FIELD_NUMBER: _builtins.int
+    CAPACITY_RPS_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    DECODE_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    MEAN_SEQUENCES_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
+    BINDING_FIELD_NUMBER: _builtins.int
+    requests_per_s: _builtins.float
+    prefill_tokens_per_s: _builtins.float
+    """at capacity, as the next"""
+    decode_tokens_per_s: _builtins.float
+    mean_sequences: _builtins.float
+    kv_tokens: _builtins.int
+    binding: Global___Constraint.ValueType
+    """what capacity ends at"""
+    @_builtins.property
+    def ttft_s(self) -> Global___PredictedInterval:
+        """at the objectives' percentile, as tpot_s"""
+
+    @_builtins.property
+    def tpot_s(self) -> Global___PredictedInterval: ...
+    @_builtins.property
+    def capacity_rps(self) -> Global___PredictedInterval:
+        """the highest rate at which the objectives hold"""
+
+    def __init__(
+        self,
+        *,
+        requests_per_s: _builtins.float = ...,
+        ttft_s: Global___PredictedInterval | None = ...,
+        tpot_s: Global___PredictedInterval | None = ...,
+        capacity_rps: Global___PredictedInterval | None = ...,
+        prefill_tokens_per_s: _builtins.float = ...,
+        decode_tokens_per_s: _builtins.float = ...,
+        mean_sequences: _builtins.float = ...,
+        kv_tokens: _builtins.int = ...,
+        binding: Global___Constraint.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity_rps", b"capacity_rps", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["binding", b"binding", "capacity_rps", b"capacity_rps", "decode_tokens_per_s", b"decode_tokens_per_s", "kv_tokens", b"kv_tokens", "mean_sequences", b"mean_sequences", "prefill_tokens_per_s", b"prefill_tokens_per_s", "requests_per_s", b"requests_per_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdvicePrediction: _TypeAlias = AdvicePrediction  # noqa: Y015
+
+@_typing.final
+class AdviceCandidate(_message.Message):
+    """One configuration that was evaluated."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_TYPE_FIELD_NUMBER: _builtins.int
+    GPUS_PER_REPLICA_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    COST_PER_HOUR_FIELD_NUMBER: _builtins.int
+    CONFIGURATION_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    gpu_type: _builtins.str
+    gpus_per_replica: _builtins.int
+    replicas: _builtins.int
+    """that carry the workload; 0: impossible"""
+    gpus: _builtins.int
+    """of all replicas"""
+    cost_per_hour: _builtins.float
+    """of all replicas, USD; absent: impossible"""
+    constraint: Global___Constraint.ValueType
+    """why it lost"""
+    reason: _builtins.str
+    """the same in words"""
+    @_builtins.property
+    def configuration(self) -> _cluster_pb2.Configuration: ...
+    @_builtins.property
+    def prediction(self) -> Global___AdvicePrediction:
+        """absent: impossible"""
+
+    def __init__(
+        self,
+        *,
+        gpu_type: _builtins.str = ...,
+        gpus_per_replica: _builtins.int = ...,
+        replicas: _builtins.int = ...,
+        gpus: _builtins.int = ...,
+        cost_per_hour: _builtins.float | None = ...,
+        configuration: _cluster_pb2.Configuration | None = ...,
+        prediction: Global___AdvicePrediction | None = ...,
+        constraint: Global___Constraint.ValueType = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour", "configuration", b"configuration", "cost_per_hour", b"cost_per_hour", "prediction", b"prediction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour", "configuration", b"configuration", "constraint", b"constraint", "cost_per_hour", b"cost_per_hour", "gpu_type", b"gpu_type", "gpus", b"gpus", "gpus_per_replica", b"gpus_per_replica", "prediction", b"prediction", "reason", b"reason", "replicas", b"replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cost_per_hour: _TypeAlias = _typing.Literal["cost_per_hour"]  # noqa: Y015
+    _WhichOneofArgType__cost_per_hour: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cost_per_hour) -> _WhichOneofReturnType__cost_per_hour | None: ...
+
+Global___AdviceCandidate: _TypeAlias = AdviceCandidate  # noqa: Y015
+
+@_typing.final
+class AdviceSensitivity(_message.Message):
+    """What a change of the request would buy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGE_FIELD_NUMBER: _builtins.int
+    COST_PER_HOUR_FIELD_NUMBER: _builtins.int
+    CAPACITY_RPS_FIELD_NUMBER: _builtins.int
+    change: _builtins.str
+    cost_per_hour: _builtins.float
+    capacity_rps: _builtins.float
+    """of all replicas"""
+    def __init__(
+        self,
+        *,
+        change: _builtins.str = ...,
+        cost_per_hour: _builtins.float = ...,
+        capacity_rps: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_rps", b"capacity_rps", "change", b"change", "cost_per_hour", b"cost_per_hour"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdviceSensitivity: _TypeAlias = AdviceSensitivity  # noqa: Y015
+
+@_typing.final
+class RejectedCount(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    constraint: Global___Constraint.ValueType
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        constraint: Global___Constraint.ValueType = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["constraint", b"constraint", "count", b"count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RejectedCount: _TypeAlias = RejectedCount  # noqa: Y015
+
+@_typing.final
+class AdviceSentence(_message.Message):
+    """A sentence, and the template that gives it when the fields of this response are filled in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    template: _builtins.str
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        template: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["template", b"template", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdviceSentence: _TypeAlias = AdviceSentence  # noqa: Y015
+
+@_typing.final
+class RecommendConfigurationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_S_FIELD_NUMBER: _builtins.int
+    OBJECTIVES_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    CAPACITY_RPS_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
+    SENSITIVITIES_FIELD_NUMBER: _builtins.int
+    RUNNERS_UP_FIELD_NUMBER: _builtins.int
+    PARETO_FIELD_NUMBER: _builtins.int
+    EVALUATED_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
+    NOT_MODELLED_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    parameters: _builtins.int
+    requests_per_s: _builtins.float
+    """that were asked for"""
+    capacity_rps: _builtins.float
+    """of all replicas of the chosen one"""
+    evaluated: _builtins.int
+    @_builtins.property
+    def objectives(self) -> Global___AdviceObjectives: ...
+    @_builtins.property
+    def chosen(self) -> Global___AdviceCandidate:
+        """absent: nothing carries it; the explanation says what is missing"""
+
+    @_builtins.property
+    def explanation(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdviceSentence]: ...
+    @_builtins.property
+    def sensitivities(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdviceSensitivity]: ...
+    @_builtins.property
+    def runners_up(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdviceCandidate]: ...
+    @_builtins.property
+    def pareto(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdviceCandidate]:
+        """none is cheaper and faster at once"""
+
+    @_builtins.property
+    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[Global___RejectedCount]: ...
+    @_builtins.property
+    def not_modelled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """parts of the model that the figures leave out"""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        parameters: _builtins.int = ...,
+        requests_per_s: _builtins.float = ...,
+        objectives: Global___AdviceObjectives | None = ...,
+        chosen: Global___AdviceCandidate | None = ...,
+        capacity_rps: _builtins.float = ...,
+        explanation: _abc.Iterable[Global___AdviceSentence] | None = ...,
+        sensitivities: _abc.Iterable[Global___AdviceSensitivity] | None = ...,
+        runners_up: _abc.Iterable[Global___AdviceCandidate] | None = ...,
+        pareto: _abc.Iterable[Global___AdviceCandidate] | None = ...,
+        evaluated: _builtins.int = ...,
+        rejected: _abc.Iterable[Global___RejectedCount] | None = ...,
+        not_modelled: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "objectives", b"objectives"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_rps", b"capacity_rps", "chosen", b"chosen", "evaluated", b"evaluated", "explanation", b"explanation", "model", b"model", "not_modelled", b"not_modelled", "objectives", b"objectives", "parameters", b"parameters", "pareto", b"pareto", "rejected", b"rejected", "requests_per_s", b"requests_per_s", "runners_up", b"runners_up", "sensitivities", b"sensitivities"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecommendConfigurationResponse: _TypeAlias = RecommendConfigurationResponse  # noqa: Y015

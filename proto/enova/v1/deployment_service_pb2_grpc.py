@@ -81,6 +81,11 @@ class DeploymentServiceStub(object):
                 request_serializer=enova_dot_v1_dot_deployment__service__pb2.InspectModelQuery.SerializeToString,
                 response_deserializer=enova_dot_v1_dot_deployment__service__pb2.InspectModelResponse.FromString,
                 _registered_method=True)
+        self.RecommendConfiguration = channel.unary_unary(
+                '/enova.v1.DeploymentService/RecommendConfiguration',
+                request_serializer=enova_dot_v1_dot_deployment__service__pb2.RecommendConfigurationRequest.SerializeToString,
+                response_deserializer=enova_dot_v1_dot_deployment__service__pb2.RecommendConfigurationResponse.FromString,
+                _registered_method=True)
 
 
 class DeploymentServiceServicer(object):
@@ -143,6 +148,13 @@ class DeploymentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecommendConfiguration(self, request, context):
+        """The configuration that carries a workload within its objectives at the least cost, and why. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DeploymentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -190,6 +202,11 @@ def add_DeploymentServiceServicer_to_server(servicer, server):
                     servicer.InspectModel,
                     request_deserializer=enova_dot_v1_dot_deployment__service__pb2.InspectModelQuery.FromString,
                     response_serializer=enova_dot_v1_dot_deployment__service__pb2.InspectModelResponse.SerializeToString,
+            ),
+            'RecommendConfiguration': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecommendConfiguration,
+                    request_deserializer=enova_dot_v1_dot_deployment__service__pb2.RecommendConfigurationRequest.FromString,
+                    response_serializer=enova_dot_v1_dot_deployment__service__pb2.RecommendConfigurationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -435,6 +452,33 @@ class DeploymentService(object):
             '/enova.v1.DeploymentService/InspectModel',
             enova_dot_v1_dot_deployment__service__pb2.InspectModelQuery.SerializeToString,
             enova_dot_v1_dot_deployment__service__pb2.InspectModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecommendConfiguration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enova.v1.DeploymentService/RecommendConfiguration',
+            enova_dot_v1_dot_deployment__service__pb2.RecommendConfigurationRequest.SerializeToString,
+            enova_dot_v1_dot_deployment__service__pb2.RecommendConfigurationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,8 @@ class DeploymentServiceStub:
     ListVariants: _grpc.UnaryUnaryMultiCallable[_deployment_service_pb2.ListVariantsRequest, _deployment_service_pb2.ListVariantsResponse]
     InspectModel: _grpc.UnaryUnaryMultiCallable[_deployment_service_pb2.InspectModelQuery, _deployment_service_pb2.InspectModelResponse]
     """The facts of a model as a host sees them."""
+    RecommendConfiguration: _grpc.UnaryUnaryMultiCallable[_deployment_service_pb2.RecommendConfigurationRequest, _deployment_service_pb2.RecommendConfigurationResponse]
+    """The configuration that carries a workload within its objectives at the least cost, and why. Changes nothing."""
 
 @_typing.type_check_only
 class DeploymentServiceAsyncStub(DeploymentServiceStub):
@@ -61,6 +63,8 @@ class DeploymentServiceAsyncStub(DeploymentServiceStub):
     ListVariants: _aio.UnaryUnaryMultiCallable[_deployment_service_pb2.ListVariantsRequest, _deployment_service_pb2.ListVariantsResponse]  # type: ignore[assignment]
     InspectModel: _aio.UnaryUnaryMultiCallable[_deployment_service_pb2.InspectModelQuery, _deployment_service_pb2.InspectModelResponse]  # type: ignore[assignment]
     """The facts of a model as a host sees them."""
+    RecommendConfiguration: _aio.UnaryUnaryMultiCallable[_deployment_service_pb2.RecommendConfigurationRequest, _deployment_service_pb2.RecommendConfigurationResponse]  # type: ignore[assignment]
+    """The configuration that carries a workload within its objectives at the least cost, and why. Changes nothing."""
 
 class DeploymentServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -128,5 +132,13 @@ class DeploymentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_deployment_service_pb2.InspectModelResponse, _abc.Awaitable[_deployment_service_pb2.InspectModelResponse]]:
         """The facts of a model as a host sees them."""
+
+    @_abc_1.abstractmethod
+    def RecommendConfiguration(
+        self,
+        request: _deployment_service_pb2.RecommendConfigurationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_deployment_service_pb2.RecommendConfigurationResponse, _abc.Awaitable[_deployment_service_pb2.RecommendConfigurationResponse]]:
+        """The configuration that carries a workload within its objectives at the least cost, and why. Changes nothing."""
 
 def add_DeploymentServiceServicer_to_server(servicer: DeploymentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

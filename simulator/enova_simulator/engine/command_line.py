@@ -21,7 +21,7 @@ _IGNORED_WITH_VALUE = (
 _IGNORED_BOOLEAN = (
     "trust-remote-code", "enable-log-requests", "disable-uvicorn-access-log", "kv-cache-metrics", "enable-sleep-mode",
     "scheduler-reserve-full-isl", "disable-fastapi-docs", "enable-prompt-tokens-details", "use-tqdm-on-load",
-    "disable-hybrid-kv-cache-manager", "disable-custom-all-reduce", "skip-tokenizer-init", "enable-expert-parallel",
+    "disable-hybrid-kv-cache-manager", "disable-custom-all-reduce", "skip-tokenizer-init",
     "enable-force-include-usage", "log-error-stack", "enable-auto-tool-choice", "enable-log-outputs",
 )  # fmt: skip
 
