@@ -255,7 +255,8 @@ class _Connection:
         call = channel.stream_stream(
             CONNECT, request_serializer=_serialized, response_deserializer=wire.ConnectResponse.FromString
         )()
-        tasks = [asyncio.create_task(self._guarded(step(call))) for step in (self._read, self._write, self._beat)]
+        steps = (self._read(call), self._write(call), self._beat(call))
+        tasks = [asyncio.create_task(self._guarded(step, call)) for step in steps]
         try:
             return await self._ended
         finally:
@@ -265,13 +266,15 @@ class _Connection:
             call.cancel()
             await channel.close()
 
-    async def _guarded(self, step: Awaitable[None]) -> None:
+    async def _guarded(self, step: Awaitable[None], call: _Call) -> None:
         """Runs one of the connection's loops; its failure ends the connection, never the agent."""
         try:
             await step
             self.end(Unavailable("the coordinator closed the stream"))
         except grpc.aio.AioRpcError as error:
             self.end(self._explained(error))
+        except asyncio.InvalidStateError:  # written to a stream that had just ended: how it ended is what counts
+            self.end(self._explained(await _status_error(call)))
         except EnovaError as error:
             self.end(error)
         except Exception as error:

@@ -210,7 +210,7 @@ async def test_not_leader_leads_to_the_leader_if_it_is_one_of_ours(
         follower.leader_address = "127.0.0.1:1"
         async with Rig(tmp_path, [follower.address]) as rig:
             await until_async(lambda: rig.session.figures.connections >= 3)
-            assert rig.session.figures.last_error.startswith("follower does not lead")
+            await until_async(lambda: rig.session.figures.last_error.startswith("follower does not lead"))
     finally:
         await follower.stop()
 
