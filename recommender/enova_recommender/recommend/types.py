@@ -65,8 +65,8 @@ class EngineSettings:
 
     @property
     def cost_per_hour(self) -> float:
-        """List price of one replica, USD an hour."""
-        return self.parallelism.gpus * self.gpu.price_per_hour
+        """List price of one replica, USD an hour. Raises PriceMissing."""
+        return self.gpu.cost_per_hour(self.parallelism.gpus)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
