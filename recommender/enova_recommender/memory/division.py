@@ -1,94 +1,89 @@
-"""What a replica needs of each GPU's memory: weights, activations, and the KV blocks that are left.
+"""How vLLM divides one GPU's memory: weights, activations, CUDA graphs, and the KV blocks that are left.
 
-vLLM measures its peak by a profiling run and gives the rest of `gpu_memory_utilization` to the KV cache; here the
-peak is estimated from the shape. All figures are bytes of one GPU.
+Theory of operation. vLLM takes `gpu_memory_utilization` of the memory that CUDA reports, which is a little less than
+the driver's, loads the weights, runs one full batch to see the peak, captures (and since 0.21 counts) its CUDA graphs
+and gives the rest to the cache. Here the peak is estimated from the shape: the widest layer of a full batch, or the
+sampler's copies of the logits, whichever is larger. All figures are bytes of one GPU; of a pipeline, that of the stage
+that has the least left.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
-from enova_recommender.types import (
-    AS_PUBLISHED,
-    ELEMENT_BYTES,
-    QUANTIZED_WEIGHT_BYTES,
-    SINGLE_GPU,
-    Block,
-    Experts,
-    GpuModel,
-    Mlp,
-    ModelShape,
-    Parallelism,
-    Precision,
+from enova_recommender.memory.cache import BLOCK_SIZE, CacheLayout, cache_layout
+from enova_recommender.memory.overheads import (
+    MEASURED,
+    Overheads,
+    activation_bytes,
+    graph_bytes,
+    runtime_bytes,
+    usable_bytes,
 )
+from enova_recommender.memory.weights import Stage, gpu_weight_bytes, stages
+from enova_recommender.types import AS_PUBLISHED, SINGLE_GPU, GpuModel, ModelShape, Parallelism, Precision
 
-# CUDA context, NCCL buffers and the allocator's slack, which vLLM's profiling counts as "non-torch" memory.
-RUNTIME_BYTES = 1 << 30
+GPU_MEMORY_UTILIZATION = 0.92  # vLLM's default
+
+
+class Item(StrEnum):
+    """What memory goes to."""
+
+    WEIGHTS = "WEIGHTS"
+    ACTIVATIONS = "ACTIVATIONS"
+    CUDA_GRAPHS = "CUDA_GRAPHS"
+    RUNTIME = "RUNTIME"
+    ONE_SEQUENCE = "ONE_SEQUENCE"  # the KV cache of one sequence of max_model_len, below which vLLM does not start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryFit:
-    """How one GPU's memory is divided. `kv_blocks` may be zero or less: then the model does not fit."""
+    """How one GPU's memory is divided. `kv_blocks` may be zero or less: then not even the weights fit."""
 
     budget_bytes: int
     weight_bytes: int
     activation_bytes: int
+    graph_bytes: int
     runtime_bytes: int
     kv_block_bytes: int
     kv_blocks: int
+    kv_tokens: int          # as vLLM prints them; of one data-parallel rank
+    sequence_blocks: int    # that one sequence of max_model_len takes
+    max_model_len: int
+    layout: CacheLayout
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What is in use before the cache."""
+        return self.weight_bytes + self.activation_bytes + self.graph_bytes + self.runtime_bytes
 
     @property
     def used_bytes(self) -> int:
-        """What the driver would report in use once the KV cache is allocated."""
-        fixed = self.weight_bytes + self.activation_bytes + self.runtime_bytes
-        return fixed + max(0, self.kv_blocks) * self.kv_block_bytes
+        """What the engine has in use once the KV cache is allocated."""
+        return self.fixed_bytes + max(0, self.kv_blocks) * self.kv_block_bytes
 
+    @property
+    def fits(self) -> bool:
+        """Whether vLLM would start: the cache holds at least one sequence of max_model_len."""
+        return self.kv_blocks >= max(1, self.sequence_blocks)
 
-def plain_element_bytes(shape: ModelShape, precision: Precision = AS_PUBLISHED) -> float:
-    """Bytes of one element of what is not quantised: embedding, head, activations."""
-    return ELEMENT_BYTES[shape.dtype if precision.dtype == "auto" else precision.dtype]
+    @property
+    def missing_bytes(self) -> int:
+        """What is missing for one sequence of max_model_len; 0 if it fits."""
+        return max(0, self.fixed_bytes + max(1, self.sequence_blocks) * self.kv_block_bytes - self.budget_bytes)
 
-
-def layer_weight_bytes(shape: ModelShape, precision: Precision = AS_PUBLISHED) -> float:
-    """Bytes of the weights of all layers, which quantisation covers."""
-    method = precision.quantization or shape.quantization
-    element = QUANTIZED_WEIGHT_BYTES[method] if method else plain_element_bytes(shape, precision)
-    return shape.linear_parameters * element
-
-
-def weight_bytes(shape: ModelShape, precision: Precision = AS_PUBLISHED) -> int:
-    """Bytes of all weights."""
-    plain = plain_element_bytes(shape, precision) * (shape.parameters - shape.linear_parameters)
-    return round(plain + layer_weight_bytes(shape, precision))
-
-
-def kv_bytes_per_token(shape: ModelShape, precision: Precision = AS_PUBLISHED, *, tensor_parallel: int = 1) -> int:
-    """Bytes of keys and values of one token in all layers, on one GPU; heads are replicated beyond their number."""
-    cached = precision.kv_cache_dtype
-    element = plain_element_bytes(shape, precision) if cached == "auto" else ELEMENT_BYTES[cached]
-    layers = shape.attention_layers
-    return round(element * sum(n * mixer.cache_elements(tensor_parallel=tensor_parallel) for n, mixer in layers))
-
-
-def activation_bytes(
-    shape: ModelShape, *, max_num_batched_tokens: int, max_num_seqs: int, tensor_parallel: int = 1
-) -> int:
-    """Peak of what a step holds beside weights and cache: the widest layer's tensors, or the logits of a full batch."""
-    widest = max(map(_intermediate_elements, shape.blocks))
-    per_token = 4 * shape.hidden_size + 3 * widest // tensor_parallel
-    layer = 2 * max_num_batched_tokens * per_token
-    logits = max_num_seqs * shape.vocabulary_size * (2 + 4)  # gathered in 16 bits, sampled in 32
-    return layer + logits
-
-
-def _intermediate_elements(block: Block) -> int:
-    """Elements that the feed-forward layer of a block makes of one token."""
-    match block.feed_forward:
-        case Mlp() as mlp:
-            return mlp.intermediate_size
-        case Experts() as moe:
-            return moe.experts_per_token * moe.intermediate_size + moe.shared_intermediate_size
-    return 0
+    @property
+    def items(self) -> tuple[tuple[Item, int], ...]:
+        """What needs how much, the largest first."""
+        needs = (
+            (Item.WEIGHTS, self.weight_bytes),
+            (Item.ACTIVATIONS, self.activation_bytes),
+            (Item.CUDA_GRAPHS, self.graph_bytes),
+            (Item.RUNTIME, self.runtime_bytes),
+            (Item.ONE_SEQUENCE, self.sequence_blocks * self.kv_block_bytes),
+        )
+        return tuple(sorted(needs, key=lambda need: need[1], reverse=True))
 
 
 def fit(
@@ -97,26 +92,90 @@ def fit(
     *,
     parallelism: Parallelism = SINGLE_GPU,
     precision: Precision = AS_PUBLISHED,
-    gpu_memory_utilization: float = 0.92,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
     max_num_batched_tokens: int = 8192,
     max_num_seqs: int = 256,
-    block_size: int = 16,
+    max_model_len: int | None = None,
+    block_size: int = BLOCK_SIZE,
+    enable_prefix_caching: bool = True,
+    enforce_eager: bool = False,
+    graphs_counted: bool = True,
+    overheads: Overheads = MEASURED,
 ) -> MemoryFit:
-    """Divide one GPU's memory; `kv_blocks` of the result says whether, and how well, the model fits."""
-    tensor = parallelism.tensor
-    weights = -(-weight_bytes(shape, precision) // parallelism.gpus)
-    activation = activation_bytes(
-        shape, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, tensor_parallel=tensor
+    """Divide one GPU's memory; `fits` of the result says whether, `kv_blocks` how well.
+
+    `max_model_len` is the model's own if None. `graphs_counted=False` is vLLM before 0.21, which left no room for
+    CUDA graphs.
+    """
+    context = max_model_len or shape.context_tokens
+    layout = cache_layout(
+        shape, precision, parallelism=parallelism, block_size=block_size, enable_prefix_caching=enable_prefix_caching
     )
-    token = kv_bytes_per_token(shape, precision, tensor_parallel=tensor)
-    block = max(1, -(-token * block_size // parallelism.pipeline))
-    budget = int(gpu.memory_bytes * gpu_memory_utilization)
-    left = budget - weights - activation - RUNTIME_BYTES
+    activation = activation_bytes(
+        shape,
+        precision=precision,
+        parallelism=parallelism,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        overheads=overheads,
+    )
+    graphs = 0
+    if graphs_counted and not enforce_eager:
+        graphs = graph_bytes(shape, parallelism=parallelism, max_num_seqs=max_num_seqs, overheads=overheads)
+    runtime = runtime_bytes(parallelism, overheads=overheads)
+    budget = int(usable_bytes(gpu, overheads=overheads) * gpu_memory_utilization)
+
+    def left(stage: Stage) -> tuple[int, int]:
+        weights = gpu_weight_bytes(shape, parallelism=parallelism, precision=precision, stage=stage)
+        return (budget - weights - activation - graphs - runtime) // layout.block_bytes, weights
+
+    blocks, weights = min(left(stage) for stage in stages(shape, parallelism.pipeline))
+    # Steps overlap: of a window, blocks of two batches may be in flight (one more for each pipeline stage).
+    in_flight = (parallelism.pipeline + 1) * max_num_batched_tokens
     return MemoryFit(
         budget_bytes=budget,
         weight_bytes=weights,
         activation_bytes=activation,
-        runtime_bytes=RUNTIME_BYTES,
-        kv_block_bytes=block,
-        kv_blocks=left // block,
+        graph_bytes=graphs,
+        runtime_bytes=runtime,
+        kv_block_bytes=layout.block_bytes,
+        kv_blocks=blocks,
+        kv_tokens=layout.tokens(blocks, context, in_flight_tokens=in_flight),
+        sequence_blocks=layout.blocks(context, in_flight_tokens=in_flight),
+        max_model_len=context,
+        layout=layout,
+    )
+
+
+def fit_host(
+    shape: ModelShape,
+    *,
+    kv_cache_bytes: int,
+    parallelism: Parallelism = SINGLE_GPU,
+    precision: Precision = AS_PUBLISHED,
+    max_model_len: int | None = None,
+    max_num_batched_tokens: int = 2048,
+    block_size: int = 128,
+    enable_prefix_caching: bool = True,
+) -> MemoryFit:
+    """The same for vLLM on CPUs, which is told the size of the cache (VLLM_CPU_KVCACHE_SPACE) and takes it beside."""
+    context = max_model_len or shape.context_tokens
+    layout = cache_layout(
+        shape, precision, parallelism=parallelism, block_size=block_size, enable_prefix_caching=enable_prefix_caching
+    )
+    weights = gpu_weight_bytes(shape, parallelism=parallelism, precision=precision)
+    blocks = kv_cache_bytes // layout.block_bytes
+    in_flight = (parallelism.pipeline + 1) * max_num_batched_tokens
+    return MemoryFit(
+        budget_bytes=weights + kv_cache_bytes,
+        weight_bytes=weights,
+        activation_bytes=0,
+        graph_bytes=0,
+        runtime_bytes=0,
+        kv_block_bytes=layout.block_bytes,
+        kv_blocks=blocks,
+        kv_tokens=layout.tokens(blocks, context, in_flight_tokens=in_flight),
+        sequence_blocks=layout.blocks(context, in_flight_tokens=in_flight),
+        max_model_len=context,
+        layout=layout,
     )

@@ -36,8 +36,7 @@ def test_quantisation_covers_the_layers_only() -> None:
 
 def test_the_division_of_memory_adds_up() -> None:
     divided = fit(SMALL, H100)
-    total = divided.weight_bytes + divided.activation_bytes + divided.runtime_bytes
-    assert 0 <= divided.budget_bytes - total - divided.kv_blocks * divided.kv_block_bytes < divided.kv_block_bytes
+    assert 0 <= divided.budget_bytes - divided.used_bytes < divided.kv_block_bytes
     assert divided.used_bytes <= divided.budget_bytes
     # vLLM reports some 430,000 to 460,000 tokens for this model on this card.
     assert 400_000 < 16 * divided.kv_blocks < 480_000

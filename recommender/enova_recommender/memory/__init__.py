@@ -1,0 +1,41 @@
+"""What a replica needs of each GPU's memory, how much KV cache is left, and why a model does not fit."""
+
+from enova_recommender.memory.cache import (
+    CacheGroup,
+    CacheLayout,
+    cache_element_bytes,
+    cache_layout,
+    kv_bytes_per_token,
+    state_bytes,
+)
+from enova_recommender.memory.division import GPU_MEMORY_UTILIZATION, Item, MemoryFit, fit, fit_host
+from enova_recommender.memory.overheads import MEASURED, Overheads, activation_bytes, graph_bytes, usable_bytes
+from enova_recommender.memory.weights import (
+    gpu_weight_bytes,
+    layer_weight_bytes,
+    plain_element_bytes,
+    weight_bytes,
+)
+
+__all__ = [
+    "GPU_MEMORY_UTILIZATION",
+    "MEASURED",
+    "CacheGroup",
+    "CacheLayout",
+    "Item",
+    "MemoryFit",
+    "Overheads",
+    "activation_bytes",
+    "cache_element_bytes",
+    "cache_layout",
+    "fit",
+    "fit_host",
+    "gpu_weight_bytes",
+    "graph_bytes",
+    "kv_bytes_per_token",
+    "layer_weight_bytes",
+    "plain_element_bytes",
+    "state_bytes",
+    "usable_bytes",
+    "weight_bytes",
+]

@@ -1,0 +1,91 @@
+"""What an engine takes of a GPU beside weights and cache: activations, CUDA graphs, libraries, the driver's part.
+
+No data sheet has these figures. `MEASURED` holds them, fitted by `tests/benchmarks/recommender_memory.py --fit` to
+what vLLM printed at its start on the development rows of `tests/samples/vllm_kv_cache`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from enova_recommender.memory.weights import plain_element_bytes, widest_elements
+from enova_recommender.types import AS_PUBLISHED, GpuModel, ModelShape, Parallelism, Precision
+
+MIB = 1 << 20
+GRAPH_BATCH_MAX = 512  # tokens of the largest batch that vLLM captures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overheads:
+    """Coefficients of the estimates below."""
+
+    driver_bytes: int          # of a GPU's memory that CUDA does not offer
+    driver_share: float        # the same in proportion to the memory
+    runtime_bytes: int         # kernels, workspaces, the allocator's slack
+    parallel_bytes: int        # buffers of collectives, where there are several GPUs
+    layer_factor: float        # peak of a layer's tensors over the sum of its widest part
+    logit_bytes: float         # of each logit at the peak of sampling: in 16 and 32 bits, probabilities, noise
+    graph_layer_bytes: int     # of one layer in one captured graph
+    graph_bytes: int           # of all graphs together, whatever their number
+
+
+MEASURED = Overheads(
+    driver_bytes=420 * MIB,
+    driver_share=0.0015,
+    runtime_bytes=400 * MIB,
+    parallel_bytes=500 * MIB,
+    layer_factor=1.0,
+    logit_bytes=14.0,
+    graph_layer_bytes=150_000,
+    graph_bytes=50 * MIB,
+)
+
+
+def usable_bytes(gpu: GpuModel, *, overheads: Overheads = MEASURED) -> int:
+    """Memory that CUDA offers of what the driver reports."""
+    return int(gpu.memory_bytes * (1 - overheads.driver_share)) - overheads.driver_bytes
+
+
+def runtime_bytes(parallelism: Parallelism, *, overheads: Overheads = MEASURED) -> int:
+    """What libraries hold on one GPU."""
+    return overheads.runtime_bytes + (overheads.parallel_bytes if parallelism.gpus > 1 else 0)
+
+
+def activation_bytes(
+    shape: ModelShape,
+    *,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    parallelism: Parallelism,
+    precision: Precision = AS_PUBLISHED,
+    overheads: Overheads = MEASURED,
+) -> int:
+    """Peak of a full batch: the widest layer's tensors, or the sampler's copies of the logits."""
+    element = plain_element_bytes(shape, precision)
+    size = shape.hidden_size
+    widest = max(widest_elements(block, parallelism=parallelism, hidden_size=size) for block in shape.blocks)
+    stream = element * max_num_batched_tokens * 2 * size
+    layer = overheads.layer_factor * element * max_num_batched_tokens * widest
+    sampled = min(max_num_seqs, max_num_batched_tokens)
+    return round(stream + max(layer, overheads.logit_bytes * sampled * shape.vocabulary_size))
+
+
+def captured_graphs(max_num_seqs: int) -> int:
+    """Batch sizes that vLLM captures: 1, 2, 4, each 8th below 256, each 16th from there; decoding once more by itself.
+
+    The largest is twice max_num_seqs and at most 512; those of decoding alone end at max_num_seqs.
+    """
+    return _sizes(min(2 * max_num_seqs, GRAPH_BATCH_MAX)) + _sizes(min(max_num_seqs, GRAPH_BATCH_MAX))
+
+
+def _sizes(largest: int) -> int:
+    small = sum(1 for size in (1, 2, 4) if size <= largest)
+    return small + len(range(8, min(largest + 1, 256), 8)) + len(range(256, largest + 1, 16))
+
+
+def graph_bytes(
+    shape: ModelShape, *, parallelism: Parallelism, max_num_seqs: int, overheads: Overheads = MEASURED
+) -> int:
+    """What captured CUDA graphs hold on one GPU."""
+    layers = -(-shape.layers // parallelism.pipeline)
+    return overheads.graph_bytes + captured_graphs(max_num_seqs) * layers * overheads.graph_layer_bytes
