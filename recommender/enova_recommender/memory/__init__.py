@@ -13,6 +13,7 @@ from enova_recommender.memory.overheads import MEASURED, Overheads, activation_b
 from enova_recommender.memory.weights import (
     gpu_weight_bytes,
     layer_weight_bytes,
+    part_element_bytes,
     plain_element_bytes,
     weight_bytes,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "graph_bytes",
     "kv_bytes_per_token",
     "layer_weight_bytes",
+    "part_element_bytes",
     "plain_element_bytes",
     "state_bytes",
     "usable_bytes",

@@ -85,8 +85,8 @@ class _Kind:
 
 def cache_element_bytes(shape: ModelShape, precision: Precision = AS_PUBLISHED) -> float:
     """Bytes of one cached element."""
-    cached = precision.kv_cache_dtype
-    return plain_element_bytes(shape, precision) if cached == "auto" else ELEMENT_BYTES[cached]
+    cached = shape.kv_cache_dtype if precision.kv_cache_dtype == "auto" else precision.kv_cache_dtype
+    return ELEMENT_BYTES[cached] if cached else plain_element_bytes(shape, precision)
 
 
 def kv_bytes_per_token(shape: ModelShape, precision: Precision = AS_PUBLISHED, *, tensor_parallel: int = 1) -> int:
@@ -159,7 +159,8 @@ def _buckets(shape: ModelShape, precision: Precision, tensor: int) -> Mapping[_K
                 kind = _Kind(state_bytes=round(held / tensor))
             case _:
                 assert_never(mixer)
-        buckets[kind] = buckets.get(kind, 0) + block.count
+        if kind.token_bytes or kind.state_bytes:  # some layers take keys and values from an earlier one
+            buckets[kind] = buckets.get(kind, 0) + block.count
     return buckets
 
 

@@ -7,9 +7,24 @@ what vLLM printed at its start on the development rows of `tests/samples/vllm_kv
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import assert_never
 
-from enova_recommender.memory.weights import plain_element_bytes, widest_elements
-from enova_recommender.types import AS_PUBLISHED, GpuModel, ModelShape, Parallelism, Precision
+from enova_recommender.memory.weights import plain_element_bytes
+from enova_recommender.types import (
+    AS_PUBLISHED,
+    Attention,
+    Block,
+    Experts,
+    FeedForward,
+    GpuModel,
+    LatentAttention,
+    Mixer,
+    Mlp,
+    ModelShape,
+    Parallelism,
+    Precision,
+    Recurrence,
+)
 
 MIB = 1 << 20
 GRAPH_BATCH_MAX = 512  # tokens of the largest batch that vLLM captures
@@ -63,11 +78,52 @@ def activation_bytes(
     """Peak of a full batch: the widest layer's tensors, or the sampler's copies of the logits."""
     element = plain_element_bytes(shape, precision)
     size = shape.hidden_size
-    widest = max(widest_elements(block, parallelism=parallelism, hidden_size=size) for block in shape.blocks)
+    widest = max(_widest_elements(block, parallelism=parallelism, hidden_size=size) for block in shape.blocks)
     stream = element * max_num_batched_tokens * 2 * size
     layer = overheads.layer_factor * element * max_num_batched_tokens * widest
     sampled = min(max_num_seqs, max_num_batched_tokens)
     return round(stream + max(layer, overheads.logit_bytes * sampled * shape.vocabulary_size))
+
+
+def _widest_elements(block: Block, *, parallelism: Parallelism, hidden_size: int) -> float:
+    """Elements that a layer's widest part makes of one token on one GPU, beside the residual stream."""
+    return max(
+        _mixer_elements(block.mixer, parallelism.tensor),
+        _feed_forward_elements(block.feed_forward, parallelism, hidden_size),
+    )
+
+
+def _mixer_elements(mixer: Mixer | None, tensor: int) -> float:
+    """Queries, keys, values and their weighted sum."""
+    match mixer:
+        case None:
+            return 0.0
+        case Attention():
+            queries = mixer.heads * mixer.head_dim
+            return (queries * (3 if mixer.gated else 2) + mixer.cache_elements()) / tensor
+        case LatentAttention():
+            head = 2 * (mixer.nope_dim + mixer.rope_dim) + 2 * mixer.value_dim + mixer.nope_dim
+            return (mixer.query_rank or 0) + mixer.kv_rank + mixer.rope_dim + mixer.heads * head / tensor
+        case Recurrence():
+            return 4 * mixer.heads * (mixer.key_dim + mixer.value_dim) / tensor
+        case _:
+            assert_never(mixer)
+
+
+def _feed_forward_elements(layer: FeedForward | None, parallelism: Parallelism, hidden_size: int) -> float:
+    """Gate, up and their product; of experts for each that a token visits, and what each gives back."""
+    match layer:
+        case None:
+            return 0.0
+        case Mlp():
+            return (3 if layer.gated else 2) * layer.intermediate_size / parallelism.tensor
+        case Experts():
+            ways, spread = 2 if layer.gated else 1, parallelism.tensor * parallelism.data
+            inner = layer.intermediate_size / (1 if parallelism.expert else spread)
+            routed = layer.experts_per_token * (max(ways * inner, layer.latent_size or hidden_size) + inner)
+            return routed + (ways + 1) * layer.shared_intermediate_size / parallelism.tensor
+        case _:
+            assert_never(layer)
 
 
 def captured_graphs(max_num_seqs: int) -> int:
