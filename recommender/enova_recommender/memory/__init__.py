@@ -8,6 +8,7 @@ from enova_recommender.memory.cache import (
     kv_bytes_per_token,
     state_bytes,
 )
+from enova_recommender.memory.concurrency import BlockDemand, Method, Moment, block_demand, most_sequences
 from enova_recommender.memory.division import GPU_MEMORY_UTILIZATION, Item, MemoryFit, fit, fit_host
 from enova_recommender.memory.overheads import MEASURED, Overheads, activation_bytes, graph_bytes, usable_bytes
 from enova_recommender.memory.weights import (
@@ -17,27 +18,39 @@ from enova_recommender.memory.weights import (
     plain_element_bytes,
     weight_bytes,
 )
+from enova_recommender.memory.why_not import Change, Lever, MemorySettings, WhyNot, fit_settings, why_not
 
 __all__ = [
     "GPU_MEMORY_UTILIZATION",
     "MEASURED",
+    "BlockDemand",
     "CacheGroup",
     "CacheLayout",
+    "Change",
     "Item",
+    "Lever",
     "MemoryFit",
+    "MemorySettings",
+    "Method",
+    "Moment",
     "Overheads",
+    "WhyNot",
     "activation_bytes",
+    "block_demand",
     "cache_element_bytes",
     "cache_layout",
     "fit",
     "fit_host",
+    "fit_settings",
     "gpu_weight_bytes",
     "graph_bytes",
     "kv_bytes_per_token",
     "layer_weight_bytes",
+    "most_sequences",
     "part_element_bytes",
     "plain_element_bytes",
     "state_bytes",
     "usable_bytes",
     "weight_bytes",
+    "why_not",
 ]
