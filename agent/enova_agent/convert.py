@@ -46,6 +46,7 @@ _ENGINE_FIGURES = (
     "iterations_total",
     "prefix_cache_queries_total",
     "prefix_cache_hits_total",
+    "kv_cache_tokens",
 )
 
 
@@ -215,6 +216,7 @@ def _summary(summary: Summary) -> telemetry_pb2.RequestSummary:
         ttft_s=_sketch(summary.ttft_s),
         tpot_s=_sketch(summary.tpot_s),
         queue_s=_sketch(summary.queue_s),
+        e2e_s=_sketch(summary.e2e_s),
     )
 
 

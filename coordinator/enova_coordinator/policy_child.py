@@ -1,4 +1,4 @@
-"""The child process that policies run in: a request a line of work, read from stdin, answered on stdout.
+"""The child process that policies and fits run in: a request a line of work, read from stdin, answered on stdout.
 
 It knows nothing but the recommender. numpy (and later statsmodels) hold the interpreter's lock for as long as they
 like here, and may crash: neither delays a heartbeat in the coordinator. It ends when its parent does.
@@ -11,21 +11,48 @@ import os
 import pickle
 import signal
 import sys
-from typing import BinaryIO
+from typing import BinaryIO, assert_never
 
-from enova_coordinator.policy_messages import HEADER, PolicyAnswer, PolicyRequest, encode
+from enova_coordinator.policy_messages import (
+    HEADER,
+    Answer,
+    PolicyAnswer,
+    PolicyRequest,
+    Request,
+    WorkAnswer,
+    WorkRequest,
+    encode,
+)
 from enova_recommender.scaling import POLICIES
 
 _PR_SET_PDEATHSIG = 1
 
 
-def answer(request: PolicyRequest) -> PolicyAnswer:
-    """What the policy says; whatever it raises is an answer too."""
+def answer(request: Request) -> Answer:
+    """What a policy says or a function returns; whatever it raises is an answer too."""
+    match request:
+        case PolicyRequest():
+            return _decided(request)
+        case WorkRequest():
+            return _worked(request)
+        case _:
+            assert_never(request)
+
+
+def _decided(request: PolicyRequest) -> PolicyAnswer:
     try:
         proposal = POLICIES[request.policy].decide(request.observation)
     except Exception as error:  # noqa: BLE001  # a policy's defect must reach the decision's record, whatever it is
         return PolicyAnswer(request.number, error=f"{type(error).__name__}: {error}")
     return PolicyAnswer(request.number, proposal=proposal)
+
+
+def _worked(request: WorkRequest) -> WorkAnswer:
+    try:
+        result = request.function(request.argument)
+    except Exception as error:  # noqa: BLE001  # a defect of the recommender's is told to whoever asked
+        return WorkAnswer(request.number, error=f"{type(error).__name__}: {error}")
+    return WorkAnswer(request.number, result=result)
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from enova_recommender.scaling.types import Observation, Proposal
 
@@ -29,7 +31,29 @@ class PolicyAnswer:
     error: str = ""
 
 
-def encode(message: PolicyRequest | PolicyAnswer) -> bytes:
+@dataclass(frozen=True, slots=True)
+class WorkRequest:
+    """A function of the recommender, which travels by its name, and what it is called with."""
+
+    number: int
+    function: Callable[[Any], object]  # Any: of whatever argument; `PolicyProcess.run` knows the pair's types
+    argument: object
+
+
+@dataclass(frozen=True, slots=True)
+class WorkAnswer:
+    """What the function returned, or what it raised."""
+
+    number: int
+    result: object = None
+    error: str = ""
+
+
+Request = PolicyRequest | WorkRequest
+Answer = PolicyAnswer | WorkAnswer
+
+
+def encode(message: Request | Answer) -> bytes:
     """A message with its length in front."""
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return HEADER.pack(len(body)) + body

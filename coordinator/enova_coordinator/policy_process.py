@@ -8,19 +8,33 @@ import logging
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 from enova_common.errors import FatalError, TimedOut, Unavailable
-from enova_coordinator.policy_messages import HEADER, PolicyAnswer, PolicyRequest, encode
+from enova_coordinator.policy_messages import (
+    HEADER,
+    Answer,
+    PolicyAnswer,
+    PolicyRequest,
+    Request,
+    WorkAnswer,
+    WorkRequest,
+    encode,
+)
 from enova_recommender.scaling.types import Observation, Proposal
 
 ANSWER_BYTES_MAX = 1 << 20
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
 
 class PolicyRaised(FatalError):
-    """The policy itself raised: a defect of the policy, which costs its decision and nothing else."""
+    """The policy or function itself raised: its defect, which costs its answer and nothing else."""
 
     reason = "POLICY_RAISED"
 
@@ -57,20 +71,38 @@ class PolicyProcess:
         async with self._lock:
             self.figures.calls += 1
             self._number += 1
-            answer = await self._call(PolicyRequest(self._number, policy, observation))
+            answer = await self._call(PolicyRequest(self._number, policy, observation), self._timeout_s)
+        assert isinstance(answer, PolicyAnswer)
         if answer.proposal is None:
             raise PolicyRaised(f"policy {policy} raised {answer.error}", metadata={"policy": policy})
         return answer.proposal
+
+    async def run(
+        self, function: Callable[[Argument], Result], argument: Argument, *, timeout_s: float | None = None
+    ) -> Result:
+        """What a module-level function of the recommender returns, computed in the child.
+
+        Raises as `decide` does. Policies wait meanwhile: `timeout_s` is for what takes longer than a policy may.
+        """
+        async with self._lock:
+            self._number += 1
+            request = WorkRequest(self._number, function, argument)
+            answer = await self._call(request, timeout_s or self._timeout_s)
+        assert isinstance(answer, WorkAnswer)
+        if answer.error:
+            raise PolicyRaised(f"{function.__name__} raised {answer.error}", metadata={"function": function.__name__})
+        return cast("Result", answer.result)
 
     async def close(self) -> None:
         """End the child."""
         async with self._lock:
             await self._end()
 
-    async def _call(self, request: PolicyRequest) -> PolicyAnswer:
+    async def _call(self, request: Request, timeout_s: float) -> Answer:
         try:
             process = await self._running()
-            timeout_s = self._start_timeout_s if self._fresh else self._timeout_s
+            if self._fresh:
+                timeout_s = max(timeout_s, self._start_timeout_s)
             async with asyncio.timeout(timeout_s):
                 answer = await _exchange(process, request)
         except TimeoutError as error:
@@ -111,7 +143,7 @@ class PolicyProcess:
             process.stdin.close()
 
 
-async def _exchange(process: asyncio.subprocess.Process, request: PolicyRequest) -> PolicyAnswer:
+async def _exchange(process: asyncio.subprocess.Process, request: Request) -> Answer:
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(encode(request))
@@ -119,6 +151,6 @@ async def _exchange(process: asyncio.subprocess.Process, request: PolicyRequest)
     size = HEADER.unpack(await process.stdout.readexactly(HEADER.size))[0]
     if size > ANSWER_BYTES_MAX:
         raise OSError(f"an answer of {size} bytes")
-    answer: PolicyAnswer = pickle.loads(await process.stdout.readexactly(size))  # noqa: S301  # from our own child
+    answer: Answer = pickle.loads(await process.stdout.readexactly(size))  # noqa: S301  # from our own child
     assert answer.number == request.number, (answer.number, request.number)
     return answer

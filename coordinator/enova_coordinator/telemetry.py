@@ -61,10 +61,11 @@ class RequestTotals:
     ttft_s: MergedSketch = field(default_factory=MergedSketch)
     tpot_s: MergedSketch = field(default_factory=MergedSketch)
     queue_s: MergedSketch = field(default_factory=MergedSketch)
+    e2e_s: MergedSketch = field(default_factory=MergedSketch)
 
-    def sketches(self) -> tuple[MergedSketch, MergedSketch, MergedSketch]:
-        """TTFT, TPOT and time in the queue."""
-        return self.ttft_s, self.tpot_s, self.queue_s
+    def sketches(self) -> tuple[MergedSketch, ...]:
+        """In the order of REQUEST_SKETCHES."""
+        return self.ttft_s, self.tpot_s, self.queue_s, self.e2e_s
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import assert_never
 
@@ -67,6 +67,8 @@ def _places(names: Mapping[str, str]) -> Mapping[str, tuple[str, int]]:
 _SCALAR_PLACES = _places(_SCALARS)
 _HISTOGRAM_PLACES = _places({vllm.METRIC_PREFIX + metric: metric for metric in HISTOGRAMS})
 
+_CACHE_CONFIG = b"vllm:cache_config_info{"
+_CACHE_TOKENS = re.compile(rb'kv_cache_size_tokens="(\d{1,15})"')
 _LABEL = re.compile(r'([A-Za-z_][A-Za-z0-9_]*)="((?:[^"\\]|\\.)*)"')
 _SERIES = re.compile(r'([A-Za-z_:][A-Za-z0-9_:]*)(?:\{((?:[A-Za-z_][A-Za-z0-9_]*="(?:[^"\\]|\\.)*",?)*)\})?')
 
@@ -115,6 +117,7 @@ class _Layout:
     scalars: list[tuple[str, list[int]]]      # figure -> values to combine
     finished: list[tuple[str, list[int]]]     # finished_reason -> values to add
     histograms: list[_HistogramPlan]
+    kv_cache_tokens: float | None = None      # a label's value: it changes with the engine, hence with the page
 
 
 class ExpositionParser:
@@ -165,7 +168,15 @@ def _learn(lines: Sequence[bytes]) -> _Layout:
     if not slots:
         raise MalformedExposition("no metric of vLLM's is on this page")
     befores = [(index, key + b" ") for key, index in places.items()]
-    return _arranged(len(lines), [(index, before, len(before)) for index, before in befores], slots)
+    layout = _arranged(len(lines), [(index, before, len(before)) for index, before in befores], slots)
+    return replace(layout, kv_cache_tokens=_kv_cache_tokens(lines))
+
+
+def _kv_cache_tokens(lines: Sequence[bytes]) -> float | None:
+    """Room of the KV cache, all data-parallel cores together; None where the engine does not say."""
+    found = [_CACHE_TOKENS.search(line) for line in lines if line.startswith(_CACHE_CONFIG)]
+    sizes = [float(match[1]) for match in found if match is not None]
+    return sum(sizes) if sizes else None
 
 
 def _slot(line: bytes, key: bytes) -> _Slot | None:
@@ -260,7 +271,13 @@ def _figures(layout: _Layout, texts: Sequence[bytes]) -> EngineMetrics:
         histograms.append(histogram)
         if plan.metric == _ITERATIONS:
             figures["iterations_total"] = float(histogram.counts[-1])
-    return EngineMetrics(**figures, finished_total=finished, histograms=tuple(histograms), error=error)
+    return EngineMetrics(
+        **figures,
+        kv_cache_tokens=layout.kv_cache_tokens,
+        finished_total=finished,
+        histograms=tuple(histograms),
+        error=error,
+    )
 
 
 def _numbers(texts: Sequence[bytes]) -> tuple[Sequence[float | None], str]:

@@ -116,6 +116,7 @@ class Summary:
     ttft_s: SketchValue | None = None
     tpot_s: SketchValue | None = None
     queue_s: SketchValue | None = None
+    e2e_s: SketchValue | None = None       # arrival to end, of requests that were answered in full
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

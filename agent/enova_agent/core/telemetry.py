@@ -66,6 +66,7 @@ class EngineMetrics:
     iterations_total: float | None = None
     prefix_cache_queries_total: float | None = None
     prefix_cache_hits_total: float | None = None
+    kv_cache_tokens: float | None = None      # that the KV cache has room for
     finished_total: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     histograms: tuple[Histogram, ...] = ()
     error: str = ""                           # the first value that could not be used, and why

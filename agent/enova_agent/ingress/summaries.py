@@ -8,6 +8,7 @@ routes, not by what clients send.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from http import HTTPStatus
 
 from enova_agent.core.local import SummariesUpdate, Summary
 from enova_agent.core.sketch import Sketch
@@ -25,6 +26,7 @@ class _Sums:
     ttft_s: Sketch = field(default_factory=Sketch)
     tpot_s: Sketch = field(default_factory=Sketch)
     queue_s: Sketch = field(default_factory=Sketch)
+    e2e_s: Sketch = field(default_factory=Sketch)
 
 
 class Summaries:
@@ -55,7 +57,10 @@ class Summaries:
         sums.prompt_tokens += record.prompt_tokens or 0
         sums.output_tokens += record.output_tokens or 0
         for sketch, value in (
-            (sums.ttft_s, record.ttft_s), (sums.tpot_s, record.tpot_s), (sums.queue_s, record.queue_s),
+            (sums.ttft_s, record.ttft_s),
+            (sums.tpot_s, record.tpot_s),
+            (sums.queue_s, record.queue_s),
+            (sums.e2e_s, record.duration_s if _answered(record) else None),
         ):
             if value is not None:
                 sketch.add(value)
@@ -98,4 +103,10 @@ class Summaries:
             ttft_s=sums.ttft_s.value(),
             tpot_s=sums.tpot_s.value(),
             queue_s=sums.queue_s.value(),
+            e2e_s=sums.e2e_s.value(),
         )
+
+
+def _answered(record: RequestRecord) -> bool:
+    """Whether an engine carried the request out to its end: the caller's own errors come back sooner."""
+    return record.outcome is Outcome.FINISHED and record.status < HTTPStatus.BAD_REQUEST

@@ -31,6 +31,7 @@ REPLICA_COUNTERS = (
     "engine_finished",
 )
 REQUEST_COUNTS = ("arrived", "finished", "failed", "cut", "refused", "cancelled")
+REQUEST_SKETCHES = ("ttft_s", "tpot_s", "queue_s", "e2e_s")
 REPLICA_FEATURES = REPLICA_GAUGES + REPLICA_COUNTERS + REQUEST_COUNTS
 GPU_FEATURES = (
     "utilization",
@@ -93,7 +94,7 @@ class RequestFigures(NamedTuple):
     prompt_tokens: int
     output_tokens: int
     held: int
-    sketches: tuple[SketchCounts | None, SketchCounts | None, SketchCounts | None]  # ttft, tpot, queue
+    sketches: tuple[SketchCounts | None, ...]  # in the order of REQUEST_SKETCHES
 
 
 @dataclass(frozen=True, slots=True)

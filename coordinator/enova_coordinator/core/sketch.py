@@ -13,8 +13,7 @@ from enova_coordinator.core.series import SketchCounts
 RELATIVE_ACCURACY = 0.01       # what every ingress uses; another one cannot be merged
 BUCKETS_MAX = 2048             # from a microsecond to eleven days there are 1,382
 COUNT_MAX = 1_000_000_000      # requests in one interval of one ingress: more is no measurement
-
-_GAMMA = (1 + RELATIVE_ACCURACY) / (1 - RELATIVE_ACCURACY)
+GAMMA = (1 + RELATIVE_ACCURACY) / (1 - RELATIVE_ACCURACY)
 
 
 def flaw(sketch: SketchCounts) -> str:
@@ -64,6 +63,13 @@ class MergedSketch:
         self.min = min(self.min, other.min)
         self.max = max(self.max, other.max)
 
+    def minus(self, older: MergedSketch) -> MergedSketch:
+        """What was added since `older`, an earlier state of the same sum; its least and largest value are not known."""
+        newer = MergedSketch(self.offset, self.counts.copy(), self.zero_count - older.zero_count, self.sum - older.sum)
+        start = older.offset - self.offset
+        newer.counts[start : start + len(older.counts)] -= older.counts
+        return newer
+
     def quantile(self, share: float) -> float:
         """The value below which `share` of the values lie, within the relative accuracy; NaN of nothing."""
         total = self.total
@@ -74,7 +80,7 @@ class MergedSketch:
             return 0.0
         index = int(np.searchsorted(np.cumsum(self.counts), rank, side="right"))
         index = min(index, len(self.counts) - 1)
-        return float(2 * _GAMMA ** (self.offset + index) / (1 + _GAMMA))
+        return float(2 * GAMMA ** (self.offset + index) / (1 + GAMMA))
 
     def _add(self, offset: int, counts: NDArray[np.int64]) -> None:
         size, start = len(counts), offset - self.offset

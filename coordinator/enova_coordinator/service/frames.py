@@ -8,22 +8,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
+
 from enova.v1 import telemetry_pb2
+from enova_common.vllm import METRICS
 from enova_coordinator.core.series import (
     GPU_FEATURES,
     REPLICA_COUNTERS,
     REPLICA_GAUGES,
     REQUEST_COUNTS,
+    REQUEST_SKETCHES,
     NodeFrame,
     ObjectFigures,
     RequestFigures,
     SketchCounts,
 )
+from enova_coordinator.core.service_times import EngineCounters, HistogramCounts
 from enova_coordinator.core.sketch import RELATIVE_ACCURACY, MergedSketch
 from enova_coordinator.telemetry import RequestTotals
 
 SAMPLE_AGE_S_MAX = 5.0     # real time: an older reading is no measurement of this interval
 NAME_LENGTH_MAX = 256
+
+HISTOGRAM_BOUNDS: Mapping[str, tuple[float, ...]] = {each.name: each.buckets for each in METRICS if each.buckets}
 
 _REPLICA_COLUMNS = REPLICA_GAUGES + REPLICA_COUNTERS
 # Figures whose field is called otherwise than their column; finished is summed over its reasons.
@@ -111,6 +118,7 @@ def _request(summary: telemetry_pb2.RequestSummary) -> RequestFigures:
             _sketch(summary.ttft_s) if summary.HasField("ttft_s") else None,
             _sketch(summary.tpot_s) if summary.HasField("tpot_s") else None,
             _sketch(summary.queue_s) if summary.HasField("queue_s") else None,
+            _sketch(summary.e2e_s) if summary.HasField("e2e_s") else None,
         ),
     )
 
@@ -127,6 +135,33 @@ def _sketch(sketch: telemetry_pb2.Sketch) -> SketchCounts:
     )
 
 
+def engine_counters(source: object) -> EngineCounters | None:
+    """What an engine had counted when a replica was last sampled; None where that is no measurement."""
+    if not isinstance(source, telemetry_pb2.ReplicaSample) or not source.histograms:
+        return None
+    if not 0 <= source.age_s <= SAMPLE_AGE_S_MAX:
+        return None
+    histograms = {
+        each.metric: HistogramCounts(np.array(each.counts, dtype=np.int64), each.sum)
+        for each in source.histograms
+        if len(each.counts) == len(HISTOGRAM_BOUNDS.get(each.metric, ())) + 1 and 0 <= each.sum < math.inf
+    }
+    return EngineCounters(
+        instance=source.instance,
+        steps=_figure(source, "iterations_total"),
+        prompt_tokens=_figure(source, "prompt_tokens_total"),
+        cached_tokens=_figure(source, "prefix_cache_hits_total"),
+        preemptions=_figure(source, "preemptions_total"),
+        kv_cache_tokens=_figure(source, "kv_cache_tokens"),
+        histograms=histograms,
+    )
+
+
+def _figure(source: telemetry_pb2.ReplicaSample, name: str) -> float | None:
+    value = float(getattr(source, name)) if source.HasField(name) else math.nan  # type: ignore[arg-type]
+    return value if 0 <= value < math.inf else None
+
+
 def totals_message(
     deployment: str, replica: str, serving_class: str, totals: RequestTotals
 ) -> telemetry_pb2.RequestSummary:
@@ -141,7 +176,7 @@ def totals_message(
     )
     for name, count in zip(REQUEST_COUNTS, totals.counts, strict=True):
         setattr(message, name, count)
-    for name, merged in zip(("ttft_s", "tpot_s", "queue_s"), totals.sketches(), strict=True):
+    for name, merged in zip(REQUEST_SKETCHES, totals.sketches(), strict=True):
         if merged.total:
             getattr(message, name).CopyFrom(sketch_message(merged))
     return message

@@ -197,6 +197,7 @@ class ReplicaSample(_message.Message):
     HELD_FIELD_NUMBER: _builtins.int
     SCRAPE_ERROR_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    KV_CACHE_TOKENS_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     running: _builtins.float
     waiting: _builtins.float
@@ -220,6 +221,8 @@ class ReplicaSample(_message.Message):
     """why there are no figures"""
     instance: _builtins.str
     """changes when the engine restarts: counters start anew"""
+    kv_cache_tokens: _builtins.float
+    """tokens that its KV cache has room for"""
     @_builtins.property
     def finished_total(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """by finished_reason"""
@@ -247,10 +250,11 @@ class ReplicaSample(_message.Message):
         held: _builtins.float | None = ...,
         scrape_error: _builtins.str = ...,
         instance: _builtins.str = ...,
+        kv_cache_tokens: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_generation_tokens_total", b"_generation_tokens_total", "_held", b"_held", "_iterations_total", b"_iterations_total", "_kv_cache_usage", b"_kv_cache_usage", "_preemptions_total", b"_preemptions_total", "_prefix_cache_hits_total", b"_prefix_cache_hits_total", "_prefix_cache_queries_total", b"_prefix_cache_queries_total", "_prompt_tokens_total", b"_prompt_tokens_total", "_resident_memory_bytes", b"_resident_memory_bytes", "_running", b"_running", "_waiting", b"_waiting", "generation_tokens_total", b"generation_tokens_total", "held", b"held", "iterations_total", b"iterations_total", "kv_cache_usage", b"kv_cache_usage", "preemptions_total", b"preemptions_total", "prefix_cache_hits_total", b"prefix_cache_hits_total", "prefix_cache_queries_total", b"prefix_cache_queries_total", "prompt_tokens_total", b"prompt_tokens_total", "resident_memory_bytes", b"resident_memory_bytes", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_generation_tokens_total", b"_generation_tokens_total", "_held", b"_held", "_iterations_total", b"_iterations_total", "_kv_cache_tokens", b"_kv_cache_tokens", "_kv_cache_usage", b"_kv_cache_usage", "_preemptions_total", b"_preemptions_total", "_prefix_cache_hits_total", b"_prefix_cache_hits_total", "_prefix_cache_queries_total", b"_prefix_cache_queries_total", "_prompt_tokens_total", b"_prompt_tokens_total", "_resident_memory_bytes", b"_resident_memory_bytes", "_running", b"_running", "_waiting", b"_waiting", "generation_tokens_total", b"generation_tokens_total", "held", b"held", "iterations_total", b"iterations_total", "kv_cache_tokens", b"kv_cache_tokens", "kv_cache_usage", b"kv_cache_usage", "preemptions_total", b"preemptions_total", "prefix_cache_hits_total", b"prefix_cache_hits_total", "prefix_cache_queries_total", b"prefix_cache_queries_total", "prompt_tokens_total", b"prompt_tokens_total", "resident_memory_bytes", b"resident_memory_bytes", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generation_tokens_total", b"_generation_tokens_total", "_held", b"_held", "_iterations_total", b"_iterations_total", "_kv_cache_usage", b"_kv_cache_usage", "_preemptions_total", b"_preemptions_total", "_prefix_cache_hits_total", b"_prefix_cache_hits_total", "_prefix_cache_queries_total", b"_prefix_cache_queries_total", "_prompt_tokens_total", b"_prompt_tokens_total", "_resident_memory_bytes", b"_resident_memory_bytes", "_running", b"_running", "_waiting", b"_waiting", "age_s", b"age_s", "finished_total", b"finished_total", "generation_tokens_total", b"generation_tokens_total", "held", b"held", "histograms", b"histograms", "instance", b"instance", "iterations_total", b"iterations_total", "kv_cache_usage", b"kv_cache_usage", "preemptions_total", b"preemptions_total", "prefix_cache_hits_total", b"prefix_cache_hits_total", "prefix_cache_queries_total", b"prefix_cache_queries_total", "prompt_tokens_total", b"prompt_tokens_total", "replica", b"replica", "resident_memory_bytes", b"resident_memory_bytes", "running", b"running", "scrape_error", b"scrape_error", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generation_tokens_total", b"_generation_tokens_total", "_held", b"_held", "_iterations_total", b"_iterations_total", "_kv_cache_tokens", b"_kv_cache_tokens", "_kv_cache_usage", b"_kv_cache_usage", "_preemptions_total", b"_preemptions_total", "_prefix_cache_hits_total", b"_prefix_cache_hits_total", "_prefix_cache_queries_total", b"_prefix_cache_queries_total", "_prompt_tokens_total", b"_prompt_tokens_total", "_resident_memory_bytes", b"_resident_memory_bytes", "_running", b"_running", "_waiting", b"_waiting", "age_s", b"age_s", "finished_total", b"finished_total", "generation_tokens_total", b"generation_tokens_total", "held", b"held", "histograms", b"histograms", "instance", b"instance", "iterations_total", b"iterations_total", "kv_cache_tokens", b"kv_cache_tokens", "kv_cache_usage", b"kv_cache_usage", "preemptions_total", b"preemptions_total", "prefix_cache_hits_total", b"prefix_cache_hits_total", "prefix_cache_queries_total", b"prefix_cache_queries_total", "prompt_tokens_total", b"prompt_tokens_total", "replica", b"replica", "resident_memory_bytes", b"resident_memory_bytes", "running", b"running", "scrape_error", b"scrape_error", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__generation_tokens_total: _TypeAlias = _typing.Literal["generation_tokens_total"]  # noqa: Y015
     _WhichOneofArgType__generation_tokens_total: _TypeAlias = _typing.Literal["_generation_tokens_total", b"_generation_tokens_total"]  # noqa: Y015
@@ -258,6 +262,8 @@ class ReplicaSample(_message.Message):
     _WhichOneofArgType__held: _TypeAlias = _typing.Literal["_held", b"_held"]  # noqa: Y015
     _WhichOneofReturnType__iterations_total: _TypeAlias = _typing.Literal["iterations_total"]  # noqa: Y015
     _WhichOneofArgType__iterations_total: _TypeAlias = _typing.Literal["_iterations_total", b"_iterations_total"]  # noqa: Y015
+    _WhichOneofReturnType__kv_cache_tokens: _TypeAlias = _typing.Literal["kv_cache_tokens"]  # noqa: Y015
+    _WhichOneofArgType__kv_cache_tokens: _TypeAlias = _typing.Literal["_kv_cache_tokens", b"_kv_cache_tokens"]  # noqa: Y015
     _WhichOneofReturnType__kv_cache_usage: _TypeAlias = _typing.Literal["kv_cache_usage"]  # noqa: Y015
     _WhichOneofArgType__kv_cache_usage: _TypeAlias = _typing.Literal["_kv_cache_usage", b"_kv_cache_usage"]  # noqa: Y015
     _WhichOneofReturnType__preemptions_total: _TypeAlias = _typing.Literal["preemptions_total"]  # noqa: Y015
@@ -280,6 +286,8 @@ class ReplicaSample(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__held) -> _WhichOneofReturnType__held | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__iterations_total) -> _WhichOneofReturnType__iterations_total | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_cache_tokens) -> _WhichOneofReturnType__kv_cache_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_cache_usage) -> _WhichOneofReturnType__kv_cache_usage | None: ...
     @_typing.overload
@@ -361,6 +369,7 @@ class RequestSummary(_message.Message):
     TTFT_S_FIELD_NUMBER: _builtins.int
     TPOT_S_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
+    E2E_S_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     replica: _builtins.str
     """empty: never reached one"""
@@ -384,6 +393,10 @@ class RequestSummary(_message.Message):
     def tpot_s(self) -> Global___Sketch: ...
     @_builtins.property
     def queue_s(self) -> Global___Sketch: ...
+    @_builtins.property
+    def e2e_s(self) -> Global___Sketch:
+        """arrival to the last byte, of requests that were answered in full"""
+
     def __init__(
         self,
         *,
@@ -402,10 +415,11 @@ class RequestSummary(_message.Message):
         ttft_s: Global___Sketch | None = ...,
         tpot_s: Global___Sketch | None = ...,
         queue_s: Global___Sketch | None = ...,
+        e2e_s: Global___Sketch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["queue_s", b"queue_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["e2e_s", b"e2e_s", "queue_s", b"queue_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "cancelled", b"cancelled", "cut", b"cut", "deployment", b"deployment", "failed", b"failed", "finished", b"finished", "held", b"held", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "refused", b"refused", "replica", b"replica", "serving_class", b"serving_class", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "cancelled", b"cancelled", "cut", b"cut", "deployment", b"deployment", "e2e_s", b"e2e_s", "failed", b"failed", "finished", b"finished", "held", b"held", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "refused", b"refused", "replica", b"replica", "serving_class", b"serving_class", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
