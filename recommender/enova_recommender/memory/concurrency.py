@@ -112,7 +112,7 @@ def _most_exact(demand: BlockDemand, blocks: int, quantile: float) -> int:
     above = demand.blocks / step - below
     size = int(below.max()) + 2
     places = below.astype(np.intp)
-    chances: Floats = np.bincount(places, weights=demand.weights * (1 - above), minlength=size)
+    chances: Floats = np.bincount(places, weights=demand.weights * (1 - above), minlength=size).astype(np.float64)
     chances += np.bincount(places + 1, weights=demand.weights * above, minlength=size)
     limit = int(blocks // step)
     low, high = 0, max(1, min(EXACT_SEQUENCES_MAX, blocks // max(1, int(demand.blocks.min()))))
