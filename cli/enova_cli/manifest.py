@@ -13,7 +13,7 @@ import yaml
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from enova.v1 import cluster_pb2
-from enova_cli.plain import from_plain
+from enova_cli.plain import enum_words, from_plain
 from enova_common.errors import InvalidField, NotFound
 
 DESIRED_FIELDS = (
@@ -30,6 +30,7 @@ DESIRED_FIELDS = (
     "policy",
     "priority",
     "autoscaling_paused",
+    "reconfiguration",
 )
 DEFAULT_CLASS = "default"
 FILE_BYTES_MAX = 1 << 20  # a deployment takes a few kilobytes; more is a mistake
@@ -144,8 +145,11 @@ def _message_schema(message: Descriptor) -> dict[str, Any]:
 
 
 def _field_schema(field: FieldDescriptor) -> dict[str, Any]:
+    schema: dict[str, Any]
     if field.message_type is not None:
         schema = _message_schema(field.message_type)
+    elif field.enum_type is not None:
+        schema = {"enum": enum_words(field)}
     elif field.type in (FieldDescriptor.TYPE_DOUBLE, FieldDescriptor.TYPE_FLOAT):
         schema = {"type": "number"}
     elif field.type == FieldDescriptor.TYPE_BOOL:

@@ -64,6 +64,12 @@ def enum_word(field: FieldDescriptor, number: int) -> str:
     return known.name.removeprefix(_enum_prefix(enum.name)) if known else str(number)
 
 
+def enum_words(field: FieldDescriptor) -> list[str]:
+    """The bare words that an enum's field takes; the unspecified one is what leaving it out means."""
+    assert field.enum_type is not None
+    return [enum_word(field, value.number) for value in field.enum_type.values if value.number]
+
+
 def rfc3339(seconds: float) -> str:
     """A Unix time as RFC 3339 in UTC, to the millisecond."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -382,7 +382,7 @@ def _with_target(deployment: Deployment, replicas: int, *, now_s: float, flags: 
     if spec.fixed and spec.replicas != replicas:
         spec = replace(spec, replicas=replicas)
     if flags:
-        spec = replace(spec, configuration={**spec.configuration, **flags})
+        spec = replace(spec, configuration={**deployment.configuration, **flags})
     generation = deployment.generation + (spec != deployment.spec)
     status = replace(
         deployment.status,

@@ -80,6 +80,14 @@ class DecisionAction(StrEnum):
     HOLD = "HOLD"
 
 
+class Reconfiguration(StrEnum):
+    """What becomes of a better configuration that is found for a deployment."""
+
+    PROPOSE = "PROPOSE"  # shown with its gain; a user decides
+    APPLY = "APPLY"      # rolled out
+    OFF = "OFF"          # no advice at all
+
+
 class Severity(StrEnum):
     """Whether an event asks for attention."""
 
@@ -156,6 +164,7 @@ class DeploymentSpec:
     policy: str = ""
     priority: int = 0              # deployments with a lower number are placed first
     autoscaling_paused: bool = False
+    reconfiguration: Reconfiguration = Reconfiguration.PROPOSE
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -190,6 +199,23 @@ class DeploymentStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentAdvice:
+    """The configuration that the recommender gave a deployment, or proposes to it, and why.
+
+    Without a GPU type there is none: `reason` says why, and engines run with their own defaults.
+    """
+
+    gpu_type: str = ""
+    configuration: Configuration = field(default_factory=dict)
+    reason: str = ""
+    explanation: tuple[str, ...] = ()
+    cost_per_hour: float = 0.0     # of one replica, USD
+    capacity_rps: float = 0.0      # of one replica, while the objectives hold
+    gain: float = 0.0              # of a proposal: share of the cost of a request that it saves
+    create_time_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
     """What the user wants served, and how it stands. `generation` counts changes of the spec, from 1."""
 
@@ -201,6 +227,20 @@ class Deployment:
     create_time_s: float = 0.0
     update_time_s: float = 0.0
     delete_time_s: float = 0.0
+    advice: DeploymentAdvice | None = None    # what it runs by, where the spec has no configuration
+    proposal: DeploymentAdvice | None = None  # a better one, that a user may take up
+
+    @property
+    def configuration(self) -> Configuration:
+        """What its engines run with: what the spec says, else what the recommender advised."""
+        if self.spec.configuration or self.advice is None:
+            return self.spec.configuration
+        return self.advice.configuration
+
+    @property
+    def advised_gpu_type(self) -> str:
+        """The GPU type that its configuration was advised for; empty: any that the spec allows."""
+        return self.advice.gpu_type if self.advice is not None and not self.spec.configuration else ""
 
     @property
     def id(self) -> str:
@@ -411,7 +451,30 @@ class RequestRecord:
     create_time_s: float
 
 
-Stored = Deployment | Variant | Replica | Node | Assignment | Decision | RequestRecord
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredCalibration:
+    """What was learnt of the step times of one model and configuration on one GPU type, whoever serves it.
+
+    The name is calibrations/{gpu type}.{hash of shape and configuration}; the figures are those of
+    `enova_recommender.performance.calibration.Calibration`.
+    """
+
+    name: str
+    gpu_type: str
+    model: str                     # as the deployment named it that was measured last
+    configuration: str             # what of it the steps depend on, in words
+    groups: tuple[str, ...]
+    factors: tuple[float, ...]
+    covariance: tuple[float, ...]  # row by row
+    noise: float
+    prior_spread: float
+    updates: int = 0
+    outliers: int = 0
+    load: tuple[float, ...] = ()
+    update_time_s: float = 0.0
+
+
+Stored = Deployment | Variant | Replica | Node | Assignment | Decision | RequestRecord | StoredCalibration
 
 
 # What is observed of nodes; never stored.

@@ -35,7 +35,8 @@ def _fits(variant: Variant, deployment: Deployment) -> bool:
     spec = deployment.spec
     return (
         (variant.model, variant.engine, variant.served_names) == (spec.model, spec.engine, deployment.served_names)
-        and dict(variant.configuration) == dict(spec.configuration)
+        and dict(variant.configuration) == dict(deployment.configuration)
+        and deployment.advised_gpu_type in {"", variant.gpu_type}
         and (not variant.gpu_type or not spec.hardware.allow or variant.gpu_type in spec.hardware.allow)
     )
 
@@ -47,7 +48,8 @@ def _made(draft: Draft, deployment: Deployment) -> Variant:
         model=deployment.spec.model,
         served_names=deployment.served_names,
         engine=deployment.spec.engine,
-        configuration=dict(deployment.spec.configuration),
+        gpu_type=deployment.advised_gpu_type,
+        configuration=dict(deployment.configuration),
         generation=deployment.generation,
     )
     message = f"{variant.id} for generation {deployment.generation}"

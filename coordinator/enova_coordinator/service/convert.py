@@ -13,6 +13,7 @@ from enova_coordinator.core.model import (
     Configuration,
     Decision,
     Deployment,
+    DeploymentAdvice,
     DeploymentSpec,
     Event,
     FlagValue,
@@ -22,6 +23,7 @@ from enova_coordinator.core.model import (
     Node,
     NodeReport,
     NodeView,
+    Reconfiguration,
     Replica,
     ReplicaReport,
     ReplicaState,
@@ -47,6 +49,7 @@ DESIRED_FIELDS = (
     "policy",
     "priority",
     "autoscaling_paused",
+    "reconfiguration",
 )
 
 
@@ -113,7 +116,30 @@ def spec(message: cluster_pb2.Deployment) -> DeploymentSpec:
         policy=message.policy,
         priority=message.priority,
         autoscaling_paused=message.autoscaling_paused,
+        reconfiguration=_reconfiguration(message.reconfiguration),
     )
+
+
+def _reconfiguration(value: cluster_pb2.Reconfiguration.ValueType) -> Reconfiguration:
+    """The policy of a number; one that a newer release knows is the default here."""
+    words = {cluster_pb2.Reconfiguration.Value(f"RECONFIGURATION_{each}"): each for each in Reconfiguration}
+    return words.get(value, Reconfiguration.PROPOSE)
+
+
+def _advice_message(value: DeploymentAdvice | None) -> cluster_pb2.DeploymentAdvice | None:
+    if value is None:
+        return None
+    message = cluster_pb2.DeploymentAdvice(
+        gpu_type=value.gpu_type,
+        configuration=configuration_message(value.configuration),
+        reason=value.reason,
+        explanation=value.explanation,
+        cost_per_hour=value.cost_per_hour,
+        capacity_rps=value.capacity_rps,
+        gain=value.gain,
+    )
+    _set_time(message.create_time, value.create_time_s)
+    return message
 
 
 def deployment_message(value: Deployment, variants: Iterable[str] = ()) -> cluster_pb2.Deployment:
@@ -144,6 +170,9 @@ def deployment_message(value: Deployment, variants: Iterable[str] = ()) -> clust
         target_replicas=status.target_replicas,
         ready_replicas=status.ready_replicas,
         variants=variants,
+        reconfiguration=_enum("RECONFIGURATION", wanted.reconfiguration),  # type: ignore[arg-type]
+        advice=_advice_message(value.advice),
+        proposal=_advice_message(value.proposal),
     )
     _set_time(message.create_time, value.create_time_s)
     _set_time(message.update_time, value.update_time_s)

@@ -579,6 +579,7 @@ class Deployment(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     AUTOSCALING_PAUSED_FIELD_NUMBER: _builtins.int
+    RECONFIGURATION_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     OBSERVED_GENERATION_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
@@ -589,7 +590,6 @@ class Deployment(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     DELETE_TIME_FIELD_NUMBER: _builtins.int
     VARIANTS_FIELD_NUMBER: _builtins.int
-    RECONFIGURATION_FIELD_NUMBER: _builtins.int
     ADVICE_FIELD_NUMBER: _builtins.int
     PROPOSAL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
@@ -608,6 +608,7 @@ class Deployment(_message.Message):
     """empty: the default policy"""
     priority: _builtins.int
     autoscaling_paused: _builtins.bool
+    reconfiguration: Global___Reconfiguration.ValueType
     generation: _builtins.int
     """Output only.
     counts changes of the desired fields
@@ -617,8 +618,6 @@ class Deployment(_message.Message):
     reason: _builtins.str
     target_replicas: _builtins.int
     ready_replicas: _builtins.int
-    reconfiguration: Global___Reconfiguration.ValueType
-    """Desired."""
     @_builtins.property
     def served_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -637,9 +636,7 @@ class Deployment(_message.Message):
     def variants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def advice(self) -> Global___DeploymentAdvice:
-        """Output only.
-        what it runs by, where `configuration` is empty
-        """
+        """what it runs by, where `configuration` is empty"""
 
     @_builtins.property
     def proposal(self) -> Global___DeploymentAdvice:
@@ -663,6 +660,7 @@ class Deployment(_message.Message):
         policy: _builtins.str = ...,
         priority: _builtins.int = ...,
         autoscaling_paused: _builtins.bool = ...,
+        reconfiguration: Global___Reconfiguration.ValueType = ...,
         generation: _builtins.int = ...,
         observed_generation: _builtins.int = ...,
         state: Global___Deployment.State.ValueType = ...,
@@ -673,7 +671,6 @@ class Deployment(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         delete_time: _timestamp_pb2.Timestamp | None = ...,
         variants: _abc.Iterable[_builtins.str] | None = ...,
-        reconfiguration: Global___Reconfiguration.ValueType = ...,
         advice: Global___DeploymentAdvice | None = ...,
         proposal: Global___DeploymentAdvice | None = ...,
     ) -> None: ...
