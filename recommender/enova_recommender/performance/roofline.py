@@ -1,16 +1,15 @@
-"""How long one engine step takes for a batch.
+"""Step times of one replica from data sheets alone: each class of kernels takes the longer of arithmetic and traffic.
 
-`StepTimes` is what the scheduler asks for; the world gives it. `Roofline` derives it from data sheets: each class of
-kernels takes the longer of its arithmetic and its memory traffic, at a stated share of the peak rates. For a batch
-that only decodes, both are affine in the context, so that a run of steps has a closed form.
+A stated share of the peak rates is reached. For a batch that only decodes, both are affine in the context, so that a
+run of steps has a closed form.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from enova_recommender.memory import kv_bytes_per_token, layer_weight_bytes, plain_element_bytes
+from enova_recommender.performance.times import read_tokens
 from enova_recommender.types import (
     AS_PUBLISHED,
     SINGLE_GPU,
@@ -22,63 +21,6 @@ from enova_recommender.types import (
     Parallelism,
     Precision,
 )
-
-
-class StepTimes(Protocol):
-    """Durations of engine steps, in seconds; pure, and growing with each part of the batch."""
-
-    def step_s(self, batch: Batch) -> float:
-        """Duration of one step."""
-
-    def decode_run_s(self, *, sequences: int, context_tokens: int, steps: int) -> float:
-        """Duration of `steps` steps in a row that only decode the same sequences.
-
-        `context_tokens` is that of the first step; each step adds one token a sequence.
-        """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Affine:
-    """Step times that are affine in each part of the batch: what fits and what files carry."""
-
-    base_s: float
-    prefill_token_s: float = 0.0
-    prefill_pair_s: float = 0.0
-    sequence_s: float = 0.0
-    context_token_s: float = 0.0
-
-    def step_s(self, batch: Batch) -> float:
-        """Duration of one step."""
-        return (
-            self.base_s
-            + self.prefill_token_s * batch.prefill_tokens
-            + self.prefill_pair_s * batch.prefill_pairs
-            + self.sequence_s * batch.decode_sequences
-            + self.context_token_s * batch.context_tokens
-        )
-
-    def decode_run_s(self, *, sequences: int, context_tokens: int, steps: int) -> float:
-        """Duration of a run of decode steps."""
-        fixed = self.base_s + self.sequence_s * sequences
-        return fixed * steps + self.context_token_s * _read_tokens(sequences, context_tokens, steps)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slowed:
-    """Other step times, each `factor` times as long."""
-
-    times: StepTimes
-    factor: float
-
-    def step_s(self, batch: Batch) -> float:
-        """Duration of one step."""
-        return self.factor * self.times.step_s(batch)
-
-    def decode_run_s(self, *, sequences: int, context_tokens: int, steps: int) -> float:
-        """Duration of a run of decode steps."""
-        return self.factor * self.times.decode_run_s(
-            sequences=sequences, context_tokens=context_tokens, steps=steps
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +91,7 @@ class Roofline:
 
     def decode_run_s(self, *, sequences: int, context_tokens: int, steps: int) -> float:
         """Duration of a run of decode steps."""
-        read = _read_tokens(sequences, context_tokens, steps)
+        read = read_tokens(sequences, context_tokens, steps)
         return self._fixed_s(sequences, sequences) * steps + self._context_token_s * read
 
     def _fixed_s(self, tokens: int, sampled: int) -> float:
@@ -169,8 +111,3 @@ def _pair_elements(mixer: Attention | LatentAttention) -> int:
     if isinstance(mixer, LatentAttention):
         return mixer.heads * (mixer.nope_dim + mixer.rope_dim + mixer.value_dim) // 2
     return mixer.heads * mixer.head_dim
-
-
-def _read_tokens(sequences: int, context_tokens: int, steps: int) -> int:
-    """KV tokens that a run of decode steps reads in all."""
-    return context_tokens * steps + sequences * (steps * (steps - 1) // 2)

@@ -1,0 +1,26 @@
+"""How long one engine step takes for a batch: from measured kernels, from data sheets, or as the world gives it."""
+
+from enova_recommender.performance.constants import FITTED, Constants, Tier
+from enova_recommender.performance.correction import GROUPS, UNCORRECTED, Correction, KernelGroup
+from enova_recommender.performance.kernel_times import KernelTimes
+from enova_recommender.performance.layers import KernelClass
+from enova_recommender.performance.roofline import PRIOR, Efficiency, Roofline
+from enova_recommender.performance.times import Affine, Slowed, StepTimes
+
+__all__ = [
+    "FITTED",
+    "GROUPS",
+    "PRIOR",
+    "UNCORRECTED",
+    "Affine",
+    "Constants",
+    "Correction",
+    "Efficiency",
+    "KernelClass",
+    "KernelGroup",
+    "KernelTimes",
+    "Roofline",
+    "Slowed",
+    "StepTimes",
+    "Tier",
+]

@@ -1,0 +1,253 @@
+"""Step times as a sum over kernel classes, with the kernels' times read from measured tables.
+
+Theory of operation. At construction each layer's kernels are evaluated on fixed knots (`layers`), giving curves over
+the tokens of a step and over its sequences, and two grids: prompt tokens x pairs, decoding sequences x context. They
+are weighted by the correction's factors and added up, so that a step is a few linear interpolations. With the decoding
+sequences fixed a step is piecewise linear in the context: a run of decode steps has a closed form.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from typing import Self, assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from enova_recommender.performance.constants import FITTED, Constants, Tier
+from enova_recommender.performance.correction import GROUPS, UNCORRECTED, Correction, KernelGroup
+from enova_recommender.performance.layers import (
+    CONTEXT,
+    PAIRS,
+    SEQUENCES,
+    TOKENS,
+    Basis,
+    KernelClass,
+    Piece,
+    model_pieces,
+    setting_of,
+)
+from enova_recommender.performance.pieces import across, along, located, run_total, value_at
+from enova_recommender.performance.tables import kernels_of
+from enova_recommender.types import AS_PUBLISHED, SINGLE_GPU, Batch, GpuModel, Interval, ModelShape, Parallelism, Precision
+
+Floats = npt.NDArray[np.float64]
+Counts = npt.ArrayLike
+
+NORMAL_80 = 1.2815515594457  # standard deviations within which 80 of 100 draws lie
+_TOKENS, _SEQUENCES, _CONTEXT, _PAIRS = (np.concatenate([[0.0], knots]) for knots in (TOKENS, SEQUENCES, CONTEXT, PAIRS))
+_TOKENS_LIST, _SEQUENCES_LIST = _TOKENS.tolist(), _SEQUENCES.tolist()
+_CONTEXT_LIST, _PAIRS_LIST = _CONTEXT.tolist(), _PAIRS.tolist()
+_SHAPES = {
+    Basis.TOKENS: (len(_TOKENS),), Basis.PROMPT_TOKENS: (len(_TOKENS),), Basis.SAMPLED: (len(_SEQUENCES),),
+    Basis.SEQUENCES: (len(_SEQUENCES),), Basis.PROMPT_PAIRS: (len(_TOKENS), len(_PAIRS)),
+    Basis.CONTEXT: (len(_SEQUENCES), len(_CONTEXT)),
+}  # fmt: skip
+DECODE_ROWS_MAX = 4096  # numbers of sequences whose curve over the context is kept
+
+
+class KernelTimes:
+    """Step times of one replica from the shape of its model and measured kernels.
+
+    With data-parallel attention (`parallelism.data`) a batch is that of one rank; the other ranks are taken to be as
+    busy. `co_runners` holds, for each other engine on the same GPU, the share of time that it keeps the GPU busy: the
+    driver gives contexts turns, so that kernels take so much longer.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        gpu: GpuModel,
+        *,
+        parallelism: Parallelism = SINGLE_GPU,
+        precision: Precision = AS_PUBLISHED,
+        co_runners: Sequence[float] = (),
+        correction: Correction = UNCORRECTED,
+        constants: Constants = FITTED,
+    ) -> None:
+        self._constants = constants
+        self._layers = shape.layers
+        setting = setting_of(shape, gpu, parallelism, precision, constants)
+        slowed = 1.0 + sum(co_runners)
+        self._pieces = _gathered(model_pieces(shape, setting), slowed)
+        self._is_measured = kernels_of(gpu).is_measured
+        self._correct(correction)
+
+    def corrected(self, correction: Correction) -> Self:
+        """The same times with these factors in place of any they had; no kernel is evaluated again."""
+        other = copy(self)
+        other._correct(correction)
+        return other
+
+    def _correct(self, correction: Correction) -> None:
+        self.correction = correction
+        factors = dict(zip(GROUPS, correction.factors, strict=True))
+        self._host = factors[KernelGroup.HOST]
+        self._totals = dict.fromkeys(Basis, np.zeros(1))
+        for basis in Basis:
+            parts = [factors[group] * values for (_, group, of), values in self._pieces.items() if of is basis]
+            self._totals[basis] = np.sum(parts, axis=0) if parts else np.zeros(_SHAPES[basis])
+        self._lists = {basis: values.tolist() for basis, values in self._totals.items() if values.ndim == 1}
+        self._decode_rows: dict[int, list[float]] = {}
+
+    @property
+    def tier(self) -> Tier:
+        """On what these times rest."""
+        if self.correction.spread is not None:
+            return Tier.CALIBRATED
+        return Tier.MEASURED if self._is_measured else Tier.TRANSFERRED
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the logarithm of the error."""
+        if self.correction.spread is not None:
+            return self.correction.spread
+        return self._constants.measured_spread if self._is_measured else self._constants.transferred_spread
+
+    def interval(self, seconds: float) -> Interval:
+        """A predicted time with the bounds that hold it in 80 of 100 cases."""
+        factor = math.exp(NORMAL_80 * self.spread)
+        return Interval(value=seconds, low=seconds / factor, high=seconds * factor)
+
+    def step_s(self, batch: Batch) -> float:
+        """Duration of one step."""
+        prompts, sequences = batch.prefill_tokens, batch.decode_sequences
+        seconds = self._fixed_s(prompts, sequences)
+        if sequences:
+            seconds += value_at(_CONTEXT_LIST, self._decode_row(sequences), batch.context_tokens)
+        if prompts:
+            low, share = _located_one(_TOKENS_LIST, prompts)
+            grid = self._totals[Basis.PROMPT_PAIRS]
+            row = grid[low] + share * (grid[low + 1] - grid[low])
+            column, right = _located_one(_PAIRS_LIST, batch.prefill_pairs)
+            seconds += float(row[column] + right * (row[column + 1] - row[column]))
+        return seconds
+
+    def decode_run_s(self, *, sequences: int, context_tokens: int, steps: int) -> float:
+        """Duration of `steps` steps in a row that only decode the same sequences."""
+        context = run_total(
+            _CONTEXT_LIST, self._decode_row(sequences), first=context_tokens, stride=sequences, count=steps
+        )
+        return steps * self._fixed_s(0, sequences) + context
+
+    def steps_s(
+        self, prefill_tokens: Counts, prefill_pairs: Counts, decode_sequences: Counts, context_tokens: Counts
+    ) -> Floats:
+        """Durations of many steps at once; the arguments are broadcast against each other."""
+        points = _Points(prefill_tokens, prefill_pairs, decode_sequences, context_tokens)
+        kernels = sum((points.of(basis, values) for basis, values in self._totals.items()), np.zeros(points.shape))
+        return np.asarray(kernels + self._host * points.host(self._constants, self._layers))
+
+    def features(self, batch: Batch) -> Floats:
+        """Seconds of one step by group (in the order of GROUPS) at factor one: what a correction is fitted on."""
+        by_group = dict.fromkeys(GROUPS, 0.0)
+        for (_, group), seconds in self._parts(batch).items():
+            by_group[group] += seconds
+        return np.array([by_group[group] for group in GROUPS])
+
+    def shares(self, batch: Batch) -> Mapping[KernelClass, float]:
+        """Seconds of one step by kernel class; their sum is the step's."""
+        factors = dict(zip(GROUPS, self.correction.factors, strict=True))
+        by_class = dict.fromkeys(KernelClass, 0.0)
+        for (kind, group), seconds in self._parts(batch).items():
+            by_class[kind] += factors[group] * seconds
+        return by_class
+
+    def _parts(self, batch: Batch) -> dict[tuple[KernelClass, KernelGroup], float]:
+        """Seconds of one step by class and group, at factor one."""
+        points = _Points(
+            batch.prefill_tokens, batch.prefill_pairs, batch.decode_sequences, batch.context_tokens
+        )
+        parts: dict[tuple[KernelClass, KernelGroup], float] = {}
+        for (kind, group, basis), values in self._pieces.items():
+            parts[kind, group] = parts.get((kind, group), 0.0) + float(points.of(basis, values))
+        parts[KernelClass.HOST, KernelGroup.HOST] = float(points.host(self._constants, self._layers))
+        return parts
+
+    def _fixed_s(self, prompts: int, sequences: int) -> float:
+        """The part of a step that depends neither on the context nor on pairs."""
+        constants = self._constants
+        host = constants.step_s + constants.sequence_s * sequences
+        if prompts:
+            host += constants.prefill_step_s + constants.layer_prefill_s * self._layers
+        sampled = sequences + (1 if prompts else 0)
+        return (
+            self._host * host
+            + value_at(_TOKENS_LIST, self._lists[Basis.TOKENS], prompts + sequences)
+            + value_at(_TOKENS_LIST, self._lists[Basis.PROMPT_TOKENS], prompts)
+            + value_at(_SEQUENCES_LIST, self._lists[Basis.SAMPLED], sampled)
+            + value_at(_SEQUENCES_LIST, self._lists[Basis.SEQUENCES], sequences)
+        )
+
+    def _decode_row(self, sequences: int) -> list[float]:
+        """Seconds of decode attention over the knots of the context, for so many sequences."""
+        row = self._decode_rows.get(sequences)
+        if row is None:
+            low, share = _located_one(_SEQUENCES_LIST, sequences)
+            grid = self._totals[Basis.CONTEXT]
+            row = (grid[low] + share * (grid[low + 1] - grid[low])).tolist()
+            if len(self._decode_rows) < DECODE_ROWS_MAX:
+                self._decode_rows[sequences] = row
+        return row
+
+
+class _Points:
+    """Batches located on the knots of each basis."""
+
+    def __init__(self, prefill_tokens: Counts, prefill_pairs: Counts, sequences: Counts, context: Counts) -> None:
+        prompts, pairs, decoding, read = np.broadcast_arrays(
+            *(np.asarray(part, dtype=np.float64) for part in (prefill_tokens, prefill_pairs, sequences, context))
+        )
+        self.shape = prompts.shape
+        self._prompts, self._sequences = prompts, decoding
+        sampled = decoding + (prompts > 0)
+        self._places = {
+            Basis.TOKENS: located(_TOKENS, prompts + decoding), Basis.PROMPT_TOKENS: located(_TOKENS, prompts),
+            Basis.SAMPLED: located(_SEQUENCES, sampled), Basis.SEQUENCES: located(_SEQUENCES, decoding),
+        }  # fmt: skip
+        self._pairs, self._context = located(_PAIRS, pairs), located(_CONTEXT, read)
+
+    def of(self, basis: Basis, values: Floats) -> Floats:
+        """Seconds of one piece at the points."""
+        match basis:
+            case Basis.PROMPT_PAIRS:
+                return across(values, self._places[Basis.PROMPT_TOKENS], self._pairs)
+            case Basis.CONTEXT:
+                return across(values, self._places[Basis.SEQUENCES], self._context)
+            case Basis.TOKENS | Basis.PROMPT_TOKENS | Basis.SAMPLED | Basis.SEQUENCES:
+                return along(values, *self._places[basis])
+            case _:
+                assert_never(basis)
+
+    def host(self, constants: Constants, layers: int) -> Floats:
+        """Seconds of the host at the points."""
+        launching = constants.prefill_step_s + constants.layer_prefill_s * layers
+        return constants.step_s + constants.sequence_s * self._sequences + launching * (self._prompts > 0)
+
+
+def _from_zero(piece: Piece) -> Floats:
+    """The seconds of a piece with knots at zero put before the others: no tokens take no time."""
+    values = np.pad(piece.seconds, [(1, 0)] * piece.seconds.ndim)
+    if piece.basis in {Basis.PROMPT_PAIRS, Basis.CONTEXT}:
+        values[:, 0] = values[:, 1]  # little context costs the launch
+    return values
+
+
+def _gathered(
+    pieces: Iterable[Piece], slowed: float
+) -> dict[tuple[KernelClass, KernelGroup, Basis], Floats]:
+    """Pieces of equal class, group and basis as one."""
+    found: dict[tuple[KernelClass, KernelGroup, Basis], Floats] = {}
+    for piece in pieces:
+        key, values = (piece.kind, piece.group, piece.basis), slowed * _from_zero(piece)
+        found[key] = found[key] + values if key in found else values
+    return found
+
+
+def _located_one(knots: Sequence[float], point: float) -> tuple[int, float]:
+    """Segment of one point, and how far along it the point is."""
+    low = min(max(bisect_right(knots, point) - 1, 0), len(knots) - 2)
+    return low, (point - knots[low]) / (knots[low + 1] - knots[low])
