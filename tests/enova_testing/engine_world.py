@@ -7,7 +7,17 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from enova_recommender.engine import Admitted, Event, FirstToken, Limits, Preempted, Request, Resumed, Scheduler, Stepped
+from enova_recommender.engine import (
+    Admitted,
+    Event,
+    FirstToken,
+    Limits,
+    Preempted,
+    Request,
+    Resumed,
+    Scheduler,
+    Stepped,
+)
 from enova_recommender.performance import StepTimes
 from enova_recommender.performance.live_steps import EngineChange
 from enova_recommender.types import Batch
