@@ -32,11 +32,15 @@ FRAMES_MIN = 20              # measured intervals below which nothing is said
 FINISHED_MIN = 30            # requests below which a rate is a guess
 QUEUE_S_MIN = 10.0           # a shorter queue may be a burst
 QUEUE_SERVICE_TIMES_MIN = 0.5  # the same in times that a request takes
-QUEUE_SHARE_MIN = 0.03       # waiting over running below which requests only wait for the next step
+# Below capacity queues come and go as well. Their length and what is served in them have exponential tails, of some 5
+# requests and some 100 requests at 80 % of the capacity (M/G/1 with lengths as they are met), so these many prove it.
+QUEUE_REQUESTS_MIN = 30      # waiting at the peak
+QUEUE_FINISHED_MIN = 300     # or served without a break, where a bound keeps the queue short
 GAP_INTERVALS_MAX = 2        # missing intervals that do not break a queue
-WINDOWS_MIN = 8              # of the plateau
-WINDOW_SERVICE_TIMES = 2.0   # how long they are: shorter ones see the load before its effect
-LOAD_SPREAD_MIN = 1.6        # largest over middling load, without which a plateau cannot be seen
+WINDOWS_MIN = 12             # of the plateau
+WINDOW_SERVICE_TIMES = 3.0   # how long they are: shorter ones see the load before its effect
+WINDOW_FINISHED_MIN = 50     # in one on average: what fewer requests are like hides what the engine is like
+LOAD_SPREAD_MIN = 2.0        # load of every tenth window over the middling one, without which none can be seen
 ELASTICITY_MAX = 0.3         # per cent of rate for a per cent of load; 0 on a plateau, 1 below saturation
 CONFIDENCE = 0.95            # of the one-sided bound of the elasticity
 RESAMPLES = 400
@@ -176,7 +180,7 @@ def _queued_intervals(frames: ReplicaFrames) -> Flags:
         length_s = (last - first + 1) * frames.interval_s
         if length_s < max(QUEUE_S_MIN, QUEUE_SERVICE_TIMES_MIN * service_s):
             continue
-        if frames.waiting[inside].mean() < QUEUE_SHARE_MIN * frames.running[inside].mean():
+        if frames.waiting[inside].max() < QUEUE_REQUESTS_MIN and frames.finished[inside].sum() < QUEUE_FINISHED_MIN:
             continue
         settled = round(_service_s(frames, inside) / frames.interval_s)
         if 2 * settled <= last - first + 1:
@@ -215,8 +219,12 @@ class _Windows:
 def _windows(frames: ReplicaFrames) -> _Windows:
     """Whole windows with at most half of their intervals missing."""
     measured = frames.measured
-    service_s = _service_s(frames, measured)
-    size = max(1, math.ceil(max(QUEUE_S_MIN, WINDOW_SERVICE_TIMES * service_s) / frames.interval_s))
+    done = float(frames.finished[measured].sum())
+    if not done:
+        return _Windows(np.array([]), np.array([]), [])
+    filled_s = WINDOW_FINISHED_MIN / done * float(measured.sum()) * frames.interval_s
+    length_s = max(QUEUE_S_MIN, WINDOW_SERVICE_TIMES * _service_s(frames, measured), filled_s)
+    size = max(1, math.ceil(length_s / frames.interval_s))
     loads, rates, members = [], [], []
     for first in range(0, len(measured) - size + 1, size):
         inside = first + np.flatnonzero(measured[first : first + size])
@@ -248,7 +256,7 @@ def _plateau_load(loads: Floats, rates: Floats) -> float:
         return math.inf
     middle = float(np.median(loads))
     upper = (loads >= middle) & (rates > 0)
-    if upper.sum() < WINDOWS_MIN // 2 or loads.max() < LOAD_SPREAD_MIN * middle:
+    if upper.sum() < WINDOWS_MIN // 2 or np.quantile(loads, 0.9) < LOAD_SPREAD_MIN * middle:
         return math.inf
     bound = _elasticity_bound(np.log(loads[upper]), np.log(rates[upper]))
     # A plateau has a slope before it: the rate there must be above that of lower loads.
