@@ -1,0 +1,350 @@
+"""From counts over groups of equal nodes to replicas on the GPUs of each node.
+
+Patterns are dealt to the nodes of their group: those that hold what runs there first, and in turn over the failure
+domains. What stays keeps its GPUs. New replicas go to free slots in the domain that holds the fewest of their
+deployment, and where the slots of a domain are gone, change places with others. Last, each node's replicas are packed
+on its GPUs, which cannot fail from empty since patterns are packings; at coarse detail a replica in the way of others
+is moved after all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, product
+
+from enova_recommender.recommend.allocation_groups import Domain, Fleet, Group, is_spread, islands_of
+from enova_recommender.recommend.allocation_model import SHARE_SLACK, Counts
+from enova_recommender.recommend.allocation_patterns import Shape, pack
+from enova_recommender.recommend.allocation_types import PlacedReplica
+
+Kind = tuple[str, int]  # of a slot: ("shape", index) or ("claim", index)
+
+
+@dataclass(slots=True, kw_only=True)
+class _SharedGpu:
+    """A GPU that is used by several replicas: how many of each claim it still takes."""
+
+    shape: Shape
+    left: Counter[int]
+    holds: list[tuple[int, PlacedReplica | None]] = field(default_factory=list)  # choice, what it is if it stays
+    gpu: int | None = None  # if what stays there fixes it
+
+
+@dataclass(slots=True, kw_only=True)
+class _Node:
+    """One node while it is filled."""
+
+    at: int
+    group: int
+    left: Counter[int] = field(default_factory=Counter)  # free slots by shape
+    kept: list[tuple[int, PlacedReplica]] = field(default_factory=list)
+    new: list[int] = field(default_factory=list)
+    shared: list[_SharedGpu] = field(default_factory=list)
+
+    def free(self, kind: Kind) -> int:
+        """Slots of this kind that nothing holds."""
+        name, index = kind
+        if name == "shape":
+            return self.left[index]
+        return sum(gpu.left[index] for gpu in self.shared)
+
+    def add(self, kind: Kind, choice: int) -> None:
+        """Put a new replica in a free slot."""
+        name, index = kind
+        if name == "shape":
+            self.left[index] -= 1
+            self.new.append(choice)
+            return
+        gpu = next(gpu for gpu in self.shared if gpu.left[index])
+        gpu.left[index] -= 1
+        gpu.holds.append((choice, None))
+
+    def remove(self, kind: Kind, choice: int) -> None:
+        """Take a new replica out again."""
+        name, index = kind
+        if name == "shape":
+            self.left[index] += 1
+            self.new.remove(choice)
+            return
+        gpu = next(gpu for gpu in self.shared if (choice, None) in gpu.holds)
+        gpu.left[index] += 1
+        gpu.holds.remove((choice, None))
+
+    def new_of(self, kind: Kind, group: Group) -> Iterator[int]:
+        """New replicas in slots of this kind."""
+        name, index = kind
+        if name == "shape":
+            yield from (choice for choice in self.new if group.shape_of[choice] == index)
+        else:
+            held = (choice for gpu in self.shared for choice, stays in gpu.holds if stays is None)
+            yield from (choice for choice in held if group.claim_of[choice] == index)
+
+
+def place(fleet: Fleet, counts: Counts) -> tuple[PlacedReplica, ...] | None:
+    """Every replica on its GPUs; None if no way was found to spread them as their deployments ask."""
+    return _Placing(fleet, counts).placed()
+
+
+class _Placing:
+    """One run of `place`."""
+
+    def __init__(self, fleet: Fleet, counts: Counts) -> None:
+        self._fleet = fleet
+        self._counts = counts
+        self._deployments = fleet.request.deployments
+        totals, rates = Counter[int](), defaultdict[int, float](float)
+        for (c, _), count in counts.replicas.items():
+            totals[fleet.choices[c].deployment] += count
+            rates[fleet.choices[c].deployment] += count * fleet.choices[c].option.capacity_rps
+        shares = {d: item.spread.domain_share for d, item in enumerate(self._deployments)}
+        self._most = {d: int(share * totals[d] + SHARE_SLACK) for d, share in shares.items()}
+        self._most_rate = {d: share * rates[d] * (1 + SHARE_SLACK) for d, share in shares.items()}
+        # By deployment and domain.
+        self._held = Counter[tuple[int, Domain]]()
+        self._held_rate = defaultdict[tuple[int, Domain], float](float)
+        self._wanted = Counter(counts.replicas)
+        self._may_stay = Counter(counts.kept)
+        self._nodes: dict[int, list[_Node]] = {}
+
+    def placed(self) -> tuple[PlacedReplica, ...] | None:
+        """See `place`."""
+        for g, group in enumerate(self._fleet.groups):
+            self._nodes[g] = self._deal(g, group)
+            self._share(g, group)
+        # What is bound to failure domains first, while there is most to choose from; then what there is most of.
+        rest = sorted(
+            self._wanted.items(),
+            key=lambda item: (not is_spread(self._deployments[self._fleet.choices[item[0][0]].deployment]), -item[1]),
+        )
+        for (c, g), count in rest:
+            if not all(self._put(c, g) for _ in range(count)):
+                return None
+        return tuple(replica for nodes in self._nodes.values() for node in nodes for replica in self._pack(node))
+
+    def _deal(self, g: int, group: Group) -> list[_Node]:
+        """Patterns to nodes, and what stays there."""
+        waiting = {i: count for (at, i), count in self._counts.columns.items() if at == g}
+        by_state: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
+        for at in self._in_turn(group.nodes):
+            running = Counter(choice for choice, _ in self._fleet.keepable.get(at, ()))
+            by_state[tuple(sorted(running.items()))].append(at)
+        fits = sorted(
+            ((self._overlap(group, i, state), i, state) for i, state in product(waiting, by_state)),
+            key=lambda item: (-item[0], item[1], item[2]),
+        )
+        nodes = []
+        for _, i, state in fits:
+            while waiting[i] and by_state[state]:
+                waiting[i] -= 1
+                nodes.append(self._begin(g, group, i, by_state[state].pop(0)))
+        return nodes
+
+    def _in_turn(self, nodes: Sequence[int]) -> list[int]:
+        """One node of each domain, then the second of each, and so on."""
+        seen: Counter[Domain] = Counter()
+        turns = []
+        for at in nodes:
+            turns.append((seen[self._fleet.domains[at]], at))
+            seen[self._fleet.domains[at]] += 1
+        return [at for _, at in sorted(turns)]
+
+    def _overlap(self, group: Group, column: int, state: Sequence[tuple[int, int]]) -> int:
+        """GPUs of what runs on a node in this state that could stay under this pattern."""
+        if self._fleet.fine:
+            return 0
+        left = Counter(dict(enumerate(group.columns[column].slots)))
+        total = 0
+        for choice, count in state:
+            if choice in group.shape_of:
+                stays = min(count, left[group.shape_of[choice]])
+                left[group.shape_of[choice]] -= stays
+                total += stays * self._fleet.choices[choice].option.gpus
+            else:
+                total += count
+        return total
+
+    def _begin(self, g: int, group: Group, column: int, at: int) -> _Node:
+        """A node with its slots, and the replicas that stay on it."""
+        pattern = group.columns[column]
+        node = _Node(at=at, group=g)
+        for s, count in enumerate(pattern.slots):
+            if group.shapes[s].shared:
+                node.shared.extend(_SharedGpu(shape=group.shapes[s], left=Counter()) for _ in range(count))
+            else:
+                node.left[s] = count
+        running = [item for item in self._fleet.keepable.get(at, ()) if item[0] in group.shape_of]
+        if self._fleet.fine:
+            for item in self._staying(node, pattern.kept, running, group, pattern.slots):
+                self._keep(node, item)
+            return node
+        for choice, replica in sorted(running, key=lambda item: -len(item[1].gpus)):
+            shape = group.shape_of[choice]
+            if node.left[shape] and self._may_stay[choice, g] and self._has_room(choice, at):
+                node.left[shape] -= 1
+                self._keep(node, (choice, replica))
+        return node
+
+    def _keep(self, node: _Node, item: tuple[int, PlacedReplica]) -> None:
+        node.kept.append(item)
+        self._count(item[0], node)
+
+    def _count(self, choice: int, node: _Node) -> None:
+        """Note that one of those wanted has its place."""
+        self._wanted[choice, node.group] -= 1
+        self._may_stay[choice, node.group] -= 1
+        self._add(choice, node, 1)
+
+    def _add(self, choice: int, node: _Node, count: int) -> None:
+        key = self._fleet.choices[choice].deployment, self._fleet.domains[node.at]
+        self._held[key] += count
+        self._held_rate[key] += count * self._fleet.choices[choice].option.capacity_rps
+
+    def _has_room(self, choice: int, at: int) -> bool:
+        """Whether the deployment may have one more in this node's domain."""
+        chosen = self._fleet.choices[choice]
+        key = chosen.deployment, self._fleet.domains[at]
+        rate = self._held_rate[key] + chosen.option.capacity_rps
+        return self._held[key] < self._most[chosen.deployment] and rate <= self._most_rate[chosen.deployment]
+
+    def _staying(
+        self, node: _Node, kept: Sequence[tuple[int, int]], running: Sequence[tuple[int, PlacedReplica]], group: Group,
+        slots: Sequence[int],
+    ) -> tuple[tuple[int, PlacedReplica], ...]:
+        """So many of each choice as the pattern keeps, such that its slots fit beside them."""
+        ways = [combinations([item for item in running if item[0] == choice], count) for choice, count in kept]
+        shapes = [group.shapes[s] for s, count in enumerate(slots) for _ in range(count)]
+        for way in product(*ways):
+            stays = tuple(item for part in way for item in part)
+            held = {gpu for _, replica in stays for gpu in replica.gpus}
+            if pack(self._free(node.at, group, held), shapes) is not None:
+                return stays
+        raise AssertionError("a pattern was made from a set of replicas that it fits beside")
+
+    def _free(self, at: int, group: Group, held: set[int]) -> list[list[tuple[int, int]]]:
+        """GPUs of a node that nothing holds, with free memory rounded down as the group's is."""
+        levels = sorted({free for island in group.islands for free in island})
+        return [
+            [(max(level for level in levels if level <= free), gpu) for free, gpu in island
+             if gpu not in held and free >= levels[0]]
+            for island in islands_of(self._fleet.request.nodes[at])
+        ]
+
+    def _share(self, g: int, group: Group) -> None:
+        """Fillings to shared GPUs: where the most of what runs already could stay."""
+        for (at, s, f), count in self._counts.fillings.items():
+            if at != g:
+                continue
+            filling = Counter({i: n for i, n in enumerate(group.fillings[s][f]) if n})
+            for _ in range(count):
+                open_gpus = [
+                    (node, gpu) for node in self._nodes[g] for gpu in node.shared
+                    if gpu.shape == group.shapes[s] and not gpu.left and not gpu.holds
+                ]
+                staying, node, gpu = max(
+                    ((self._stays(node, gpu, group, filling), node, gpu) for node, gpu in open_gpus),
+                    key=lambda item: len(item[0]),
+                )
+                gpu.left = Counter(filling)
+                for choice, replica in staying:
+                    gpu.gpu = replica.gpus[0]
+                    gpu.left[group.claim_of[choice]] -= 1
+                    gpu.holds.append((choice, replica))
+                    self._count(choice, node)
+
+    def _stays(
+        self, node: _Node, slot: _SharedGpu, group: Group, filling: Mapping[int, int]
+    ) -> list[tuple[int, PlacedReplica]]:
+        """The most replicas on one GPU of this node that could stay in a slot with this filling."""
+        held = {gpu for _, replica in node.kept for gpu in replica.gpus} | {gpu.gpu for gpu in node.shared}
+        free = {gpu: level for island in self._free(node.at, group, set()) for level, gpu in island}
+        by_gpu: dict[int, list[tuple[int, PlacedReplica]]] = defaultdict(list)
+        for choice, replica in self._fleet.keepable.get(node.at, ()):
+            if choice in group.claim_of:
+                by_gpu[replica.gpus[0]].append((choice, replica))
+        best: list[tuple[int, PlacedReplica]] = []
+        for gpu, running in by_gpu.items():
+            if gpu in held or free.get(gpu) != slot.shape.free_bytes:
+                continue
+            left, quota, found = Counter(filling), Counter(self._may_stay), list[tuple[int, PlacedReplica]]()
+            for choice, replica in running:
+                claim = group.claim_of[choice]
+                if left[claim] and quota[choice, node.group] and self._has_room(choice, node.at):
+                    left[claim] -= 1
+                    quota[choice, node.group] -= 1
+                    found.append((choice, replica))
+            best = max(best, found, key=len)
+        return best
+
+    def _put(self, c: int, g: int) -> bool:
+        """One new replica in a free slot of its group; False if its domains are full."""
+        group, deployment = self._fleet.groups[g], self._fleet.choices[c].deployment
+        kind: Kind = ("shape", group.shape_of[c]) if c in group.shape_of else ("claim", group.claim_of[c])
+        open_nodes = [node for node in self._nodes[g] if node.free(kind)]
+        best = min(
+            (node for node in open_nodes if self._has_room(c, node.at)),
+            key=lambda node: self._held_rate[deployment, self._fleet.domains[node.at]], default=None,
+        )
+        if best is None:
+            return any(self._swap(c, g, kind, node) for node in open_nodes)
+        best.add(kind, c)
+        self._add(c, best, 1)
+        return True
+
+    def _swap(self, c: int, g: int, kind: Kind, open_node: _Node) -> bool:
+        """Move another replica to the open slot, and take its place in a domain that has room for this one."""
+        deployment = self._fleet.choices[c].deployment
+        for node in self._nodes[g]:
+            if not self._has_room(c, node.at):
+                continue
+            for other in set(node.new_of(kind, self._fleet.groups[g])):
+                moved = self._fleet.choices[other].deployment
+                if moved != deployment and self._has_room(other, open_node.at):
+                    node.remove(kind, other)
+                    open_node.add(kind, other)
+                    node.add(kind, c)
+                    self._add(other, node, -1)
+                    self._add(other, open_node, 1)
+                    self._add(c, node, 1)
+                    return True
+        return False
+
+    def _pack(self, node: _Node) -> list[PlacedReplica]:
+        """GPUs for all replicas of a node; those in the way of others give up theirs, smallest first."""
+        group = self._fleet.groups[node.group]
+        shared = [gpu for gpu in node.shared if gpu.holds]
+        while True:
+            fixed = {gpu.gpu for gpu in shared if gpu.gpu is not None}
+            held = fixed | {gpu for _, replica in node.kept for gpu in replica.gpus}
+            loose = [gpu for gpu in shared if gpu.gpu is None]
+            shapes = [group.shapes[group.shape_of[choice]] for choice in node.new] + [gpu.shape for gpu in loose]
+            gpus = pack(self._free(node.at, group, held), shapes)
+            if gpus is not None:
+                break
+            self._give_up(node, shared)
+        for gpu, given in zip(loose, gpus[len(node.new) :], strict=True):
+            gpu.gpu = given[0]
+        placed = [self._replica(choice, node, replica.gpus, kept=True) for choice, replica in node.kept]
+        placed += [self._replica(c, node, given) for c, given in zip(node.new, gpus, strict=False)]
+        for gpu in shared:
+            assert gpu.gpu is not None
+            placed += [self._replica(c, node, (gpu.gpu,), kept=stays is not None) for c, stays in gpu.holds]
+        return placed
+
+    def _give_up(self, node: _Node, shared: Sequence[_SharedGpu]) -> None:
+        """Let one replica that would stay be placed anew on its node."""
+        if node.kept:
+            item = min(node.kept, key=lambda item: (len(item[1].gpus), item[1].gpus))
+            node.kept.remove(item)
+            node.new.append(item[0])
+            return
+        gpu = next(gpu for gpu in shared if gpu.gpu is not None)
+        gpu.gpu, gpu.holds = None, [(choice, None) for choice, _ in gpu.holds]
+
+    def _replica(self, choice: int, node: _Node, gpus: tuple[int, ...], *, kept: bool = False) -> PlacedReplica:
+        chosen = self._fleet.choices[choice]
+        return PlacedReplica(
+            deployment=self._deployments[chosen.deployment].name, option=chosen.option.name,
+            node=self._fleet.request.nodes[node.at].name, gpus=gpus, kept=kept,
+        )
