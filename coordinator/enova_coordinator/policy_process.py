@@ -50,12 +50,15 @@ class PolicyProcessFigures:
 
 
 class PolicyProcess:
-    """One child, started when it is needed, one call at a time."""
+    """One child that runs `module`, started when it is needed, one call at a time."""
 
-    def __init__(self, *, timeout_s: float, start_timeout_s: float = 20.0) -> None:
+    def __init__(
+        self, *, timeout_s: float, start_timeout_s: float = 20.0, module: str = "enova_coordinator.policy_child"
+    ) -> None:
         self.figures = PolicyProcessFigures()
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
+        self._module = module
         self._process: asyncio.subprocess.Process | None = None
         self._fresh = False                # not answered yet: it may still be importing numpy
         self._lock = asyncio.Lock()
@@ -125,11 +128,11 @@ class PolicyProcess:
             self.figures.starts += 1
             self._fresh = True
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "enova_coordinator.policy_child", str(os.getpid()),
+                sys.executable, "-m", self._module, str(os.getpid()),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
             )  # fmt: skip
-            log.info("policies run in process %d", self._process.pid)
+            log.info("%s runs in process %d", self._module, self._process.pid)
         return self._process
 
     async def _end(self) -> None:

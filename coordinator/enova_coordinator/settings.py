@@ -58,6 +58,20 @@ class ScalingSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdviceSettings:
+    """The recommender: how long it may take, and when better configurations are looked for."""
+
+    timeout_s: float = field(default=30.0, metadata=between(0.1, 600.0))
+    """Real time for one answer; then its process is killed and replaced."""
+    creation_wait_s: float = field(default=8.0, metadata=between(0.0, 60.0))
+    """Real time that a new deployment waits for its configuration; then engines run with their own defaults."""
+    interval_s: float = field(default=300.0, metadata=between(1.0, 86_400.0))
+    """Model time between two looks for better configurations."""
+    gain_min: float = field(default=0.1, metadata=between(0.0, 1.0))
+    """Share of the cost of a request that a better configuration must save to be worth a rollout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinatorSettings:
     """Everything that an operator may set."""
 
@@ -75,6 +89,7 @@ class CoordinatorSettings:
     """Mutual TLS of the API."""
     store: StoreSettings = StoreSettings()
     scaling: ScalingSettings = ScalingSettings()
+    advice: AdviceSettings = AdviceSettings()
     heartbeat_interval_s: float = field(default=1.0, metadata=between(0.1, 60.0))
     """Real time between two heartbeats of an agent."""
     suspect_after_s: float = field(default=3.0, metadata=between(0.2, 600.0))

@@ -72,19 +72,19 @@ class Cost:
         self._last = now
 
 
-def open_trace(path: Path) -> Iterator[str]:
-    """The lines of a trace file, unpacked if it is gzipped. Raises NotFound, InvalidField."""
+def open_trace(path: Path, option: str = "--trace") -> Iterator[str]:
+    """The lines of a trace file, unpacked if it is gzipped. Raises NotFound, InvalidField naming the option."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError as error:
         raise NotFound(f"no trace {path}", reason="FILE_NOT_FOUND", remedy="give a CSV file, .gz allowed") from error
     except OSError as error:
-        raise InvalidField(f"cannot be read: {error.strerror}", field="--trace") from error
+        raise InvalidField(f"cannot be read: {error.strerror}", field=option) from error
     try:
         data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         return iter(io.StringIO(data.decode("utf-8")))
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InvalidField(f"not a CSV file: {error}", field="--trace") from error
+        raise InvalidField(f"not a CSV file: {error}", field=option) from error
 
 
 def trace_requests(path: Path, seed: int) -> Iterable[TraceRequest]:

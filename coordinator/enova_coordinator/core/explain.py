@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from enova_coordinator.core.advice import words
 from enova_coordinator.core.model import Deployment, Intent, NodeView, Replica, ReplicaState, Snapshot
 from enova_coordinator.core.verdicts import Verdict
 
@@ -48,6 +49,7 @@ def _deployment(snapshot: Snapshot, deployment: Deployment, verdict: Verdict | N
         yield f"Generation {deployment.generation} is not taken up yet; {status.observed_generation} is."
     if status.reason:
         yield f"It is {status.state}: {status.reason}."
+    yield from _configuration(deployment)
     replicas = snapshot.replicas_of(deployment.name)
     counts = Counter(replica.status.state.value for replica in replicas)
     if counts:
@@ -61,6 +63,21 @@ def _deployment(snapshot: Snapshot, deployment: Deployment, verdict: Verdict | N
         yield f"The detector {verdict.detector} says {verdict.kind}: {verdict.reason}."
         for each in verdict.evidence:
             yield f"{each.feature} is {each.value:g} (threshold {each.threshold:g})."
+
+
+def _configuration(deployment: Deployment) -> Iterator[str]:
+    advice, proposal = deployment.advice, deployment.proposal
+    if advice is not None and not deployment.spec.configuration:
+        if advice.gpu_type:
+            yield f"Its configuration was {advice.reason}: {words(advice.configuration)} on {advice.gpu_type}."
+            yield from advice.explanation
+        else:
+            yield f"There is no advice for its configuration: {advice.reason}."
+    if proposal is not None:
+        yield (
+            f"A better configuration is proposed, which saves {proposal.gain:.0%} of the cost of a request: "
+            f"{words(proposal.configuration)} on {proposal.gpu_type}, {proposal.reason}."
+        )
 
 
 def _replica(replica: Replica) -> Iterator[str]:

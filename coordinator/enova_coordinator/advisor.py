@@ -1,0 +1,94 @@
+"""Asks the recommender, which works in a process of its own, about a request or a deployment.
+
+Searches take seconds of pure computation: the process is not that of the policies, which would wait for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from enova_common.errors import EnovaError, InvalidField, TimedOut
+from enova_coordinator.core import advice
+from enova_coordinator.core.advice import Observed
+from enova_coordinator.core.model import DeploymentAdvice, DeploymentSpec, Snapshot
+from enova_coordinator.policy_process import PolicyProcess
+from enova_recommender.recommend.respond import Problem, respond
+
+Plain = Mapping[str, Any]
+
+log = logging.getLogger(__name__)
+
+
+class Advisor:
+    """The recommender's door. `now_s` is the wall clock; `creation_wait_s` bounds what a user's write waits for."""
+
+    def __init__(self, process: PolicyProcess, *, now_s: Callable[[], float], creation_wait_s: float) -> None:
+        self._process = process
+        self._now_s = now_s
+        self._creation_wait_s = creation_wait_s
+        self._asked: set[asyncio.Task[DeploymentAdvice]] = set()
+
+    async def answer(self, request: Plain) -> Plain:
+        """The answer to a request. Raises InvalidField, TimedOut, Unavailable, PolicyRaised."""
+        found = await self._process.run(respond, request)
+        if isinstance(found, Problem):
+            raise InvalidField(found.message, field=found.field, remedy=found.remedy)
+        return found
+
+    async def on_creation(
+        self, snapshot: Snapshot, name: str, spec: DeploymentSpec, *, config_json: str
+    ) -> DeploymentAdvice:
+        """The advice for a deployment that has just been asked for, or why there is none; never raises, never late."""
+        task = asyncio.create_task(self.for_deployment(snapshot, name, spec, config_json=config_json))
+        self._asked.add(task)              # a late answer is not wanted; the process that gives it is not to be killed
+        task.add_done_callback(self._asked.discard)
+        done, _ = await asyncio.wait([task], timeout=self._creation_wait_s)
+        if not done:
+            reason = f"the recommender took more than {self._creation_wait_s:g} s"
+            return advice.none_for(reason, now_s=self._now_s())
+        return task.result()
+
+    async def for_deployment(
+        self,
+        snapshot: Snapshot,
+        name: str,
+        spec: DeploymentSpec,
+        *,
+        config_json: str,
+        observed: Observed | None = None,
+    ) -> DeploymentAdvice:
+        """The advice for a deployment, or why there is none; never raises."""
+        now_s = self._now_s()
+        request = advice.request_for(snapshot, name, spec, config_json=config_json, observed=observed)
+        if isinstance(request, str):
+            return advice.none_for(request, now_s=now_s)
+        grounds = advice.grounds_of(observed)
+        try:
+            answer = await self.answer(request)
+            if not answer.get("chosen") and "objectives" in request:
+                # What misses its objectives is better than what does not start.
+                without = {key: value for key, value in request.items() if key != "objectives"}
+                answer = await self.answer(without)
+                grounds += "; nothing that is free meets the objectives, so without them"
+        except (InvalidField, TimedOut) as error:
+            return advice.none_for(str(error), now_s=now_s)
+        except EnovaError as error:
+            log.warning("no advice for %s: %s", name, error)
+            return advice.none_for(f"the recommender failed: {error}", now_s=now_s)
+        if not answer.get("chosen"):
+            return advice.none_for(_first(answer), now_s=now_s)
+        return advice.advice_of(answer, reason=grounds, now_s=now_s)
+
+    async def close(self) -> None:
+        """End the process."""
+        for task in self._asked:
+            task.cancel()
+        await self._process.close()
+
+
+def _first(answer: Plain) -> str:
+    sentences = answer["explanation"]
+    return str(sentences[0]["text"]) if sentences else "nothing that is free can serve it"

@@ -1,0 +1,267 @@
+"""What the recommender is asked about a deployment, and what its answer means for it. Pure.
+
+Requests and answers are plain values under the names of the API's `RecommendConfiguration`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from enova_coordinator.core.model import (
+    Configuration,
+    Deployment,
+    DeploymentAdvice,
+    DeploymentSpec,
+    FlagValue,
+    NodeState,
+    Reconfiguration,
+    Snapshot,
+    Variant,
+)
+from enova_coordinator.core.placement import in_clusters
+from enova_recommender import catalog
+from enova_recommender.shape import ShapeError, parse_shape
+
+Plain = Mapping[str, Any]
+
+# What a deployment is taken to carry until its traffic is measured: lengths as of a chat, one request a second.
+ASSUMED_WORKLOAD: Plain = {
+    "requests_per_s": 1.0,
+    "prompt_tokens": {"p50": 512, "p95": 2048},
+    "output_tokens": {"p50": 128, "p95": 512},
+}
+REQUESTS_MIN = 50          # counted, before lengths are taken from them
+SENTENCES_MAX = 12
+# Of log-normal lengths whose deviation is their mean, as far as only the mean is known: median and 95th percentile.
+MEDIAN_OF_MEAN = math.exp(-math.log(2) / 2)
+P95_OF_MEAN = MEDIAN_OF_MEAN * math.exp(1.6449 * math.sqrt(math.log(2)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """What was counted of a deployment's requests: the busiest minute's rate, and mean lengths."""
+
+    requests_per_s: float
+    prompt_tokens: float
+    output_tokens: float
+    requests: int
+
+
+def is_asked(before: Deployment | None, wanted: DeploymentSpec) -> bool:
+    """Whether a spec needs advice anew: it has no configuration, and something that advice rests on is different.
+
+    A deployment that runs without advice is left alone by changes of other things: it gets a proposal.
+    """
+    if wanted.configuration or wanted.reconfiguration is Reconfiguration.OFF:
+        return False
+    return before is None or _grounds(before.spec) != _grounds(wanted)
+
+
+def _grounds(spec: DeploymentSpec) -> tuple[object, ...]:
+    hardware = (spec.hardware.allow, spec.hardware.max_gpus, spec.hardware.clusters)
+    return spec.model, spec.engine, hardware, _objectives(spec), bool(spec.configuration)
+
+
+def kept(before: Deployment, wanted: DeploymentSpec) -> DeploymentAdvice | None:
+    """The advice that stays in force under a spec that does not need it anew."""
+    if wanted.configuration or wanted.reconfiguration is Reconfiguration.OFF:
+        return None
+    return before.advice
+
+
+def request_for(
+    snapshot: Snapshot, name: str, spec: DeploymentSpec, *, config_json: str, observed: Observed | None = None
+) -> Plain | str:
+    """The request about a deployment, or why none can be made."""
+    supply = fleet_supply(snapshot, spec, without=name)
+    if not supply:
+        return _no_supply(snapshot, spec)
+    model = model_of(spec.model, config_json)
+    if isinstance(model, str):
+        return model
+    request = {**model, "gpus": supply, "workload": workload(observed), "deployable": True}
+    if objectives := _objectives(spec):
+        request["objectives"] = objectives
+    if spec.hardware.max_gpus is not None:
+        request["max_gpus"] = spec.hardware.max_gpus
+    return request
+
+
+def fleet_supply(snapshot: Snapshot, spec: DeploymentSpec | None = None, *, without: str = "") -> list[Plain]:
+    """GPUs of known types on nodes that are ready, which no deployment but `without` holds, by type and number."""
+    held = {gpu for each in snapshot.replicas.values() if each.deployment != without for gpu in each.gpus}
+    probe = None if spec is None else Deployment(name=without or "deployments/new", uid="", spec=spec)
+    free: Counter[tuple[str, int]] = Counter()
+    for view in snapshot.nodes.values():
+        node = view.node
+        if view.state is not NodeState.READY or node.draining or not node.schedulable:
+            continue
+        if probe is not None and (not in_clusters(view, probe) or probe.spec.engine not in {"", node.engine}):
+            continue
+        here = Counter(gpu.type for gpu in view.gpus if gpu.uuid not in held)
+        free.update((kind, count) for kind, count in here.items() if _is_allowed(kind, spec))
+    return [
+        {"type": kind, "count": count * nodes, "gpus_per_node": count}
+        for (kind, count), nodes in sorted(free.items(), key=lambda item: (item[0][0], -item[0][1]))
+    ]
+
+
+def _is_allowed(kind: str, spec: DeploymentSpec | None) -> bool:
+    allowed = spec.hardware.allow if spec is not None else ()
+    return catalog.find_gpu(kind) is not None and (not allowed or kind in allowed)
+
+
+def _no_supply(snapshot: Snapshot, spec: DeploymentSpec) -> str:
+    types = sorted({gpu.type for view in snapshot.nodes.values() for gpu in view.gpus})
+    unknown = [kind for kind in types if catalog.find_gpu(kind) is None]
+    if types and unknown == types:
+        return f"the catalogue does not know the GPUs of the fleet ({', '.join(types)})"
+    allowed = f" of {' or '.join(spec.hardware.allow)}" if spec.hardware.allow else ""
+    return f"no GPU{allowed} is free on a node that is ready"
+
+
+def model_of(name: str, config_json: str) -> dict[str, Any] | str:
+    """The model's part of a request: by its config.json where that is understood, else by the catalogue; or why not."""
+    reason = f"no host has said what {name} is, and the catalogue does not know it"
+    if config_json.strip() not in {"", "{}"}:
+        try:
+            config = json.loads(config_json)
+            parse_shape(config, name=name)
+            return {"model": name, "config_json": config_json}
+        except ShapeError as error:
+            reason = f"its config.json is not understood: {error}"
+        except (ValueError, AttributeError) as error:
+            reason = f"its config.json is not JSON: {error}"
+    return {"model": name} if name in catalog.models() else reason
+
+
+def workload(observed: Observed | None) -> Plain:
+    """The workload to be carried: as it was counted, or as it is assumed."""
+    if observed is None:
+        return ASSUMED_WORKLOAD
+    means = {"prompt_tokens": observed.prompt_tokens, "output_tokens": observed.output_tokens}
+    return {
+        "requests_per_s": observed.requests_per_s,
+        **{
+            name: {"p50": max(1.0, MEDIAN_OF_MEAN * mean), "p95": max(1.0, P95_OF_MEAN * mean)}
+            for name, mean in means.items()
+        },
+    }
+
+
+def _objectives(spec: DeploymentSpec) -> dict[str, float]:
+    """The strictest objectives of all classes."""
+    found: dict[str, float] = {}
+    for field, name in (("ttft_p95_s", "ttft_s"), ("tpot_p95_s", "tpot_s")):
+        values = [value for each in spec.classes if (value := getattr(each, field)) is not None]
+        if values:
+            found[name] = min(values)
+    return found
+
+
+def advice_of(answer: Plain, *, reason: str, now_s: float, gain: float = 0.0) -> DeploymentAdvice:
+    """What an answer with a chosen configuration means for a deployment."""
+    chosen = answer["chosen"]
+    prediction = chosen["prediction"]
+    configuration: dict[str, FlagValue] = dict(chosen["configuration"])
+    return DeploymentAdvice(
+        gpu_type=chosen["gpu_type"],
+        configuration=configuration,
+        reason=reason,
+        explanation=tuple(each["text"] for each in answer["explanation"][:SENTENCES_MAX]),
+        cost_per_hour=chosen["cost_per_hour"] / chosen["replicas"],
+        capacity_rps=prediction["capacity_rps"]["value"],
+        gain=gain,
+        create_time_s=now_s,
+    )
+
+
+def none_for(reason: str, *, now_s: float) -> DeploymentAdvice:
+    """That there is no advice, and why."""
+    return DeploymentAdvice(reason=f"engines run with their own defaults: {reason}", create_time_s=now_s)
+
+
+def grounds_of(observed: Observed | None) -> str:
+    """What advice rests on, in words."""
+    if observed is None:
+        assumed = ASSUMED_WORKLOAD
+        return (
+            f"advised for an assumed {assumed['requests_per_s']:g} request/s with a median of "
+            f"{assumed['prompt_tokens']['p50']} prompt and {assumed['output_tokens']['p50']} output tokens"
+        )
+    return (
+        f"advised for the {observed.requests_per_s:.3g} requests/s that were counted, on average "
+        f"{observed.prompt_tokens:.0f} prompt and {observed.output_tokens:.0f} output tokens"
+    )
+
+
+def observed_of(arrivals_per_minute: Sequence[float], totals: Iterable[tuple[int, int, int]]) -> Observed | None:
+    """What was counted: the arrivals of each minute, and (requests, prompt tokens, output tokens) of each sum."""
+    finished = prompts = outputs = 0
+    for requests, prompt_tokens, output_tokens in totals:
+        finished, prompts, outputs = finished + requests, prompts + prompt_tokens, outputs + output_tokens
+    counted = [count for count in arrivals_per_minute if math.isfinite(count)]
+    if finished < REQUESTS_MIN or not counted or max(counted) <= 0:
+        return None
+    return Observed(
+        requests_per_s=max(counted) / 60,
+        prompt_tokens=max(1.0, prompts / finished),
+        output_tokens=max(1.0, outputs / finished),
+        requests=finished,
+    )
+
+
+def gain_of(answer: Plain) -> float | None:
+    """The share of the cost of a request that the chosen configuration saves against the current one.
+
+    1 where the current one cannot meet the objectives and the chosen one can; None where that cannot be said.
+    """
+    chosen, current = answer.get("chosen"), answer.get("current")
+    if not chosen or not current:
+        return None
+    per_request = [_cost_per_request(chosen), _cost_per_request(current)]
+    if per_request[0] is None:
+        return None
+    if per_request[1] is None:
+        return 1.0
+    return 1 - per_request[0] / per_request[1]
+
+
+def _cost_per_request(candidate: Plain) -> float | None:
+    prediction = candidate.get("prediction")
+    if not prediction or not candidate["replicas"]:
+        return None
+    rate = candidate["replicas"] * prediction["capacity_rps"]["value"]
+    return float(candidate["cost_per_hour"] / rate) if rate > 0 else None
+
+
+def current_of(variants: Sequence[Variant], deployment: Deployment) -> Plain | None:
+    """What runs, as the request names it; None where no replica has found its place yet."""
+    living = [variant for variant in variants if not variant.retired and variant.gpu_type]
+    if not living or catalog.find_gpu(living[-1].gpu_type) is None:
+        return None
+    return {"gpu_type": living[-1].gpu_type, "configuration": dict(deployment.configuration)}
+
+
+def words(configuration: Configuration) -> str:
+    """A configuration as flags."""
+    return ", ".join(f"{name}={value}" for name, value in sorted(configuration.items())) or "vLLM's defaults"
+
+
+def is_same(one: DeploymentAdvice | None, other: DeploymentAdvice | None) -> bool:
+    """Whether two advices ask for the same engines."""
+    if one is None or other is None:
+        return one is other
+    return (one.gpu_type, dict(one.configuration)) == (other.gpu_type, dict(other.configuration))
+
+
+def applied(deployment: Deployment, advice: DeploymentAdvice, *, now_s: float) -> Deployment:
+    """The deployment with other advice in force: a new generation, which rolls out."""
+    return replace(
+        deployment, advice=advice, proposal=None, generation=deployment.generation + 1, update_time_s=now_s
+    )

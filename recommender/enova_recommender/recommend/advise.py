@@ -1,0 +1,264 @@
+"""From a request to advice: search in closed form, finalists measured by the scheduler, what other wishes would buy.
+
+The search counts on the lower bound of each capacity's interval; the finalists, the best settings of each of the
+cheapest layouts, are then run through the real scheduler in virtual time, and their replicas are counted anew from what
+that measured. So the numbers that are told are those of the scheduler, and the closed form only picks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from enova_recommender.memory import fit
+from enova_recommender.recommend.errors import RecommendError
+from enova_recommender.recommend.request import AdviceRequest
+from enova_recommender.recommend.search import kernel_times, search
+from enova_recommender.recommend.search_result import SearchResult
+from enova_recommender.recommend.search_space import SearchSpace, parallelisms, pools_of
+from enova_recommender.recommend.types import (
+    Advice,
+    Candidate,
+    Constraint,
+    EngineSettings,
+    InventoryNode,
+    Objectives,
+    Sensitivity,
+)
+from enova_recommender.recommend.verify import verify
+
+FINALISTS = 3              # layouts that are measured
+RECOUNTS = 3               # of the replicas of one finalist; each measures anew
+SEED = 20_240_709          # of the arrivals: the same question gets the same answer
+RUNNERS_UP = 6
+LOSERS = 4                 # of them that are impossible, at most
+PARETO_MAX = 40
+CONTEXTS_MAX = 8           # lengths of a deployment's context that are tried
+LOOSER = 1.5               # objectives that sensitivities try
+ENDLESS_GPUS = 4096        # of a type, where the question is what would be enough
+
+
+def advise(request: AdviceRequest) -> Advice:
+    """The cheapest configuration that carries the workload, and why. RecommendError says what cannot be answered."""
+    result = _search(request)
+    finalists = result.finalists(1 if request.deployable else FINALISTS)
+    verified = [_verified(request, candidate, result) for candidate in finalists]
+    feasible = sorted(
+        (each for each in verified if each.constraint is not Constraint.INVENTORY),
+        key=lambda each: (each.cost_per_hour, -_carried(each)),
+    )
+    chosen = replace(feasible[0], constraint=None, reason=_won(feasible[0], result)) if feasible else None
+    others = [each for each in verified if chosen is None or each.settings != chosen.settings]
+    return Advice(
+        chosen=chosen,
+        binding=chosen.prediction.binding if chosen is not None and chosen.prediction is not None else _lacks(result),
+        explanation=(),
+        runners_up=tuple(_runners_up(result, chosen, others)),
+        pareto=result.pareto()[:PARETO_MAX],
+        sensitivities=tuple(_sensitivities(request, chosen)),
+        evaluated=len(result),
+        rejected=result.rejected(),
+    )
+
+
+def evaluate(request: AdviceRequest, settings: EngineSettings) -> Candidate | None:
+    """One configuration as the search judges it, on as many GPUs as it takes; None if the model cannot be cut so."""
+    space = SearchSpace(
+        parallelisms=(settings.parallelism,),
+        max_num_seqs=(settings.max_num_seqs,),
+        max_num_batched_tokens=(max(settings.max_num_batched_tokens, settings.max_num_seqs),),
+        gpu_memory_utilizations=(settings.gpu_memory_utilization,),
+        max_model_lens=(settings.max_model_len,),
+        kv_cache_dtypes=(settings.precision.kv_cache_dtype,),
+        prefix_caching=(settings.enable_prefix_caching,),
+    )
+    nodes = _endless(tuple(node for node in request.nodes if node.gpu.name == settings.gpu.name) or _node_of(settings))
+    found = search(
+        request.shape, nodes, request.workload, request.objectives, space=space, precision=settings.precision
+    )
+    return found.candidate(0) if len(found) else None
+
+
+def _search(request: AdviceRequest) -> SearchResult:
+    return search(
+        request.shape, _within(request.nodes, request.max_gpus), request.workload, request.objectives,
+        space=_space(request),
+    )  # fmt: skip
+
+
+def _space(request: AdviceRequest) -> SearchSpace:
+    """What is tried: for a deployment only what it can be given."""
+    layouts = (layout for pool in pools_of(request.nodes) for layout in parallelisms(request.shape, pool))
+    allowed = dict.fromkeys(layout for layout in layouts if layout.data == 1 or not request.deployable)
+    return SearchSpace(
+        parallelisms=tuple(allowed), kv_cache_dtypes=request.kv_cache_dtypes, max_model_lens=_context_lengths(request)
+    )
+
+
+def _context_lengths(request: AdviceRequest) -> tuple[int, ...]:
+    """The model's own context, then halves of it down to what the workload needs; empty: only these two.
+
+    What a deployment will be sent is not known for sure: it gets the longest context that costs it nothing.
+    """
+    if not request.deployable:
+        return ()
+    needed = max(prompt + output for prompt, output in request.workload.lengths)
+    context = request.shape.context_tokens
+    halves = [context >> shift for shift in range(context.bit_length()) if context >> shift >= needed]
+    return tuple(halves[:CONTEXTS_MAX])
+
+
+def _within(nodes: Sequence[InventoryNode], max_gpus: int | None) -> tuple[InventoryNode, ...]:
+    """The nodes cut to so many GPUs of each type: a choice of one type then never takes more."""
+    if max_gpus is None:
+        return tuple(nodes)
+    kept: list[InventoryNode] = []
+    left: dict[str, int] = {}
+    for node in sorted(nodes, key=lambda each: -each.gpus):
+        room = min(node.gpus, left.setdefault(node.gpu.name, max_gpus))
+        left[node.gpu.name] -= room
+        if room:
+            kept.append(replace(node, gpus=room, island_gpus=min(node.island_gpus, room)))
+    return tuple(kept)
+
+
+def _endless(nodes: Sequence[InventoryNode]) -> tuple[InventoryNode, ...]:
+    """The same kinds of nodes, as many as anybody could want."""
+    kinds = {(node.gpu.name, node.gpus): node for node in nodes}
+    return tuple(
+        replace(node, name=f"{node.name}-{copy}")
+        for node in kinds.values()
+        for copy in range(max(1, ENDLESS_GPUS // node.gpus))
+    )
+
+
+def _node_of(settings: EngineSettings) -> tuple[InventoryNode, ...]:
+    gpus = max(settings.parallelism.gpus, settings.gpu.island_gpus)
+    return (InventoryNode(name="any", gpu=settings.gpu, gpus=gpus, island_gpus=settings.gpu.island_gpus),)
+
+
+def _verified(request: AdviceRequest, candidate: Candidate, result: SearchResult) -> Candidate:
+    """A finalist with the scheduler's figures, and the replicas that it takes by them."""
+    settings, rate = candidate.settings, request.workload.requests_per_s
+    assert candidate.prediction is not None, "finalists are feasible"
+    times = kernel_times(request.shape, settings.gpu, settings.parallelism, settings.precision)
+    memory = fit(
+        request.shape, settings.gpu, parallelism=settings.parallelism, precision=settings.precision,
+        gpu_memory_utilization=settings.gpu_memory_utilization, max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens, enable_prefix_caching=settings.enable_prefix_caching,
+    )  # fmt: skip
+    room = next(
+        group.room
+        for group in result.groups
+        if group.pool.gpu == settings.gpu and group.parallelism == settings.parallelism
+    )
+    found, replicas = candidate.prediction, candidate.replicas
+    for _ in range(RECOUNTS):
+        found = verify(
+            settings, request.workload, request.objectives, times, predicted=found, memory=memory, seed=SEED
+        )
+        needed = max(1, math.ceil(rate / found.capacity_rps.low - 1e-9)) if found.capacity_rps.low > 0 else room + 1
+        if needed <= replicas or needed > room:
+            break
+        replicas = needed
+        found = replace(found, requests_per_s=rate / replicas)
+    cost = replicas * settings.cost_per_hour
+    if needed > room:
+        reason = f"{_name(candidate, result)}: the scheduler says {needed} replicas, the inventory has room for {room}"
+        return replace(
+            candidate, prediction=found, cost_per_hour=math.inf, constraint=Constraint.INVENTORY, reason=reason
+        )
+    return replace(candidate, prediction=found, replicas=replicas, cost_per_hour=cost)
+
+
+def _carried(candidate: Candidate) -> float:
+    return candidate.replicas * candidate.prediction.capacity_rps.value if candidate.prediction is not None else 0.0
+
+
+def _won(candidate: Candidate, result: SearchResult) -> str:
+    return f"{_name(candidate, result)}: the cheapest that carries it, ${candidate.cost_per_hour:.2f}/h"
+
+
+def _name(candidate: Candidate, result: SearchResult) -> str:
+    """Its layout in words, as the search has it."""
+    settings = candidate.settings
+    wanted = (settings.gpu, settings.parallelism, settings.precision)
+    return next(each.name for each in result.groups if (each.pool.gpu, each.parallelism, each.precision) == wanted)
+
+
+def _lacks(result: SearchResult) -> Constraint | None:
+    """What most of the candidates that came closest fell to."""
+    rejected = [constraint for constraint, _ in result.rejected() if constraint is not Constraint.COST]
+    for constraint in (Constraint.INVENTORY, Constraint.TPOT, Constraint.TTFT, Constraint.MEMORY):
+        if constraint in rejected:
+            return constraint
+    return rejected[0] if rejected else None
+
+
+def _runners_up(result: SearchResult, chosen: Candidate | None, verified: Sequence[Candidate]) -> Iterator[Candidate]:
+    """The other finalists, the next layouts, then some that are impossible; each with its reason."""
+    told = {_layout(each) for each in verified} | ({_layout(chosen)} if chosen is not None else set())
+    left = RUNNERS_UP
+    for each in verified:
+        if chosen is not None and each.constraint is not Constraint.INVENTORY:
+            count = "1 replica carries" if each.replicas == 1 else f"{each.replicas} replicas carry"
+            carries = f"{count} {_carried(each):.3g} requests/s for ${each.cost_per_hour:.2f}/h"
+            instead = f"the chosen {_carried(chosen):.3g} for ${chosen.cost_per_hour:.2f}/h"
+            reason = f"{_name(each, result)}: {carries}, {instead}"
+            each = replace(each, constraint=Constraint.COST, reason=reason)  # noqa: PLW2901
+        left -= 1
+        yield each
+    for each in result.finalists(FINALISTS + RUNNERS_UP):
+        if left > 0 and _layout(each) not in told:
+            left -= 1
+            yield each
+    for number, each in enumerate(result.losers()):
+        if left <= 0 or number >= LOSERS:
+            return
+        left -= 1
+        yield each
+
+
+def _layout(candidate: Candidate) -> tuple[object, ...]:
+    settings = candidate.settings
+    return settings.gpu.name, settings.parallelism, settings.precision
+
+
+def _sensitivities(request: AdviceRequest, chosen: Candidate | None) -> Iterator[Sensitivity]:
+    """What more GPUs, looser objectives or a smaller cache would buy."""
+    if chosen is not None and chosen.prediction is not None:
+        size = chosen.settings.parallelism.gpus
+        yield Sensitivity(
+            change="one more GPU" if size == 1 else f"one more replica ({size} GPUs)",
+            cost_per_hour=chosen.cost_per_hour + chosen.settings.cost_per_hour,
+            capacity_rps=_carried(chosen) + chosen.prediction.capacity_rps.value,
+        )
+    else:
+        endless = replace(request, nodes=_endless(request.nodes), max_gpus=None)
+        yield from _bought(endless, "as many GPUs as it takes", None)
+    if request.deployable:
+        return                             # a user waits for it, and asks for more by RecommendConfiguration
+    objectives = request.objectives
+    for name, words in (("ttft_s", "first token"), ("tpot_s", "time between tokens")):
+        limit = getattr(objectives, name)
+        if limit is not None:
+            change = f"{LOOSER:g} times the objective of the {words} ({limit * LOOSER:.4g} s)"
+            looser: Objectives = replace(objectives, **{name: limit * LOOSER})
+            yield from _bought(replace(request, objectives=looser), change, chosen)
+    if "fp8" not in request.kv_cache_dtypes:
+        change = "an fp8 KV cache (which changes answers a little)"
+        yield from _bought(replace(request, kv_cache_dtypes=("auto", "fp8")), change, chosen)
+
+
+def _bought(request: AdviceRequest, change: str, chosen: Candidate | None) -> Iterator[Sensitivity]:
+    """The best under an easier wish; what was chosen under the harder one is open to it as well."""
+    try:
+        result = _search(request)
+    except RecommendError:
+        return                             # the changed wish cannot be answered either
+    found = [] if result.best is None else [_verified(request, result.best, result)]
+    options = [each for each in (*found, chosen) if each is not None and each.constraint is not Constraint.INVENTORY]
+    if options:
+        best = min(options, key=lambda each: (each.cost_per_hour, -_carried(each)))
+        yield Sensitivity(change=change, cost_per_hour=best.cost_per_hour, capacity_rps=_carried(best))

@@ -1,0 +1,274 @@
+"""Advice as plain JSON values, and in sentences whose every number is one of those values.
+
+Theory of operation. A sentence is a template with places such as `{chosen.cost_per_hour|dollars}`: the path of a field
+of the answer and the form in which it is shown. The words around the places hold no figure of their own. Both the text
+and its template are part of the answer, so that anybody can fill in the template again from the answer's fields and
+must get the text.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+
+from enova_recommender.recommend.request import AdviceRequest
+from enova_recommender.recommend.types import (
+    Advice,
+    Candidate,
+    Constraint,
+    EngineSettings,
+    Objectives,
+    Prediction,
+)
+from enova_recommender.types import Interval, ModelShape
+
+Answer = dict[str, object]
+Flags = dict[str, bool | int | float | str]
+
+RUNNERS_UP_EXPLAINED = 3
+# What capacity ends at, for the sentence "what ends it is ...".
+BINDING = MappingProxyType({
+    Constraint.MEMORY: "memory for weights",
+    Constraint.LAYOUT: "how heads, layers and experts can be cut",
+    Constraint.PRECISION: "the types that the GPU computes in",
+    Constraint.CONTEXT: "the context length",
+    Constraint.TTFT: "the time to the first token",
+    Constraint.TPOT: "the time between tokens",
+    Constraint.KV_CACHE: "memory for the KV cache",
+    Constraint.MAX_NUM_SEQS: "the batch limit max_num_seqs",
+    Constraint.COMPUTE: "the GPU's arithmetic and bandwidth",
+    Constraint.INVENTORY: "the number of GPUs",
+    Constraint.COST: "the price",
+})
+_PLACE = re.compile(r"\{([A-Za-z0-9_.]+)(?:\|([a-z]+))?\}")
+
+
+def answer(request: AdviceRequest, advice: Advice, current: Candidate | None = None) -> Answer:
+    """The advice as plain values under the names of `RecommendConfigurationResponse`, with its explanation."""
+    chosen, shape = advice.chosen, request.shape
+    plain: Answer = {
+        "model": request.shape.name,
+        "parameters": request.shape.parameters,
+        "requests_per_s": request.workload.requests_per_s,
+        "objectives": _objectives(request.objectives),
+        **({"chosen": _candidate(chosen, shape)} if chosen is not None else {}),
+        **({"current": _candidate(current, shape)} if current is not None else {}),
+        "capacity_rps": capacity_rps(chosen),
+        "sensitivities": [
+            {"change": each.change, "cost_per_hour": each.cost_per_hour, "capacity_rps": each.capacity_rps}
+            for each in advice.sensitivities
+        ],
+        "runners_up": [_candidate(each, shape) for each in advice.runners_up],
+        "pareto": [_candidate(each, shape) for each in advice.pareto],
+        "evaluated": advice.evaluated,
+        "rejected": [{"constraint": constraint.value, "count": count} for constraint, count in advice.rejected],
+        "not_modelled": list(request.shape.not_modelled),
+    }
+    plain["explanation"] = [{"text": fill(each, plain), "template": each} for each in templates(request, advice)]
+    return plain
+
+
+def flags(settings: EngineSettings, shape: ModelShape) -> Flags:
+    """The settings under vLLM's flag names; what vLLM does by itself is left out."""
+    sizes = settings.parallelism
+    found: Flags = {}
+    for name, value in (
+        ("tensor_parallel_size", sizes.tensor),
+        ("pipeline_parallel_size", sizes.pipeline),
+        ("data_parallel_size", sizes.data),
+    ):
+        if value != 1:
+            found[name] = value
+    if sizes.expert:
+        found["enable_expert_parallel"] = True
+    found |= {
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+    }
+    if settings.max_model_len != shape.context_tokens:
+        found["max_model_len"] = settings.max_model_len
+    precision = settings.precision
+    if precision.dtype != "auto":
+        found["dtype"] = precision.dtype
+    if precision.quantization is not None:
+        found["quantization"] = precision.quantization
+    if precision.kv_cache_dtype != "auto":
+        found["kv_cache_dtype"] = precision.kv_cache_dtype
+    if not settings.enable_prefix_caching:
+        found["enable_prefix_caching"] = False
+    return found
+
+
+def capacity_rps(candidate: Candidate | None) -> float:
+    """Requests per second that all replicas of a candidate carry."""
+    if candidate is None or candidate.prediction is None:
+        return 0.0
+    return candidate.replicas * candidate.prediction.capacity_rps.value
+
+
+def fill(template: str, plain: Mapping[str, object]) -> str:
+    """The template with its places filled in from the answer."""
+
+    def shown(place: re.Match[str]) -> str:
+        value: object = plain
+        for step in place[1].split("."):
+            if isinstance(value, Sequence):
+                value = value[int(step)]
+            else:
+                assert isinstance(value, Mapping), place[1]
+                value = value[step]
+        return FORMS[place[2] or "text"](value)
+
+    return _PLACE.sub(shown, template)
+
+
+def templates(request: AdviceRequest, advice: Advice) -> Iterator[str]:
+    """The sentences that belong to an advice, with places in place of figures."""
+    if advice.chosen is None:
+        yield from _nothing(advice)
+    else:
+        yield from _chosen(request, advice)
+    yield from _others(advice)
+    if request.shape.not_modelled:
+        parts = ", ".join(f"{{not_modelled.{index}}}" for index in range(len(request.shape.not_modelled)))
+        yield f"The figures leave out: {parts}."
+
+
+def _chosen(request: AdviceRequest, advice: Advice) -> Iterator[str]:
+    assert advice.chosen is not None
+    yield (
+        "Run {model} on {chosen.gpu_type}: {chosen.replicas|count} x {chosen.gpus_per_replica|count} GPUs, "
+        "{chosen.cost_per_hour|dollars} an hour."
+    )
+    if advice.chosen.prediction is None:
+        return
+    at = (
+        "At {chosen.prediction.requests_per_s|figure} requests a second each, {objectives.percentile|percentile} of "
+        "requests get their first token within {chosen.prediction.ttft_s.value|seconds} "
+        "({chosen.prediction.ttft_s.low|seconds} to {chosen.prediction.ttft_s.high|seconds})"
+    )
+    ttft = "; {objectives.ttft_s|seconds} is asked for" if request.objectives.ttft_s is not None else ""
+    yield f"{at}{ttft}."
+    between = (
+        "Between tokens pass {chosen.prediction.tpot_s.value|seconds} "
+        "({chosen.prediction.tpot_s.low|seconds} to {chosen.prediction.tpot_s.high|seconds})"
+    )
+    tpot = "; {objectives.tpot_s|seconds} is asked for" if request.objectives.tpot_s is not None else ""
+    yield f"{between}{tpot}."
+    yield (
+        "A replica carries {chosen.prediction.capacity_rps.value|figure} requests a second "
+        "({chosen.prediction.capacity_rps.low|figure} to {chosen.prediction.capacity_rps.high|figure}), all together "
+        "{capacity_rps|figure}, of which {requests_per_s|figure} are needed; what ends it is "
+        f"{BINDING[advice.chosen.prediction.binding]}."
+    )
+    yield (
+        "On average {chosen.prediction.mean_sequences|figure} requests are in the batch, and the cache holds "
+        "{chosen.prediction.kv_tokens|count} tokens."
+    )
+    for index in range(len(advice.sensitivities)):
+        place = f"sensitivities.{index}"
+        yield (
+            f"With {{{place}.change}}: {{{place}.cost_per_hour|dollars}} an hour for "
+            f"{{{place}.capacity_rps|figure}} requests a second."
+        )
+
+
+def _nothing(advice: Advice) -> Iterator[str]:
+    binding = f"; most of all it lacks {BINDING[advice.binding]}" if advice.binding is not None else ""
+    yield f"Nothing of what there is carries {{requests_per_s|figure}} requests a second of {{model}}{binding}."
+    for index in range(len(advice.sensitivities)):
+        place = f"sensitivities.{index}"
+        yield (
+            f"With {{{place}.change}} it would be {{{place}.capacity_rps|figure}} requests a second for "
+            f"{{{place}.cost_per_hour|dollars}} an hour."
+        )
+
+
+def _others(advice: Advice) -> Iterator[str]:
+    for index in range(min(RUNNERS_UP_EXPLAINED, len(advice.runners_up))):
+        place = f"runners_up.{index}"
+        yield f"Not {{{place}.reason}}."
+    if advice.rejected:
+        parts = (
+            f"{{rejected.{index}.count|count}} to {BINDING[constraint]}"
+            for index, (constraint, _) in enumerate(advice.rejected)
+        )
+        yield f"Of {{evaluated|count}} configurations fell {', '.join(parts)}."
+
+
+def _objectives(objectives: Objectives) -> Answer:
+    given = {"ttft_s": objectives.ttft_s, "tpot_s": objectives.tpot_s, "percentile": objectives.percentile}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _candidate(candidate: Candidate, shape: ModelShape) -> Answer:
+    settings, prediction = candidate.settings, candidate.prediction
+    plain: Answer = {
+        "gpu_type": settings.gpu.name,
+        "gpus_per_replica": settings.parallelism.gpus,
+        "replicas": candidate.replicas,
+        "gpus": candidate.replicas * settings.parallelism.gpus,
+        "configuration": flags(settings, shape),
+        "reason": candidate.reason,
+    }
+    if math.isfinite(candidate.cost_per_hour):
+        plain["cost_per_hour"] = candidate.cost_per_hour
+    if prediction is not None:
+        plain["prediction"] = _prediction(prediction)
+    if candidate.constraint is not None:
+        plain["constraint"] = candidate.constraint.value
+    return plain
+
+
+def _prediction(prediction: Prediction) -> Answer:
+    times = {"ttft_s": prediction.ttft_s, "tpot_s": prediction.tpot_s}
+    return {
+        "requests_per_s": prediction.requests_per_s,
+        # A queue that grows without bound has no such time.
+        **{name: _interval(time) for name, time in times.items() if math.isfinite(time.high)},
+        "capacity_rps": _interval(prediction.capacity_rps),
+        "prefill_tokens_per_s": prediction.prefill_tokens_per_s,
+        "decode_tokens_per_s": prediction.decode_tokens_per_s,
+        "mean_sequences": prediction.mean_sequences,
+        "kv_tokens": prediction.kv_tokens,
+        "binding": prediction.binding.value,
+    }
+
+
+def _interval(interval: Interval) -> Answer:
+    return {"value": interval.value, "low": interval.low, "high": interval.high}
+
+
+def figure(value: float) -> str:
+    """A number to three significant digits, without an exponent: 0.0123, 1.5, 12300."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def seconds(value: float) -> str:
+    """A duration: milliseconds below one second."""
+    return f"{figure(value * 1000)} ms" if value < 1 else f"{figure(value)} s"
+
+
+def _number(form: Callable[[float], str]) -> Callable[[object], str]:
+    def shown(value: object) -> str:
+        assert isinstance(value, int | float), value
+        return form(value)
+
+    return shown
+
+
+FORMS: Mapping[str, Callable[[object], str]] = MappingProxyType({
+    "text": str,
+    "count": _number(lambda value: f"{value:.0f}"),
+    "figure": _number(figure),
+    "seconds": _number(seconds),
+    "dollars": _number(lambda value: f"${value:.2f}"),
+    "percentile": _number(lambda value: f"{figure(value * 100)} %"),
+})
