@@ -78,11 +78,11 @@ def _solved(
     fleet = fleet_of(request, split=split)
     outcome = FleetModel(fleet).solve(limits) if request.deployments else None
     if outcome is None:
+        levels = [(d, level) for d, item in enumerate(request.deployments) for level in pools(item)]
         nothing = Counts(replicas={}, kept={}, columns={}, fillings={})
         outcome = Outcome(
             counts=nothing, bound_per_hour=0.0, carried_proven=not request.deployments, complete=False,
-            carried={(d, level): 0.0 for d, item in enumerate(request.deployments) for level in pools(item)},
-            headroom=dict.fromkeys(range(len(request.deployments)), 0.0),
+            carried=dict.fromkeys(levels, 0.0), headroom=dict.fromkeys(levels, 0.0),
             shortfall={d: float(item.min_replicas) for d, item in enumerate(request.deployments)},
         )
     return fleet, outcome, place(fleet, outcome.counts)

@@ -2,7 +2,7 @@
 
 Variables, all counts unless said otherwise: replicas of a choice in a group of nodes, and how many of them run there
 already; nodes of a group that are used by a pattern; GPUs of a group that are shared by a filling; for each deployment
-and priority the requests/s that are carried, for each deployment the capacity beyond them and the replicas below its
+and priority the requests/s that are carried and the headroom beyond them, for each deployment the replicas below its
 least number (real numbers). Rows bind replicas to slots of patterns, patterns to nodes, capacity to demand.
 
 If everything fits, one solve finds the least cost. If not, priorities are taken from the highest: for each the sum of
@@ -44,13 +44,13 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What solving led to, in requests/s by deployment and priority, and by deployment."""
+    """What solving led to; requests/s by deployment and priority, missing replicas by deployment."""
 
     counts: Counts
     bound_per_hour: float
     carried: Mapping[tuple[int, int], float]
-    headroom: Mapping[int, float]
-    shortfall: Mapping[int, float]            # replicas
+    headroom: Mapping[tuple[int, int], float]
+    shortfall: Mapping[int, float]
     carried_proven: bool
     complete: bool
 
@@ -83,7 +83,7 @@ class FleetModel:
         if beyond:
             self._add_extra()
         self._carried: dict[tuple[int, int], int] = {}
-        self._headroom: dict[int, int] = {}
+        self._headroom: dict[tuple[int, int], int] = {}
         self._shortfall: dict[int, int] = {}
         for index, deployment in enumerate(fleet.request.deployments):
             self._add_deployment(index, deployment)
@@ -108,8 +108,8 @@ class FleetModel:
     def demand_all(self) -> None:
         """Let nothing pass that does not carry everything."""
         for d, deployment in enumerate(self.fleet.request.deployments):
-            self.programme.at_least(self._headroom[d], deployment.headroom * deployment.demand_rps)
             for priority, rate in pools(deployment).items():
+                self.programme.at_least(self._headroom[d, priority], deployment.headroom * rate)
                 self.programme.at_least(self._carried[d, priority], rate)
             if d in self._shortfall:
                 self.programme.row([(self._shortfall[d], 1)], high=0)
@@ -117,8 +117,8 @@ class FleetModel:
     def demand_as_carried(self, outcome: Outcome) -> None:
         """Let nothing pass that carries less anywhere."""
         self.carry_above(None, outcome)
-        for d, variable in self._headroom.items():
-            self.programme.at_least(variable, outcome.headroom[d] * (1 - LEVEL_SLACK))
+        for key, variable in self._headroom.items():
+            self.programme.at_least(variable, outcome.headroom[key] * (1 - LEVEL_SLACK))
         for d, variable in self._shortfall.items():
             self.programme.row([(variable, 1)], high=outcome.shortfall[d] + LEVEL_SLACK)
 
@@ -205,11 +205,10 @@ class FleetModel:
 
     def _headroom_shares(self, priority: int) -> Terms:
         terms: Terms = []
-        for d, variable in self._headroom.items():
+        for (d, level), variable in self._headroom.items():
             deployment = self.fleet.request.deployments[d]
-            wanted = deployment.headroom * deployment.demand_rps
-            if wanted > 0 and top_priority(deployment) == priority:
-                terms.append((variable, -deployment.weight / wanted))
+            if level == priority and deployment.headroom > 0:
+                terms.append((variable, -deployment.weight / (deployment.headroom * pools(deployment)[level])))
         return terms
 
     def _add_group(self, g: int, group: Group) -> None:
@@ -309,9 +308,8 @@ class FleetModel:
         wanted: Terms = []
         for priority, rate in pools(deployment).items():
             self._carried[d, priority] = self.programme.variable(rate, integer=False)
-            wanted.append((self._carried[d, priority], -1 / scale))
-        self._headroom[d] = self.programme.variable(deployment.headroom * deployment.demand_rps, integer=False)
-        wanted.append((self._headroom[d], -1 / scale))
+            self._headroom[d, priority] = self.programme.variable(deployment.headroom * rate, integer=False)
+            wanted += [(self._carried[d, priority], -1 / scale), (self._headroom[d, priority], -1 / scale)]
         self.programme.row([*((v, options[c].capacity_rps / scale) for v, c in all_of_it), *wanted], low=0)
         count: Terms = [(variable, 1) for variable, _ in all_of_it]
         if deployment.min_replicas:
@@ -369,7 +367,7 @@ def replica_price(choice: Choice, group: Group) -> float:
 
 
 def top_priority(deployment: FleetDeployment) -> int:
-    """The highest priority of its classes, at which its headroom and least replicas count."""
+    """The highest priority of its classes, at which its least replicas count."""
     return max((item.priority for item in deployment.classes), default=0)
 
 

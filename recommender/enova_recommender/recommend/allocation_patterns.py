@@ -1,7 +1,7 @@
 """What fits on a node: shapes of replicas, the patterns in which they fill a node, and their packing on its GPUs.
 
-A replica with `parallelism.tensor` = t takes groups of t GPUs, each within one island of the node's fast link. A pattern
-counts, by shape, replicas that fit on one node together; only maximal ones are of use, as a slot may stay empty. Nodes
+A replica with `parallelism.tensor` = t takes groups of t GPUs, each within an island of the node's fast link. A pattern
+counts, by shape, replicas that fit on one node together; only maximal ones are of use: a slot may stay empty. Nodes
 in an equal state share their patterns: the integer programme counts nodes by pattern instead of naming them.
 
 A GPU that several small models share is one slot of the node's pattern; what lies in it is a pattern of its own, over

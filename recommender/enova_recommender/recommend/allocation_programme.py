@@ -68,11 +68,13 @@ class Programme:
 
     def solve(self, objective: Terms, limits: SolveLimits) -> Solution | None:
         """The best solution within the limits; None if there is none, or none was found."""
+        if not self.variables:
+            return Solution(values=np.zeros(0), objective=0.0, bound=0.0, proven=True)
         costs = self._costs(objective)
         low, high = self._bounds()
         answer = milp(
             costs, integrality=np.array(self._integer), bounds=Bounds(np.array(self._lower), np.array(self._upper)),
-            constraints=LinearConstraint(self._matrix(), low, high),
+            constraints=LinearConstraint(self._matrix(), low, high) if self._row_bounds else None,
             options={"time_limit": limits.time_limit_s, "mip_rel_gap": limits.gap},
         )
         if answer.x is None:
@@ -86,6 +88,8 @@ class Programme:
 
     def relax(self, objective: Terms, rows: Sequence[int]) -> tuple[float, Floats] | None:
         """The optimum with fractions allowed, and by how much it falls with one more on the right of these rows."""
+        if not self._row_bounds:
+            return None
         low, high = self._bounds()
         matrix = self._matrix()
         above, below = np.isfinite(high), np.isfinite(low)
