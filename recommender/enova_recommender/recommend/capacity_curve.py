@@ -223,7 +223,7 @@ def _tpot(
     def share(value: Floats) -> Floats:
         over = value[..., None] - floor
         calm = ndtr(over / np.sqrt(np.maximum(drift, (1e-4 * floor) ** 2)))
-        shares: Floats = untouched * calm + touched * _gamma(over, extra_mean, extra_variance)
+        shares: Floats = untouched * calm + touched * gamma_share(over, extra_mean, extra_variance)
         return np.asarray(shares @ lengths.decode_weights)
 
     widest = np.sqrt(drift.max(axis=-1))
@@ -254,7 +254,7 @@ def _ttft(
     def share(value: Floats) -> Floats:
         over = value[..., None] - own
         soon = np.clip(over / np.maximum(span, TINY)[..., None], 0, 1)
-        late = _gamma(over, late_mean[..., None], late_variance[..., None])
+        late = gamma_share(over, late_mean[..., None], late_variance[..., None])
         return np.asarray(((1 - load[..., None]) * soon + load[..., None] * late) @ weights)
 
     longest = own.max(axis=-1)
@@ -264,7 +264,7 @@ def _ttft(
     return np.where(stable, found, np.inf), np.where(stable, mean, np.inf)
 
 
-def _gamma(value: Floats, mean: Floats, variance: Floats) -> Floats:
+def gamma_share(value: Floats, mean: Floats, variance: Floats) -> Floats:
     """Share of a gamma distribution below a value, by the cube root of Wilson and Hilferty (1931)."""
     ninth = np.maximum(variance, TINY**2) / (9 * np.maximum(mean, TINY) ** 2)
     root = np.cbrt(np.maximum(value, 0) / np.maximum(mean, TINY))

@@ -1,0 +1,298 @@
+"""Measured settings of real servers, and what different rules choose among them: what `recommender_choice` runs.
+
+A group holds all settings that were measured of one model on one type of GPU under one load: layouts, and how many
+sequences ran at once. A rule picks one for a target of the time between tokens. Names of models and GPUs end here, in
+the readers: rules see shapes and data sheets.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from enova_recommender.catalog import find_gpu, find_model
+from enova_recommender.memory import fit
+from enova_recommender.performance import KernelTimes
+from enova_recommender.performance.calibration import learnt, prior
+from enova_recommender.performance.live_steps import ObservedStep
+from enova_recommender.recommend.capacity import lanes_of
+from enova_recommender.recommend.capacity_full import FullBatch, choose, full_batch
+from enova_recommender.recommend.capacity_lengths import Lengths, lengths_of
+from enova_recommender.recommend.types import Workload
+from enova_recommender.scaling.enova_007_model import GIB, TableRow, lay_out, max_num_seqs, one_sequence_bytes
+from enova_recommender.scaling.types import GpuFacts
+from enova_recommender.types import Batch, Experts, GpuModel, ModelShape, Parallelism, Precision
+from enova_testing.benchmark import read_rows
+
+BATCHED_TOKENS = 8192     # vLLM's default on these GPUs; neither set says otherwise
+TARGETS_S = (0.020, 0.030, 0.040, 0.050, 0.075, 0.100)
+MEASURED = 3              # settings that are known after a first trial
+# Tokens of a prompt by task, for a set that does not say: conversations and questions are short, completions of code
+# bring the files around them. Assumed, not fitted.
+PROMPT_TOKENS = {"lm-arena-chat": 200, "gpqa": 300, "sourcegraph-fim": 3000}
+LARGE_GPU_BYTES = 70 * GIB
+DEFAULT_SEQS = {True: 1024, False: 256}  # vLLM's default max_num_seqs on GPUs of 70 GiB or more, and on others
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One measured setting."""
+
+    shape: ModelShape
+    gpu: GpuModel
+    parallelism: Parallelism
+    precision: Precision
+    sequences: int            # at once, in the whole server
+    prompt_tokens: float
+    output_tokens: float
+    step_s: float             # between two tokens
+    tokens_per_s: float
+    is_median: bool           # the time is a median over tokens, else a mean
+
+    @property
+    def worth(self) -> float:
+        """Tokens a second and GPU."""
+        return self.tokens_per_s / self.parallelism.gpus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """All settings of one model, GPU and load."""
+
+    data_set: str
+    name: str
+    settings: tuple[Setting, ...]
+
+    @property
+    def family(self) -> tuple[int, int, int]:
+        """Layers, hidden size and experts: models that agree in these are one family."""
+        shape = self.settings[0].shape
+        experts = max((b.feed_forward.experts for b in shape.blocks if isinstance(b.feed_forward, Experts)), default=0)
+        return shape.layers, shape.hidden_size, experts
+
+
+# -- readers
+
+
+def energy_groups(paths: Iterable[Path], unknown: set[str]) -> list[Group]:
+    """Sweeps over max_num_seqs. Expert parallel over N GPUs with one data rank is read as attention split over N."""
+    found: dict[str, list[Setting]] = defaultdict(list)
+    for row in (row for path in paths for row in read_rows(path)):
+        prompt = PROMPT_TOKENS.get(row["task"])
+        if prompt is None:
+            continue
+        shape, gpu = find_model(row["model_id"]), find_gpu(row["gpu_model"])
+        if shape is None or gpu is None:
+            unknown.add(row["model_id"] if shape is None else row["gpu_model"])
+            continue
+        gpus, ranks = int(row["num_gpus"]), int(row["data_parallel"])
+        found[f"{row['task']} {row['model_id']} {row['gpu_model']}"].append(Setting(
+            shape=shape, gpu=gpu, precision=Precision(),
+            parallelism=Parallelism(tensor=gpus // ranks, data=ranks, expert=int(row["expert_parallel"]) > 1),
+            sequences=int(row["max_num_seqs"]), prompt_tokens=prompt, output_tokens=float(row["avg_output_len"]),
+            step_s=float(row["median_itl_ms"]) / 1000, tokens_per_s=float(row["output_throughput_tokens_per_sec"]),
+            is_median=True,
+        ))  # fmt: skip
+    return _groups("rec_mlenergy", found)
+
+
+def silicon_groups(paths: Iterable[Path], unknown: set[str]) -> list[Group]:
+    """Concurrency sweeps of vLLM servers; of repeats the median."""
+    repeats: dict[tuple[str, Parallelism, int], list[Setting]] = defaultdict(list)
+    for row in (row for path in paths for row in read_rows(path)):
+        if row["backend"] != "vllm":
+            continue
+        shape, gpu = find_model(row["model_path"]), find_gpu(row["system"].removesuffix("_sxm"))
+        if shape is None or gpu is None:
+            unknown.add(row["model_path"] if shape is None else row["system"])
+            continue
+        setting = _silicon_setting(row, shape, gpu)
+        name = f"{row['model_path']} {row['precision']} {row['system']} {row['isl']}/{row['osl']}"
+        repeats[name, setting.parallelism, setting.sequences].append(setting)
+    found: dict[str, list[Setting]] = defaultdict(list)
+    for (name, _, _), settings in repeats.items():
+        found[name].append(sorted(settings, key=lambda one: one.step_s)[len(settings) // 2])
+    return _groups("rec_silicon_concurrency", found)
+
+
+def _silicon_setting(row: dict[str, str], shape: ModelShape, gpu: GpuModel) -> Setting:
+    tensor, stages, ranks, expert = (
+        int(float(row[name] or 1)) for name in ("tp_size", "pp_size", "attention_dp_size", "moe_ep_size")
+    )
+    prompt, output, sequences = float(row["isl"]), float(row["osl"]), int(float(row["concurrency"]))
+    ttft, tpot = float(row["silicon_ttft_ms"]) / 1000, float(row["silicon_tpot_ms"]) / 1000
+    quantization = {"fp8": "fp8", "nvfp4": "nvfp4"}.get(row["gemm_quant_mode"])
+    own = shape.quantization is not None
+    return Setting(
+        shape=shape, gpu=gpu, precision=Precision(quantization=None if own else quantization),
+        parallelism=Parallelism(tensor=tensor, pipeline=stages, data=ranks, expert=expert > 1),
+        sequences=sequences, prompt_tokens=prompt, output_tokens=output, step_s=tpot,
+        tokens_per_s=sequences * output / (ttft + tpot * (output - 1)), is_median=False,
+    )  # fmt: skip
+
+
+def _groups(data_set: str, found: dict[str, list[Setting]]) -> list[Group]:
+    return [Group(data_set=data_set, name=name, settings=tuple(settings)) for name, settings in found.items()]
+
+
+# -- what a rule sees of a setting
+
+
+def lengths(group: Group) -> Lengths:
+    """The load of a group: its mean lengths, for all settings alike."""
+    prompt = round(float(np.mean([one.prompt_tokens for one in group.settings])))
+    output = round(float(np.mean([one.output_tokens for one in group.settings])))
+    return lengths_of(Workload(requests_per_s=1.0, lengths=((prompt, max(2, output)),)), prefix_caching=False)
+
+
+def step_times(setting: Setting) -> KernelTimes:
+    """Step times of a setting's layout."""
+    return KernelTimes(
+        setting.shape, setting.gpu, parallelism=setting.parallelism, precision=setting.precision
+    )
+
+
+def predicted(setting: Setting, times: KernelTimes, load: Lengths) -> FullBatch:
+    """What is expected of a setting; a mean over tokens where a mean was measured."""
+    lanes = lanes_of(setting.parallelism)
+    found = full_batch(
+        times, load, sequences=setting.sequences / lanes, max_num_batched_tokens=BATCHED_TOKENS, lanes=lanes
+    )
+    return found if setting.is_median else found.of_mean()
+
+
+def observed(setting: Setting, load: Lengths) -> ObservedStep:
+    """A measured setting as calibration takes it: the step that the measured time is of."""
+    sequences = setting.sequences / lanes_of(setting.parallelism)
+    prompts = sequences / load.mean_decode_steps  # a step
+    holding = 1 - np.exp(-prompts)
+    tokens = min(prompts / holding * load.mean_prompt_tokens, BATCHED_TOKENS)
+    pairs = tokens * float(load.prompt_pairs @ load.prompt_weights) / load.mean_prompt_tokens
+    context = round(sequences * load.context_tokens)
+    calm = Batch(decode_sequences=max(1, round(sequences)), context_tokens=context)
+    mixed = Batch(
+        prefill_tokens=round(tokens), prefill_pairs=round(pairs), decode_sequences=max(1, round(sequences)),
+        context_tokens=context,
+    )  # fmt: skip
+    share = float(holding > 0.5) if setting.is_median else float(holding)
+    parts = tuple((part, batch) for part, batch in ((1 - share, calm), (share, mixed)) if part > 0)
+    return ObservedStep(parts=parts, step_s=setting.step_s)
+
+
+# -- rules: the place of the chosen setting, None for no answer
+
+Rule = Callable[[Group, float], int | None]
+
+
+def cold_rule(assurance: float) -> Rule:
+    """Ours, from model and GPU alone."""
+
+    def rule(group: Group, target_s: float) -> int:
+        load = lengths(group)
+        options = [(predicted(one, step_times(one), load), float(one.parallelism.gpus)) for one in group.settings]
+        return choose(options, target_s=target_s, assurance=assurance)
+
+    return rule
+
+
+def trial_rule(assurance: float, *, seed: int) -> Rule:
+    """Ours after three settings of the group were tried, drawn by the seed: they are known, the rest is corrected."""
+
+    def rule(group: Group, target_s: float) -> int:
+        load = lengths(group)
+        draw = np.random.default_rng([seed, len(group.settings)])
+        known = draw.choice(len(group.settings), size=min(MEASURED, len(group.settings)), replace=False).tolist()
+        times = [step_times(one) for one in group.settings]
+        calibration = prior(times[0].spread)
+        for place in known:
+            calibration = learnt(calibration, times[place], [observed(group.settings[place], load)])
+        options = []
+        for place, setting in enumerate(group.settings):
+            found = predicted(setting, times[place].corrected(calibration.correction), load)
+            if place in known:
+                found = found.measured(step_s=setting.step_s, tokens_per_s=setting.tokens_per_s)
+            options.append((found, float(setting.parallelism.gpus)))
+        return choose(options, target_s=target_s, assurance=assurance)
+
+    return rule
+
+
+def default_rule(group: Group, target_s: float) -> int | None:
+    """vLLM's own defaults on the fewest GPUs."""
+    del target_s  # the engine knows no targets
+    gpu = group.settings[0].gpu
+    return _snapped(group, DEFAULT_SEQS[gpu.memory_bytes >= LARGE_GPU_BYTES], gpus=None)
+
+
+def enova_007_rule(group: Group, target_s: float) -> int | None:
+    """ENOVA 0.0.7: sequences by the number of parameters, the smallest tensor-parallel size that holds one of them."""
+    del target_s  # it knows no targets
+    shape, gpu = group.settings[0].shape, group.settings[0].gpu
+    row = TableRow(
+        parameters=shape.parameters, token_size=shape.kv_elements_per_token, heads=shape.attention_heads,
+        context_tokens=shape.context_tokens,
+    )  # fmt: skip
+    facts = GpuFacts(memory_bytes=gpu.memory_bytes, count=8)
+    layout = lay_out(one_sequence_bytes(row, activation_gib=3), row, facts)
+    return _snapped(group, max_num_seqs(row), gpus=layout.tensor_parallel_size if layout else None)
+
+
+def largest_rule(group: Group, target_s: float) -> int | None:
+    """The most sequences whose cache the memory model says to fit, on the layout that takes the most."""
+    del target_s  # throughput alone
+    load = lengths(group)
+
+    def fits(one: Setting) -> bool:
+        memory = fit(one.shape, one.gpu, parallelism=one.parallelism, precision=one.precision,
+                     max_num_seqs=max(1, one.sequences // one.parallelism.data), max_model_len=32768)  # fmt: skip
+        return memory.kv_tokens * one.parallelism.data >= one.sequences * load.held_tokens
+
+    places = [place for place, one in enumerate(group.settings) if fits(one)]
+    sizes = {place: (group.settings[place].sequences, -group.settings[place].parallelism.gpus) for place in places}
+    return max(sizes, key=lambda place: sizes[place], default=None)
+
+
+def neighbour_rule(others: Sequence[Group]) -> Rule:
+    """The measured time of the most alike setting of any other family."""
+    settings = [one for group in others for one in group.settings]
+    families = np.array([group.family for group in others for _ in group.settings])
+    features = np.array([_features(one) for one in settings])
+    scale = features.std(axis=0) + 1e-9
+
+    def rule(group: Group, target_s: float) -> int:
+        usable = np.flatnonzero((families != group.family).any(axis=1))
+        assert len(usable), "a nearest neighbour needs another family"
+        best, worth = 0, -np.inf
+        for place, one in enumerate(group.settings):
+            distances = (((features[usable] - _features(one)) / scale) ** 2).sum(axis=1)
+            near = settings[usable[int(np.argmin(distances))]]
+            if near.step_s <= target_s and (value := one.sequences / near.step_s / one.parallelism.gpus) > worth:
+                best, worth = place, value
+        if worth > -np.inf:
+            return best
+        return min(range(len(group.settings)), key=lambda at: group.settings[at].sequences)
+
+    return rule
+
+
+def _features(one: Setting) -> list[float]:
+    gpus, speed = one.parallelism.gpus, one.gpu.bandwidth_bytes_per_s
+    return [float(np.log(value)) for value in (
+        one.shape.parameters / gpus / speed, one.shape.active_parameters / gpus / speed, one.sequences / gpus,
+        one.prompt_tokens + one.output_tokens / 2, gpus,
+    )]  # fmt: skip
+
+
+def _snapped(group: Group, sequences: int, *, gpus: int | None) -> int | None:
+    """The largest measured setting of at most so many sequences, on that many GPUs or the fewest that were measured."""
+    sizes = {one.parallelism.gpus for one in group.settings}
+    wanted = gpus if gpus in sizes else min(sizes)
+    places = [
+        place for place, one in enumerate(group.settings)
+        if one.parallelism.gpus == wanted and one.sequences <= sequences
+    ]  # fmt: skip
+    return max(places, key=lambda place: group.settings[place].sequences, default=None)
