@@ -366,12 +366,17 @@ class Route(_message.Message):
     DEPLOYMENT_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
     CLASSES_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
     served_name: _builtins.str
     deployment: _builtins.str
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteTarget]: ...
     @_builtins.property
     def classes(self) -> _containers.RepeatedCompositeFieldContainer[_cluster_pb2.ServingClass]: ...
+    @_builtins.property
+    def lengths(self) -> Global___LengthRules:
+        """absent: prompts are not looked at"""
+
     def __init__(
         self,
         *,
@@ -379,14 +384,88 @@ class Route(_message.Message):
         deployment: _builtins.str = ...,
         targets: _abc.Iterable[Global___RouteTarget] | None = ...,
         classes: _abc.Iterable[_cluster_pb2.ServingClass] | None = ...,
+        lengths: Global___LengthRules | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lengths", b"lengths"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "deployment", b"deployment", "served_name", b"served_name", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "deployment", b"deployment", "lengths", b"lengths", "served_name", b"served_name", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Route: _TypeAlias = Route  # noqa: Y015
+
+@_typing.final
+class LengthRules(_message.Message):
+    """How an ingress turns prompts into vectors, and which limits on answers follow from them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METHOD_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    DIMENSION_FIELD_NUMBER: _builtins.int
+    APPLY_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    LIMIT_TOKENS_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    method: _builtins.int
+    """of making vectors; one that is not known here is left alone"""
+    seed: _builtins.int
+    """of the projection"""
+    dimension: _builtins.int
+    apply: _builtins.bool
+    """false: answers are observed and no request is changed"""
+    context_tokens: _builtins.int
+    """that every engine accepts, prompt and answer together; 0: not known"""
+    limit_tokens: _builtins.int
+    """of prompts of no kind; 0: none"""
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedCompositeFieldContainer[Global___LengthRule]: ...
+    def __init__(
+        self,
+        *,
+        method: _builtins.int = ...,
+        seed: _builtins.int = ...,
+        dimension: _builtins.int = ...,
+        apply: _builtins.bool = ...,
+        context_tokens: _builtins.int = ...,
+        limit_tokens: _builtins.int = ...,
+        kinds: _abc.Iterable[Global___LengthRule] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply", b"apply", "context_tokens", b"context_tokens", "dimension", b"dimension", "kinds", b"kinds", "limit_tokens", b"limit_tokens", "method", b"method", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LengthRules: _TypeAlias = LengthRules  # noqa: Y015
+
+@_typing.final
+class LengthRule(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CENTROID_FIELD_NUMBER: _builtins.int
+    REACH_FIELD_NUMBER: _builtins.int
+    LIMIT_TOKENS_FIELD_NUMBER: _builtins.int
+    centroid: _builtins.bytes
+    """a signed byte an entry"""
+    reach: _builtins.float
+    """the smallest cosine of a prompt that belongs"""
+    limit_tokens: _builtins.int
+    """0: none"""
+    def __init__(
+        self,
+        *,
+        centroid: _builtins.bytes = ...,
+        reach: _builtins.float = ...,
+        limit_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["centroid", b"centroid", "limit_tokens", b"limit_tokens", "reach", b"reach"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LengthRule: _TypeAlias = LengthRule  # noqa: Y015
 
 @_typing.final
 class RouteTarget(_message.Message):

@@ -530,6 +530,141 @@ class DeploymentAdvice(_message.Message):
 Global___DeploymentAdvice: _TypeAlias = DeploymentAdvice  # noqa: Y015
 
 @_typing.final
+class MaxTokensPolicy(_message.Message):
+    """Limits on the length of answers for requests that give none, learned from the answers to prompts of the same kind."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Mode:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[MaxTokensPolicy._Mode.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        MODE_UNSPECIFIED: MaxTokensPolicy._Mode.ValueType  # 0
+        """off"""
+        MODE_OFF: MaxTokensPolicy._Mode.ValueType  # 1
+        """nothing is observed"""
+        MODE_OBSERVE: MaxTokensPolicy._Mode.ValueType  # 2
+        """kinds and limits are learned and shown, and change no request"""
+        MODE_APPLY: MaxTokensPolicy._Mode.ValueType  # 3
+
+    class Mode(_Mode, metaclass=_ModeEnumTypeWrapper): ...
+    MODE_UNSPECIFIED: MaxTokensPolicy.Mode.ValueType  # 0
+    """off"""
+    MODE_OFF: MaxTokensPolicy.Mode.ValueType  # 1
+    """nothing is observed"""
+    MODE_OBSERVE: MaxTokensPolicy.Mode.ValueType  # 2
+    """kinds and limits are learned and shown, and change no request"""
+    MODE_APPLY: MaxTokensPolicy.Mode.ValueType  # 3
+
+    MODE_FIELD_NUMBER: _builtins.int
+    CUT_SHARE_FIELD_NUMBER: _builtins.int
+    mode: Global___MaxTokensPolicy.Mode.ValueType
+    cut_share: _builtins.float
+    """of the answers of each kind that its limit may cut; 0.05 if absent"""
+    def __init__(
+        self,
+        *,
+        mode: Global___MaxTokensPolicy.Mode.ValueType = ...,
+        cut_share: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cut_share", b"_cut_share", "cut_share", b"cut_share"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cut_share", b"_cut_share", "cut_share", b"cut_share", "mode", b"mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cut_share: _TypeAlias = _typing.Literal["cut_share"]  # noqa: Y015
+    _WhichOneofArgType__cut_share: _TypeAlias = _typing.Literal["_cut_share", b"_cut_share"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cut_share) -> _WhichOneofReturnType__cut_share | None: ...
+
+Global___MaxTokensPolicy: _TypeAlias = MaxTokensPolicy  # noqa: Y015
+
+@_typing.final
+class LengthKind(_message.Message):
+    """What was learned of one kind of prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    STOPPED_FIELD_NUMBER: _builtins.int
+    MEDIAN_TOKENS_FIELD_NUMBER: _builtins.int
+    LIMIT_TOKENS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    answers: _builtins.int
+    """that the limit rests on"""
+    stopped: _builtins.int
+    """of them, by some limit"""
+    median_tokens: _builtins.int
+    limit_tokens: _builtins.int
+    reason: _builtins.str
+    """why it has no limit of its own"""
+    def __init__(
+        self,
+        *,
+        answers: _builtins.int = ...,
+        stopped: _builtins.int = ...,
+        median_tokens: _builtins.int | None = ...,
+        limit_tokens: _builtins.int | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit_tokens", b"_limit_tokens", "_median_tokens", b"_median_tokens", "limit_tokens", b"limit_tokens", "median_tokens", b"median_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit_tokens", b"_limit_tokens", "_median_tokens", b"_median_tokens", "answers", b"answers", "limit_tokens", b"limit_tokens", "median_tokens", b"median_tokens", "reason", b"reason", "stopped", b"stopped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__limit_tokens: _TypeAlias = _typing.Literal["limit_tokens"]  # noqa: Y015
+    _WhichOneofArgType__limit_tokens: _TypeAlias = _typing.Literal["_limit_tokens", b"_limit_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__median_tokens: _TypeAlias = _typing.Literal["median_tokens"]  # noqa: Y015
+    _WhichOneofArgType__median_tokens: _TypeAlias = _typing.Literal["_median_tokens", b"_median_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__limit_tokens) -> _WhichOneofReturnType__limit_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__median_tokens) -> _WhichOneofReturnType__median_tokens | None: ...
+
+Global___LengthKind: _TypeAlias = LengthKind  # noqa: Y015
+
+@_typing.final
+class LengthLimits(_message.Message):
+    """What was learned of a deployment's answers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    CUT_SHARE_FIELD_NUMBER: _builtins.int
+    LIMIT_TOKENS_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    DRIFTS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    answers: _builtins.int
+    cut_share: _builtins.float
+    limit_tokens: _builtins.int
+    """of prompts of no kind, or of a kind with few answers"""
+    drifts: _builtins.int
+    """how often answers grew so that what was known of their kind was dropped"""
+    reason: _builtins.str
+    """why nothing is limited"""
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedCompositeFieldContainer[Global___LengthKind]: ...
+    def __init__(
+        self,
+        *,
+        answers: _builtins.int = ...,
+        cut_share: _builtins.float = ...,
+        limit_tokens: _builtins.int | None = ...,
+        kinds: _abc.Iterable[Global___LengthKind] | None = ...,
+        drifts: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit_tokens", b"_limit_tokens", "limit_tokens", b"limit_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit_tokens", b"_limit_tokens", "answers", b"answers", "cut_share", b"cut_share", "drifts", b"drifts", "kinds", b"kinds", "limit_tokens", b"limit_tokens", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__limit_tokens: _TypeAlias = _typing.Literal["limit_tokens"]  # noqa: Y015
+    _WhichOneofArgType__limit_tokens: _TypeAlias = _typing.Literal["_limit_tokens", b"_limit_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__limit_tokens) -> _WhichOneofReturnType__limit_tokens | None: ...
+
+Global___LengthLimits: _TypeAlias = LengthLimits  # noqa: Y015
+
+@_typing.final
 class Deployment(_message.Message):
     """What the user wants served, and how it stands."""
 
@@ -580,6 +715,7 @@ class Deployment(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     AUTOSCALING_PAUSED_FIELD_NUMBER: _builtins.int
     RECONFIGURATION_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_POLICY_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     OBSERVED_GENERATION_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
@@ -590,6 +726,7 @@ class Deployment(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     DELETE_TIME_FIELD_NUMBER: _builtins.int
     VARIANTS_FIELD_NUMBER: _builtins.int
+    LENGTH_LIMITS_FIELD_NUMBER: _builtins.int
     ADVICE_FIELD_NUMBER: _builtins.int
     PROPOSAL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
@@ -627,6 +764,8 @@ class Deployment(_message.Message):
     @_builtins.property
     def configuration(self) -> Global___Configuration: ...
     @_builtins.property
+    def max_tokens_policy(self) -> Global___MaxTokensPolicy: ...
+    @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp: ...
@@ -634,6 +773,8 @@ class Deployment(_message.Message):
     def delete_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def variants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def length_limits(self) -> Global___LengthLimits: ...
     @_builtins.property
     def advice(self) -> Global___DeploymentAdvice:
         """what it runs by, where `configuration` is empty"""
@@ -661,6 +802,7 @@ class Deployment(_message.Message):
         priority: _builtins.int = ...,
         autoscaling_paused: _builtins.bool = ...,
         reconfiguration: Global___Reconfiguration.ValueType = ...,
+        max_tokens_policy: Global___MaxTokensPolicy | None = ...,
         generation: _builtins.int = ...,
         observed_generation: _builtins.int = ...,
         state: Global___Deployment.State.ValueType = ...,
@@ -671,12 +813,13 @@ class Deployment(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         delete_time: _timestamp_pb2.Timestamp | None = ...,
         variants: _abc.Iterable[_builtins.str] | None = ...,
+        length_limits: Global___LengthLimits | None = ...,
         advice: Global___DeploymentAdvice | None = ...,
         proposal: Global___DeploymentAdvice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "_replicas", b"_replicas", "advice", b"advice", "configuration", b"configuration", "create_time", b"create_time", "delete_time", b"delete_time", "hardware", b"hardware", "max", b"max", "min", b"min", "proposal", b"proposal", "replicas", b"replicas", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "_replicas", b"_replicas", "advice", b"advice", "configuration", b"configuration", "create_time", b"create_time", "delete_time", b"delete_time", "hardware", b"hardware", "length_limits", b"length_limits", "max", b"max", "max_tokens_policy", b"max_tokens_policy", "min", b"min", "proposal", b"proposal", "replicas", b"replicas", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "_replicas", b"_replicas", "advice", b"advice", "autoscaling_paused", b"autoscaling_paused", "classes", b"classes", "configuration", b"configuration", "create_time", b"create_time", "delete_time", b"delete_time", "engine", b"engine", "etag", b"etag", "generation", b"generation", "hardware", b"hardware", "max", b"max", "min", b"min", "model", b"model", "name", b"name", "observed_generation", b"observed_generation", "policy", b"policy", "priority", b"priority", "proposal", b"proposal", "ready_replicas", b"ready_replicas", "reason", b"reason", "reconfiguration", b"reconfiguration", "replicas", b"replicas", "served_names", b"served_names", "state", b"state", "target_replicas", b"target_replicas", "uid", b"uid", "update_time", b"update_time", "variants", b"variants"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "_replicas", b"_replicas", "advice", b"advice", "autoscaling_paused", b"autoscaling_paused", "classes", b"classes", "configuration", b"configuration", "create_time", b"create_time", "delete_time", b"delete_time", "engine", b"engine", "etag", b"etag", "generation", b"generation", "hardware", b"hardware", "length_limits", b"length_limits", "max", b"max", "max_tokens_policy", b"max_tokens_policy", "min", b"min", "model", b"model", "name", b"name", "observed_generation", b"observed_generation", "policy", b"policy", "priority", b"priority", "proposal", b"proposal", "ready_replicas", b"ready_replicas", "reason", b"reason", "reconfiguration", b"reconfiguration", "replicas", b"replicas", "served_names", b"served_names", "state", b"state", "target_replicas", b"target_replicas", "uid", b"uid", "update_time", b"update_time", "variants", b"variants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max: _TypeAlias = _typing.Literal["max"]  # noqa: Y015
     _WhichOneofArgType__max: _TypeAlias = _typing.Literal["_max", b"_max"]  # noqa: Y015

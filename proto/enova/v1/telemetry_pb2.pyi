@@ -426,6 +426,42 @@ class RequestSummary(_message.Message):
 Global___RequestSummary: _TypeAlias = RequestSummary  # noqa: Y015
 
 @_typing.final
+class LengthSample(_message.Message):
+    """How long the answer to one prompt became. The prompt is a vector, made on the node; its text never leaves that."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    VECTOR_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    STOPPED_FIELD_NUMBER: _builtins.int
+    deployment: _builtins.str
+    method: _builtins.int
+    """of making vectors, with the seed and dimension of the route's rules"""
+    vector: _builtins.bytes
+    """a signed byte an entry"""
+    tokens: _builtins.int
+    stopped: _builtins.bool
+    """by a limit: it would have been longer"""
+    def __init__(
+        self,
+        *,
+        deployment: _builtins.str = ...,
+        method: _builtins.int = ...,
+        vector: _builtins.bytes = ...,
+        tokens: _builtins.int = ...,
+        stopped: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "method", b"method", "stopped", b"stopped", "tokens", b"tokens", "vector", b"vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LengthSample: _TypeAlias = LengthSample  # noqa: Y015
+
+@_typing.final
 class Frame(_message.Message):
     """One telemetry interval of one node."""
 
@@ -440,6 +476,7 @@ class Frame(_message.Message):
     REPLICAS_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
     DROPPED_SAMPLES_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     sequence: _builtins.int
     """counts from 1 within `boot`"""
@@ -456,6 +493,8 @@ class Frame(_message.Message):
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaSample]: ...
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestSummary]: ...
+    @_builtins.property
+    def lengths(self) -> _containers.RepeatedCompositeFieldContainer[Global___LengthSample]: ...
     def __init__(
         self,
         *,
@@ -468,10 +507,11 @@ class Frame(_message.Message):
         replicas: _abc.Iterable[Global___ReplicaSample] | None = ...,
         requests: _abc.Iterable[Global___RequestSummary] | None = ...,
         dropped_samples: _builtins.int = ...,
+        lengths: _abc.Iterable[Global___LengthSample] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "dropped_samples", b"dropped_samples", "end_s", b"end_s", "gpus", b"gpus", "node", b"node", "replicas", b"replicas", "requests", b"requests", "sequence", b"sequence", "start_s", b"start_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "dropped_samples", b"dropped_samples", "end_s", b"end_s", "gpus", b"gpus", "lengths", b"lengths", "node", b"node", "replicas", b"replicas", "requests", b"requests", "sequence", b"sequence", "start_s", b"start_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
