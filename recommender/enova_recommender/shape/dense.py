@@ -105,7 +105,7 @@ FAMILIES: Mapping[str, Dense] = {
     "arcee": replace(_LLAMA, gated=False), "internlm2": Dense(qkv=if_said("bias"), output=if_said("bias")),
     "seed_oss": replace(_LLAMA, qkv=usually("attention_bias"), output=if_said("attention_out_bias")),
     "mistral": Dense(windows=Windows.ALL), "ministral": Dense(windows=Windows.ALL), "ministral3": Dense(),
-    "qwen2": _QWEN2, "qwen3": _QWEN3, "qwen3_vl_text": _QWEN3,
+    "qwen2": _QWEN2, "mimo": _QWEN2, "qwen3": _QWEN3, "qwen3_vl_text": _QWEN3,
     "phi3": Dense(windows=Windows.ALL),
     "phi": Dense(qkv=YES, output=YES, feed=YES, gated=False, norms=1, norm_bias=True, head_bias=True),
     "gemma": _GEMMA, "gemma2": _GEMMA2,

@@ -159,9 +159,11 @@ def read_mamba2_hybrid(fields: Fields) -> Body:
     for kind in kinds:
         if kind not in mixers:
             raise fields.error("layer_types", f"{kind!r} is not modelled for {fields.text('model_type')}")
-    part: FeedForward = mlp(sizes.hidden, fields.count("shared_intermediate_size", "intermediate_size"))
     if fields.count("num_local_experts", default=0, least=0):
-        part = read_experts(fields, sizes.hidden, Mixture(attention=Dense()))
+        part: FeedForward = read_experts(fields, sizes.hidden, Mixture(attention=Dense()))
+    else:
+        shared = fields.optional_count("shared_intermediate_size")
+        part = mlp(sizes.hidden, shared or fields.count("intermediate_size"))
     return Body(
         hidden_size=sizes.hidden,
         blocks=stack([mixers[kind] for kind in kinds], [part] * layers, 2 * sizes.hidden),

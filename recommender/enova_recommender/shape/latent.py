@@ -68,7 +68,8 @@ def read_latent_mixture(fields: Fields, correction: Bias) -> Body:
 def read_minicpm3(fields: Fields) -> Body:
     """MiniCPM 3: latent attention with dense feed-forward layers."""
     hidden = fields.count(*HIDDEN)
-    return _body(fields, hidden, [mlp(hidden, fields.count("intermediate_size"))] * fields.layers())
+    body = _body(fields, hidden, [mlp(hidden, fields.count("intermediate_size"))] * fields.layers())
+    return replace(body, tied_embeddings=True)
 
 
 _V2 = partial(read_latent_mixture, correction=NO)
