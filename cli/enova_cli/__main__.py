@@ -10,9 +10,11 @@ from typing import Any
 
 import click
 
+from enova_cli.commands.breakdown import breakdown
 from enova_cli.commands.certs import certs
 from enova_cli.commands.deployments import apply, delete, deploy, pause, resume, scale, wait
 from enova_cli.commands.load import load
+from enova_cli.commands.recommend import recommend
 from enova_cli.commands.resources import describe, events, explain, get
 from enova_cli.commands.runtime import chat, completion, drain, logs, restart, uncordon, version
 from enova_cli.commands.up import up
@@ -84,8 +86,10 @@ for command in (
     logs,
     events,
     explain,
+    breakdown,
     chat,
     load,
+    recommend,
     drain,
     uncordon,
     restart,

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import grpc
 
 from enova.v1 import (
+    breakdown_service_pb2_grpc,
     cluster_pb2,
     decision_service_pb2,
     decision_service_pb2_grpc,
@@ -46,6 +47,7 @@ class Stubs:
     nodes: node_service_pb2_grpc.NodeServiceAsyncStub
     decisions: decision_service_pb2_grpc.DecisionServiceAsyncStub
     verdicts: verdict_service_pb2_grpc.VerdictServiceAsyncStub
+    breakdowns: breakdown_service_pb2_grpc.BreakdownServiceAsyncStub
 
 
 def _stubs(channel: grpc.aio.Channel) -> Stubs:
@@ -55,6 +57,7 @@ def _stubs(channel: grpc.aio.Channel) -> Stubs:
         nodes=node_service_pb2_grpc.NodeServiceStub(channel),
         decisions=decision_service_pb2_grpc.DecisionServiceStub(channel),
         verdicts=verdict_service_pb2_grpc.VerdictServiceStub(channel),
+        breakdowns=breakdown_service_pb2_grpc.BreakdownServiceStub(channel),
     )
 
 

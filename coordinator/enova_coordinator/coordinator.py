@@ -13,7 +13,10 @@ from typing import Any
 from enova_common import rpc
 from enova_common.clock import ModelClock
 from enova_common.errors import InvalidField, Unavailable
+from enova_coordinator.advice_loop import AdviceFigures, AdviceLoop
+from enova_coordinator.advisor import Advisor
 from enova_coordinator.agents import Agents
+from enova_coordinator.calibration_loop import CalibrationLoop
 from enova_coordinator.controller import Controller, ControllerSettings
 from enova_coordinator.core.liveness import LivenessLimits
 from enova_coordinator.core.reconcile import ReconcileLimits
@@ -29,8 +32,10 @@ from enova_coordinator.policy_loop import PolicyLoop, PolicyLoopFigures
 from enova_coordinator.policy_process import PolicyProcess
 from enova_coordinator.rollups import Rollups
 from enova_coordinator.service.agent import AgentPace
+from enova_coordinator.service.frames import engine_counters
 from enova_coordinator.service.leading import Chair, Leading
 from enova_coordinator.service.register import SERVICES, add_services
+from enova_coordinator.service_log import ServiceLog
 from enova_coordinator.settings import CoordinatorSettings, StoreKind
 from enova_coordinator.snapshot import Mirror
 from enova_coordinator.store import Store
@@ -81,6 +86,12 @@ class Coordinator:
         self.clock = clock
         self.store = store
         self.policies = PolicyProcess(timeout_s=settings.scaling.timeout_s)
+        self.advisor = Advisor(
+            PolicyProcess(timeout_s=settings.advice.timeout_s, module="enova_coordinator.advice_child"),
+            now_s=time.time,
+            creation_wait_s=settings.advice.creation_wait_s,
+        )
+        self.advice_figures = AdviceFigures()
         self.policy_figures = PolicyLoopFigures()
         self.rollups = Rollups(settings.data_dir / "rollups.sqlite", file_bytes_max=settings.rollup_bytes_max)
         self.events = EventLog()
@@ -144,6 +155,15 @@ class Coordinator:
             models=models,
         )
         self.policy_figures = policy_loop.figures
+        calibration = CalibrationLoop(
+            self.store,
+            ServiceLog(self.telemetry, read=engine_counters),
+            self.policies,
+            models,
+            snapshot=lambda: self.controller.snapshot,
+            guard=leadership.guard,
+            real_s=self.clock.real_s,
+        )
         housekeeping = Housekeeping(
             self.store,
             self.telemetry,
@@ -159,10 +179,30 @@ class Coordinator:
             telemetry=self.telemetry,
             rollups=self.rollups,
             events=self.events,
+            advisor=self.advisor,
+            calibration=calibration,
             verdicts=verdicts,
             models=models,
         )
-        works = (self.controller.run(leadership), policy_loop.run(), housekeeping.run())
+        advice_loop = AdviceLoop(
+            self.store,
+            leadership,
+            self.controller,
+            self.telemetry,
+            self.advisor,
+            events=self.events,
+            models=models,
+            settings=self.settings.advice,
+            real_s=self.clock.real_s,
+        )
+        self.advice_figures = advice_loop.figures
+        works = (
+            self.controller.run(leadership),
+            policy_loop.run(),
+            advice_loop.run(),
+            calibration.run(),
+            housekeeping.run(),
+        )
         try:
             await first_ended(asyncio.create_task(work) for work in works)
         finally:
@@ -177,6 +217,7 @@ class Coordinator:
         finally:
             await self.server.stop(STOP_GRACE_S)
             await self.policies.close()
+            await self.advisor.close()
             await asyncio.to_thread(self.rollups.close)
             await self.store.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from enova_coordinator.core.engine_facts import restored
 from enova_coordinator.observability import Figure
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 def figures(coordinator: Coordinator) -> list[Figure]:
     """All of them, as they are now. Called from the metrics server's thread: it reads, and copies what may change."""
-    return [*_leadership(coordinator), *_telemetry(coordinator), *_policy(coordinator)]
+    return [*_leadership(coordinator), *_telemetry(coordinator), *_policy(coordinator), *_calibration(coordinator)]
 
 
 def _leadership(coordinator: Coordinator) -> list[Figure]:
@@ -59,4 +60,37 @@ def _policy(coordinator: Coordinator) -> list[Figure]:
         Figure(name="policy_timeouts", help="Killed as hung", values={"": float(process.timeouts)}, counter=True),
         Figure(name="policy_crashes", help="Ended by themselves", values={"": float(process.crashes)}, counter=True),
         Figure(name="decisions", help="Recorded", values=decisions, label="action", counter=True),
+    ]
+
+
+def _calibration(coordinator: Coordinator) -> list[Figure]:
+    leading = coordinator.chair.current
+    loop = leading.calibration if leading is not None else None
+    if loop is None:
+        return []
+    known = {
+        name.removeprefix("calibrations/"): found
+        for name, value in loop.calibrations.copy().items()
+        if (found := restored(value)) is not None
+    }
+    factors = {name: each.factor for name, each in known.items()}
+    spreads = {name: each.spread for name, each in known.items()}
+    steps, writes = float(loop.figures.steps), float(loop.figures.writes)
+    failures = float(loop.figures.failures)
+    return [
+        Figure(
+            name="calibration_factor",
+            help="Measured steps over those of the kernel tables, by GPU type and model",
+            values=factors,
+            label="calibration",
+        ),
+        Figure(
+            name="calibration_spread",
+            help="Relative standard deviation of predicted steps",
+            values=spreads,
+            label="calibration",
+        ),
+        Figure(name="calibration_steps", help="Mean steps learnt from", values={"": steps}, counter=True),
+        Figure(name="calibration_writes", help="Into the store", values={"": writes}, counter=True),
+        Figure(name="calibration_failures", help="Rounds without effect", values={"": failures}, counter=True),
     ]

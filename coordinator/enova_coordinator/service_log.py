@@ -16,7 +16,7 @@ import numpy as np
 
 from enova_coordinator.core.model import Replica, ReplicaState, Snapshot
 from enova_coordinator.core.series import COLUMN, REQUEST_SKETCHES
-from enova_coordinator.core.service_times import EngineCounters, HistogramCounts, ServiceSums, change
+from enova_coordinator.core.service_times import EngineCounters, EngineLook, HistogramCounts, ServiceSums, change
 from enova_coordinator.core.sketch import MergedSketch
 from enova_coordinator.telemetry import Telemetry
 
@@ -24,22 +24,12 @@ REMEMBER_EVERY_S = 30.0            # model time
 REMEMBERED_MAX = 31                # of one deployment: a quarter of an hour
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLook:
-    """What one engine did between two looks: its counters' change, and its gauges on mean while it ran anything."""
-
-    replica: Replica
-    time_s: float
-    change: EngineCounters
-    running: float                 # NaN: it ran nothing, or nobody measured
-    kv_cache_usage: float
-
-
 @dataclass(slots=True)
 class _Service:
     """One deployment."""
 
     first: ServiceSums
+    latest: ServiceSums            # of the last look: ingresses and engines as of one moment
     histograms: dict[str, HistogramCounts] = field(default_factory=dict)
     remembered: deque[ServiceSums] = field(default_factory=lambda: deque(maxlen=REMEMBERED_MAX))
 
@@ -64,12 +54,14 @@ class ServiceLog:
             self._older = frozenset(each.uid for each in serving)
         for name in snapshot.deployments:
             if name not in self._services:
-                self._services[name] = _Service(self._sums(name, {}, now_s))
+                sums = self._sums(name, {}, now_s)
+                self._services[name] = _Service(sums, sums)
         looks = [look for replica in snapshot.replicas.values() if (look := self._look_at(replica, now_s)) is not None]
         for name, service in self._services.items():
+            service.latest = self._sums(name, service.histograms, now_s)
             past = service.remembered
             if now_s - (past[-1] if past else service.first).time_s >= REMEMBER_EVERY_S:
-                past.append(self._sums(name, service.histograms, now_s))
+                past.append(service.latest)
         self._forget(snapshot)
         return looks
 
@@ -78,10 +70,10 @@ class ServiceLog:
         service = self._services.get(deployment)
         if service is None:
             return None
-        now_s = self._telemetry.now_s
-        past = [each for each in service.remembered if window_s and each.time_s <= now_s - window_s]
+        start_s = service.latest.time_s - window_s
+        past = [each for each in service.remembered if window_s and each.time_s <= start_s]
         older = past[-1] if past else service.remembered[0] if window_s and _is_full(service) else service.first
-        return older.time_s, self._sums(deployment, service.histograms, now_s).minus(older)
+        return older.time_s, service.latest.minus(older)
 
     def _look_at(self, replica: Replica, now_s: float) -> EngineLook | None:
         source = self._telemetry.replica_source(replica.name)

@@ -30,6 +30,7 @@ from enova_coordinator.core.model import (
     RequestRecord,
     Snapshot,
     Stored,
+    StoredCalibration,
     Variant,
 )
 from enova_coordinator.store import Changed, Compacted, Entry, Event, Store, codec
@@ -165,7 +166,7 @@ class Mirror:
                 self.nodes[name] = value
             case Assignment():
                 self.assignments[name] = value
-            case Decision() | RequestRecord():
+            case Decision() | RequestRecord() | StoredCalibration():
                 _log.error("left alone: a %s lies where %s belongs", type(value).__name__, name)
             case _:
                 assert_never(value)

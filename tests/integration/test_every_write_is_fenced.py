@@ -24,6 +24,7 @@ import enova_coordinator
 from enova.v1 import (
     agent_service_pb2,
     agent_service_pb2_grpc,
+    breakdown_service_pb2_grpc,
     cluster_pb2,
     decision_service_pb2_grpc,
     deployment_service_pb2,
@@ -126,6 +127,7 @@ class World:
 
 STUBS: dict[str, Callable[[grpc.aio.Channel], Any]] = {
     "AgentService": agent_service_pb2_grpc.AgentServiceStub,
+    "BreakdownService": breakdown_service_pb2_grpc.BreakdownServiceStub,
     "DecisionService": decision_service_pb2_grpc.DecisionServiceStub,
     "DeploymentService": deployment_service_pb2_grpc.DeploymentServiceStub,
     "NodeService": node_service_pb2_grpc.NodeServiceStub,
@@ -133,6 +135,7 @@ STUBS: dict[str, Callable[[grpc.aio.Channel], Any]] = {
     "VerdictService": verdict_service_pb2_grpc.VerdictServiceStub,
 }
 READS = {
+    *(f"BreakdownService.{name}" for name in ("GetBreakdown", "ListCalibrations")),
     *(f"DecisionService.{name}" for name in ("GetDecision", "ListDecisions", "WatchDecisions", "ListEvents")),
     *(f"DecisionService.{name}" for name in ("WatchEvents", "Explain")),
     *(f"DeploymentService.{name}" for name in ("GetDeployment", "ListDeployments", "WatchDeployments")),

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from enova_coordinator.core.model import Replica
 from enova_coordinator.core.sketch import GAMMA, MergedSketch
 
 E2E, TTFT, TPOT, QUEUE = "e2e_s", "ttft_s", "tpot_s", "queue_s"
@@ -93,6 +94,17 @@ def _grown(new: float | None, old: float | None) -> float | None:
     if new is None or old is None:
         return None
     return new - old if new >= old else new
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLook:
+    """What one engine did between two looks: its counters' change, and its gauges on mean while it ran anything."""
+
+    replica: Replica
+    time_s: float
+    change: EngineCounters
+    running: float                 # NaN: it ran nothing, or nobody measured
+    kv_cache_usage: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,9 @@ from enova_common.errors import Conflict
 from enova_common.identity import Role
 from enova_common.rpc import peer_identity
 from enova_common.rpc.peer import CallContext
+from enova_coordinator.advisor import Advisor
 from enova_coordinator.agents import Agents
+from enova_coordinator.calibration_loop import CalibrationLoop
 from enova_coordinator.core.model import Decision, Event, RequestRecord, Snapshot
 from enova_coordinator.core.routes import RouteTable
 from enova_coordinator.core.verdicts import Verdict
@@ -88,6 +90,8 @@ class Leading:
     telemetry: Telemetry
     rollups: Rollups
     events: Events
+    advisor: Advisor
+    calibration: CalibrationLoop | None = None
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     models: KnownModels = field(default_factory=lambda: KnownModels(now_s=time.monotonic))
 

@@ -8,6 +8,7 @@ import grpc
 
 from enova.v1 import (
     agent_service_pb2_grpc,
+    breakdown_service_pb2_grpc,
     decision_service_pb2_grpc,
     deployment_service_pb2_grpc,
     node_service_pb2_grpc,
@@ -15,6 +16,7 @@ from enova.v1 import (
     verdict_service_pb2_grpc,
 )
 from enova_coordinator.service.agent import AgentPace, AgentService
+from enova_coordinator.service.breakdown import BreakdownService
 from enova_coordinator.service.decision import DecisionService
 from enova_coordinator.service.deployment import DeploymentService
 from enova_coordinator.service.leading import Chair
@@ -28,6 +30,7 @@ SERVICES = tuple(
     f"enova.v1.{name}"
     for name in (
         "AgentService",
+        "BreakdownService",
         "DecisionService",
         "DeploymentService",
         "NodeService",
@@ -52,6 +55,7 @@ def add_services(
     deployments = DeploymentService(store, chair, writes, now_s=now_s, model_time_s=model_time_s)
     agents = AgentService(chair, writes, coordinator=coordinator, pace=pace, now_s=now_s)
     agent_service_pb2_grpc.add_AgentServiceServicer_to_server(agents, server)
+    breakdown_service_pb2_grpc.add_BreakdownServiceServicer_to_server(BreakdownService(chair), server)
     decision_service_pb2_grpc.add_DecisionServiceServicer_to_server(DecisionService(store, chair), server)
     deployment_service_pb2_grpc.add_DeploymentServiceServicer_to_server(deployments, server)
     node_service_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(chair, writes), server)

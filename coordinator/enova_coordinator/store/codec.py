@@ -27,6 +27,7 @@ from enova_coordinator.core.model import (
     Replica,
     RequestRecord,
     Stored,
+    StoredCalibration,
     Variant,
 )
 
@@ -36,7 +37,8 @@ META_KEY = PREFIX + "meta"
 VERSION = 1
 
 _KINDS: Mapping[str, type[Stored]] = types.MappingProxyType({
-    kind.__name__: kind for kind in (Deployment, Variant, Replica, Node, Assignment, Decision, RequestRecord)
+    kind.__name__: kind
+    for kind in (Deployment, Variant, Replica, Node, Assignment, Decision, RequestRecord, StoredCalibration)
 })
 
 T = TypeVar("T", bound=Stored)
@@ -84,7 +86,7 @@ def key(name: str) -> str:
         case ["decisions", last]:
             deployment, _, number = last.rpartition(".")
             return f"{PREFIX}decisions/{deployment}/{number}"
-        case ["deployments" | "nodes" | "assignments" | "requests", _]:
+        case ["deployments" | "nodes" | "assignments" | "requests" | "calibrations", _]:
             return PREFIX + name
         case _:
             raise ValueError(f"not a name of a stored object: {name!r}")
@@ -97,7 +99,7 @@ def name(key: str) -> str:
             return f"deployments/{deployment}/{collection}/{last}"
         case ["decisions", deployment, number]:
             return f"decisions/{deployment}.{number}"
-        case ["deployments" | "nodes" | "assignments" | "requests", _]:
+        case ["deployments" | "nodes" | "assignments" | "requests" | "calibrations", _]:
             return key.removeprefix(PREFIX)
         case _:
             raise ValueError(f"not a key of a stored object: {key!r}")

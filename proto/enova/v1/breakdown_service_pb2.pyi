@@ -186,7 +186,7 @@ Global___Quantile: _TypeAlias = Quantile  # noqa: Y015
 
 @_typing.final
 class StepBreakdown(_message.Message):
-    """The steps of a variant's engines in the newest interval that said something."""
+    """The steps of a variant's engines in the newest interval that said something since this coordinator leads."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -203,7 +203,7 @@ class StepBreakdown(_message.Message):
     time_s: _builtins.float
     """model time at which it was measured"""
     step_s: _builtins.float
-    """measured, mean"""
+    """measured, mean; absent: nothing was decoded yet"""
     predicted_s: _builtins.float
     """by the performance model, corrected"""
     prefill_tokens: _builtins.float
@@ -221,7 +221,7 @@ class StepBreakdown(_message.Message):
         *,
         variant: _builtins.str = ...,
         time_s: _builtins.float = ...,
-        step_s: _builtins.float = ...,
+        step_s: _builtins.float | None = ...,
         predicted_s: _builtins.float | None = ...,
         prefill_tokens: _builtins.float = ...,
         decode_sequences: _builtins.float = ...,
@@ -229,13 +229,18 @@ class StepBreakdown(_message.Message):
         shares: _abc.Iterable[Global___KernelShare] | None = ...,
         calibration: Global___Calibration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_s", b"_predicted_s", "calibration", b"calibration", "predicted_s", b"predicted_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_s", b"_predicted_s", "_step_s", b"_step_s", "calibration", b"calibration", "predicted_s", b"predicted_s", "step_s", b"step_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_s", b"_predicted_s", "calibration", b"calibration", "context_tokens", b"context_tokens", "decode_sequences", b"decode_sequences", "predicted_s", b"predicted_s", "prefill_tokens", b"prefill_tokens", "shares", b"shares", "step_s", b"step_s", "time_s", b"time_s", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_s", b"_predicted_s", "_step_s", b"_step_s", "calibration", b"calibration", "context_tokens", b"context_tokens", "decode_sequences", b"decode_sequences", "predicted_s", b"predicted_s", "prefill_tokens", b"prefill_tokens", "shares", b"shares", "step_s", b"step_s", "time_s", b"time_s", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__predicted_s: _TypeAlias = _typing.Literal["predicted_s"]  # noqa: Y015
     _WhichOneofArgType__predicted_s: _TypeAlias = _typing.Literal["_predicted_s", b"_predicted_s"]  # noqa: Y015
+    _WhichOneofReturnType__step_s: _TypeAlias = _typing.Literal["step_s"]  # noqa: Y015
+    _WhichOneofArgType__step_s: _TypeAlias = _typing.Literal["_step_s", b"_step_s"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_s) -> _WhichOneofReturnType__predicted_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_s) -> _WhichOneofReturnType__step_s | None: ...
 
 Global___StepBreakdown: _TypeAlias = StepBreakdown  # noqa: Y015
 

@@ -27,6 +27,7 @@ from enova_coordinator.core.model import (
     RequestRecord,
     ServingClass,
     Stored,
+    StoredCalibration,
     Variant,
 )
 from enova_coordinator.store import codec
@@ -56,6 +57,10 @@ VALUES: tuple[Stored, ...] = (
         reason="r", inputs=(DecisionInput(object="o", feature="f", start_s=1.0, step_s=2.0, values=(1.0, 2.5)),),
     ),
     RequestRecord(name="requests/x", method="m", object="deployments/d", fingerprint="f", create_time_s=1.5),
+    StoredCalibration(
+        name="calibrations/H100.0123456789abcdef", gpu_type="H100", model="m", configuration="", groups=("MEMORY",),
+        factors=(1.5,), covariance=(0.25,), noise=0.05, prior_spread=0.3, updates=3, load=(1.0,), update_time_s=2.5,
+    ),
 )
 
 
