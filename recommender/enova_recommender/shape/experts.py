@@ -89,13 +89,10 @@ def sparse_layers(fields: Fields, layers: int) -> list[bool]:
 
 def feed_forwards(fields: Fields, hidden: int, sparse: Sequence[bool], family: Mixture) -> list[FeedForward]:
     """The feed-forward part of each layer."""
-    found: list[FeedForward] = []
-    for has_experts in sparse:
-        if has_experts:
-            found.append(read_experts(fields, hidden, family))
-        else:
-            found.append(mlp(hidden, fields.count("intermediate_size")))
-    return found
+    experts = read_experts(fields, hidden, family) if any(sparse) else None
+    dense = None if all(sparse) else mlp(hidden, fields.count("intermediate_size"))
+    parts = (experts if has_experts else dense for has_experts in sparse)
+    return [part for part in parts if part is not None]
 
 
 def read_mixture(fields: Fields, family: Mixture) -> Body:
