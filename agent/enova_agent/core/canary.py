@@ -2,8 +2,9 @@
 
 An engine counts canaries and readiness tokens like any request. They are sent while nothing else runs, so nearly
 always all that changed between two scrapes is theirs: then the whole change is taken out, histograms included.
-Where real requests ended in between as well, the change cannot be told apart by bucket: counts and tokens are
-corrected, the histograms keep an entry too many.
+Where real requests were served in between as well, counts and tokens are corrected exactly, and each canary takes
+one entry out of each histogram of requests: as long as canaries lasted when they were alone, in the nearest bucket that
+grew. Means over few requests would else be those of canaries.
 
 A canary answered before a page was asked for is on that page or never will be. One that was open meanwhile may be:
 it is taken for counted, so that no counter ever goes back; if it was not, it is let through with the next page.
@@ -12,9 +13,11 @@ it is taken for counted, so that no counter ever goes back; if it was not, it is
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Mapping
 
+from enova_agent.core.exposition import BUCKETS
 from enova_agent.core.telemetry import CanaryCounts, EngineMetrics, EngineScrape, Histogram
 from enova_common.vllm import FinishReason
 
@@ -26,6 +29,15 @@ _COUNTERS = (
     "prefix_cache_queries_total",
     "prefix_cache_hits_total",
 )
+# One entry a request each; a canary has one token, hence none between tokens.
+_OF_REQUESTS = frozenset({
+    "time_to_first_token_seconds",
+    "request_time_per_output_token_seconds",
+    "request_queue_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "e2e_request_latency_seconds",
+})
 _NOTHING = EngineMetrics()
 
 
@@ -41,6 +53,7 @@ class CanaryFilter:
         self._before = _NOTHING       # the last raw metrics
         self._taken_out = _NOTHING    # what is not ours to report, since the engine started
         self._shown = _NOTHING        # those without canaries
+        self._alone = _NOTHING        # of what was taken out, what canaries counted that were alone
         self._attributed = 0          # canaries that are accounted for
 
     def metrics(self, scrape: EngineScrape) -> EngineMetrics | None:
@@ -70,16 +83,44 @@ class CanaryFilter:
         seen = min(most, round(max(0.0, ended)))
         generated = (now.generation_tokens_total or 0.0) - (self._before.generation_tokens_total or 0.0)
         if 0 < ended <= most and generated <= ended:  # each canary asks for one token
-            self._taken_out = _plus(self._taken_out, _minus(now, self._before))
+            change = _minus(now, self._before)
+            self._taken_out = _plus(self._taken_out, change)
+            self._alone = _plus(self._alone, change)
         elif seen > 0:
             prompt_tokens = came.prompt_tokens / came.finished if came.finished else 1.0
             change = EngineMetrics(
                 prompt_tokens_total=seen * prompt_tokens,
                 generation_tokens_total=float(seen),
                 finished_total={FinishReason.LENGTH: float(seen)},
+                histograms=_entries(seen, _minus(now, self._before), alone=self._alone),
             )
             self._taken_out = _plus(self._taken_out, change)
         self._attributed = max(known, self._attributed + seen)
+
+
+def _entries(count: int, change: EngineMetrics, *, alone: EngineMetrics) -> tuple[Histogram, ...]:
+    """What `count` canaries put into the histograms of requests, among what these grew by."""
+    typical = {
+        each.metric: each.sum / each.counts[-1] for each in alone.histograms if each.counts and each.counts[-1]
+    }
+    return tuple(
+        _taken(count, each, typical.get(each.metric, 0.0))
+        for each in change.histograms
+        if each.metric in _OF_REQUESTS and each.counts
+    )
+
+
+def _taken(count: int, grown: Histogram, value: float) -> Histogram:
+    """`count` entries of about this value out of what a histogram grew by: fewer where it has not so many."""
+    rows = [one - below for one, below in zip(grown.counts, (0, *grown.counts), strict=False)]
+    bounds = BUCKETS.get(grown.metric, ())[: len(rows)]
+    wanted = next((index for index, bound in enumerate(bounds) if value <= bound), 0)
+    taken = [0] * len(rows)
+    for index in sorted(range(len(rows)), key=lambda index: abs(index - wanted)):
+        taken[index] = max(0, min(rows[index], count - sum(taken)))
+    total = sum(taken)
+    counts = tuple(itertools.accumulate(taken))
+    return Histogram(metric=grown.metric, counts=counts, sum=min(grown.sum, value * total))
 
 
 def _plus(one: EngineMetrics, other: EngineMetrics) -> EngineMetrics:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 from enova_agent.core.canary import CanaryFilter
+from enova_agent.core.exposition import BUCKETS
 from enova_agent.core.telemetry import CanaryCounts, EngineMetrics, EngineScrape, Histogram
+
+E2E_BOUNDS = BUCKETS["e2e_request_latency_seconds"]
 
 
 def metrics(*, finished: int, tokens: int, steps: int = 0, slow: int = 0) -> EngineMetrics:
@@ -92,6 +96,48 @@ def test_mixed_with_others_counts_and_tokens_are_still_right() -> None:
     seen = canaries.metrics(scrape(metrics(finished=3, tokens=41), sent=1))
     assert seen is not None
     assert (seen.finished, seen.generation_tokens_total, seen.prompt_tokens_total) == (2, 40.0, 20.0)
+
+
+def test_mixed_with_others_a_canary_takes_its_entry_out_of_the_histograms() -> None:
+    canaries = CanaryFilter()
+
+    def page(*values_s: float) -> EngineMetrics:
+        counts = tuple(sum(value <= bound for value in values_s) for bound in E2E_BOUNDS)
+        histogram = Histogram(metric="e2e_request_latency_seconds", counts=counts, sum=sum(values_s))
+        return replace(metrics(finished=len(values_s), tokens=40 * len(values_s)), histograms=(histogram,))
+
+    alone = replace(page(0.02), generation_tokens_total=1.0)
+    assert canaries.metrics(scrape(alone, sent=1)) is not None
+    # The second canary ends in the same interval as a request of five seconds.
+    seen = canaries.metrics(scrape(page(0.02, 5.0, 0.03), sent=2))
+    assert seen is not None
+    (histogram,) = seen.histograms
+    assert histogram.counts[-1] == 1
+    assert histogram.counts[E2E_BOUNDS.index(2.5)] == 0
+    assert abs(histogram.sum - 5.0) < 0.02
+
+
+def test_no_histogram_ever_goes_back_or_loses_its_order() -> None:
+    draw = random.Random(4)
+    canaries = CanaryFilter()
+    counts, total, ended, sent = [0] * len(E2E_BOUNDS), 0.0, 0, 0
+    before = Histogram(metric="e2e_request_latency_seconds", counts=tuple(counts), sum=0.0)
+    for _ in range(300):
+        for own in [True] * draw.randint(0, 2) + [False] * draw.randint(0, 3):
+            value = draw.uniform(0.01, 0.4) if own else draw.uniform(0.2, 30.0)
+            counts = [count + (value <= bound) for count, bound in zip(counts, E2E_BOUNDS, strict=True)]
+            total, ended, sent = total + value, ended + 1, sent + own
+        histogram = Histogram(metric="e2e_request_latency_seconds", counts=tuple(counts), sum=total)
+        seen = canaries.metrics(
+            scrape(replace(metrics(finished=ended, tokens=9 * ended), histograms=(histogram,)), sent=sent)
+        )
+        assert seen is not None
+        (now,) = seen.histograms
+        assert list(now.counts) == sorted(now.counts)
+        assert all(new >= old for new, old in zip(now.counts, before.counts, strict=True))
+        assert now.sum >= before.sum - 1e-9
+        assert now.counts[-1] == ended - sent
+        before = now
 
 
 def test_lost_canaries_never_eat_requests_of_others() -> None:
