@@ -1,0 +1,53 @@
+"""Features on one scale: centred on the median and divided by the spread of normal time; missing stays missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+INNER_QUANTILE = 0.01    # the spread is measured between this quantile and its mirror
+SPREAD_SHARE_MIN = 0.1   # of the largest value: or a feature that hardly moved would make any change strange
+SPREAD_OF_ZERO = 0.1     # for features that were always zero
+BOUND = 5.0              # spreads from the median; beyond it a feature has said what it can say
+
+
+class RobustScale:
+    """Medians and spreads of features, learnt once."""
+
+    def __init__(self) -> None:
+        self._centre: Floats = np.empty(0)
+        self._spread: Floats = np.empty(0)
+
+    def fit(self, history: Floats) -> None:
+        """Learn from an array of steps by features; a feature without any value gets centre 0 and spread 1."""
+        known = np.isfinite(history)
+        self._centre = np.zeros(history.shape[1])
+        self._spread = np.ones(history.shape[1])
+        for column in range(history.shape[1]):
+            values = history[known[:, column], column]
+            if values.size == 0:
+                continue
+            low, middle, high = np.quantile(values, [INNER_QUANTILE, 0.5, 1.0 - INNER_QUANTILE])
+            floor = SPREAD_SHARE_MIN * float(np.abs(values).max()) or SPREAD_OF_ZERO
+            self._centre[column] = middle
+            self._spread[column] = max(high - low, float(values.std()), floor)
+
+    def scaled(self, values: Floats) -> Floats:
+        """Values in spreads from the median, within BOUND; NaN where nothing was measured."""
+        finite = np.where(np.isfinite(values), values, np.nan)
+        return np.clip((finite - self._centre) / self._spread, -BOUND, BOUND)
+
+    def save(self) -> dict[str, Floats]:
+        """What it learnt, as arrays."""
+        return {"centre": self._centre.copy(), "spread": self._spread.copy()}
+
+    @classmethod
+    def load(cls, saved: Mapping[str, Floats]) -> RobustScale:
+        """What `save` returned, as it was."""
+        loaded = cls()
+        loaded._centre, loaded._spread = saved["centre"].copy(), saved["spread"].copy()
+        return loaded
