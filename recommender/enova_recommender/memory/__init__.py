@@ -10,7 +10,14 @@ from enova_recommender.memory.cache import (
 )
 from enova_recommender.memory.concurrency import BlockDemand, Method, Moment, block_demand, most_sequences
 from enova_recommender.memory.division import GPU_MEMORY_UTILIZATION, Item, MemoryFit, fit, fit_host
-from enova_recommender.memory.overheads import MEASURED, Overheads, activation_bytes, graph_bytes, usable_bytes
+from enova_recommender.memory.overheads import (
+    MEASURED,
+    Overheads,
+    activation_bytes,
+    graph_bytes,
+    overheads_of,
+    usable_bytes,
+)
 from enova_recommender.memory.weights import (
     gpu_weight_bytes,
     layer_weight_bytes,
@@ -47,6 +54,7 @@ __all__ = [
     "kv_bytes_per_token",
     "layer_weight_bytes",
     "most_sequences",
+    "overheads_of",
     "part_element_bytes",
     "plain_element_bytes",
     "state_bytes",

@@ -28,6 +28,7 @@ from enova_recommender.types import (
 
 BLOCK_SIZE = 16        # tokens, vLLM's default on GPUs
 HYBRID_ALIGNMENT = 16  # tokens that the block size is a multiple of where recurrent states set it
+INDEXER_SCALE_BYTES, INDEXER_SCALE_GROUP = 4, 128
 # States that a sequence holds of each recurrence: with prefix caching the last one and the one being made.
 STATES, STATES_WITH_PREFIX_CACHING = 1, 2
 
@@ -92,8 +93,17 @@ def cache_element_bytes(shape: ModelShape, precision: Precision = AS_PUBLISHED) 
 def kv_bytes_per_token(shape: ModelShape, precision: Precision = AS_PUBLISHED, *, tensor_parallel: int = 1) -> int:
     """Bytes of keys and values of one token in all layers, on one GPU; heads are replicated beyond their number."""
     element = cache_element_bytes(shape, precision)
-    layers = shape.attention_layers
-    return round(element * sum(n * mixer.cache_elements(tensor_parallel=tensor_parallel) for n, mixer in layers))
+    return sum(count * _token_bytes(mixer, element, tensor_parallel) for count, mixer in shape.attention_layers)
+
+
+def _token_bytes(mixer: Attention | LatentAttention, element: float, tensor: int) -> int:
+    """Bytes that one layer keeps of a token on one GPU."""
+    held = element * mixer.cache_elements(tensor_parallel=tensor)
+    if isinstance(mixer, LatentAttention) and mixer.indexer_cache_dim:
+        # An indexer keeps its keys in 8 bits whatever the cache's type, with a scale in 32 bits for each 128.
+        keys = mixer.indexer_cache_dim
+        held += keys * (1 - element) + INDEXER_SCALE_BYTES * -(-keys // INDEXER_SCALE_GROUP)
+    return round(held)
 
 
 def state_bytes(shape: ModelShape, precision: Precision = AS_PUBLISHED, *, tensor_parallel: int = 1) -> int:
@@ -149,10 +159,9 @@ def _buckets(shape: ModelShape, precision: Precision, tensor: int) -> Mapping[_K
             case None:
                 continue
             case Attention():
-                token = round(element * mixer.cache_elements(tensor_parallel=tensor))
-                kind = _Kind(token_bytes=token, window_tokens=mixer.window_tokens)
+                kind = _Kind(token_bytes=_token_bytes(mixer, element, tensor), window_tokens=mixer.window_tokens)
             case LatentAttention():
-                kind = _Kind(token_bytes=round(element * mixer.cache_elements(tensor_parallel=tensor)))
+                kind = _Kind(token_bytes=_token_bytes(mixer, element, tensor))
             case Recurrence():
                 of_state = plain if mixer.state_dtype == "auto" else ELEMENT_BYTES[mixer.state_dtype]
                 held = of_state * mixer.state_elements + plain * mixer.convolution_elements

@@ -1,7 +1,7 @@
 """How vLLM divides one GPU's memory: weights, activations, CUDA graphs, and the KV blocks that are left.
 
 Theory of operation. vLLM takes `gpu_memory_utilization` of the memory that CUDA reports, which is a little less than
-the driver's, loads the weights, runs one full batch to see the peak, captures (and since 0.21 counts) its CUDA graphs
+the driver's, loads the weights, runs one full batch to see the peak, captures (and by now counts) its CUDA graphs
 and gives the rest to the cache. Here the peak is estimated from the shape: the widest layer of a full batch, or the
 sampler's copies of the logits, whichever is larger. All figures are bytes of one GPU; of a pipeline, that of the stage
 that has the least left.
@@ -99,13 +99,11 @@ def fit(
     block_size: int = BLOCK_SIZE,
     enable_prefix_caching: bool = True,
     enforce_eager: bool = False,
-    graphs_counted: bool = True,
     overheads: Overheads = MEASURED,
 ) -> MemoryFit:
     """Divide one GPU's memory; `fits` of the result says whether, `kv_blocks` how well.
 
-    `max_model_len` is the model's own if None. `graphs_counted=False` is vLLM before 0.21, which left no room for
-    CUDA graphs.
+    `max_model_len` is the model's own if None. `overheads` are the newest known; `overheads_of` has older releases'.
     """
     context = max_model_len or shape.context_tokens
     layout = cache_layout(
@@ -120,9 +118,9 @@ def fit(
         overheads=overheads,
     )
     graphs = 0
-    if graphs_counted and not enforce_eager:
+    if not enforce_eager:
         graphs = graph_bytes(shape, parallelism=parallelism, max_num_seqs=max_num_seqs, overheads=overheads)
-    runtime = runtime_bytes(parallelism, overheads=overheads)
+    runtime = runtime_bytes(gpu, parallelism, overheads=overheads)
     budget = int(usable_bytes(gpu, overheads=overheads) * gpu_memory_utilization)
 
     def left(stage: Stage) -> tuple[int, int]:

@@ -1,12 +1,14 @@
 """What an engine takes of a GPU beside weights and cache: activations, CUDA graphs, libraries, the driver's part.
 
-No data sheet has these figures. `MEASURED` holds them, fitted by `tests/benchmarks/recommender_memory.py --fit` to
-what vLLM printed at its start on the development rows of `tests/samples/vllm_kv_cache`.
+No data sheet has these figures. They follow from vLLM's code where it says them (copies of the logits), and else
+from what vLLM printed at its start on the development rows of `tests/samples/vllm_kv_cache`, whose README has the
+arithmetic; `recommender_memory` judges them on other models. Releases differ: until 0.16 the sampler sorted all
+logits, until 0.18 CUDA graphs came on top of gpu_memory_utilization, and the buffers of collectives have grown.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from enova_recommender.memory.weights import plain_element_bytes
@@ -27,6 +29,7 @@ from enova_recommender.types import (
 )
 
 MIB = 1 << 20
+FUSED_CAPABILITY = 9.0  # Hopper's
 GRAPH_BATCH_MAX = 512  # tokens of the largest batch that vLLM captures
 
 
@@ -38,22 +41,32 @@ class Overheads:
     driver_share: float        # the same in proportion to the memory
     runtime_bytes: int         # kernels, workspaces, the allocator's slack
     parallel_bytes: int        # buffers of collectives, where there are several GPUs
-    layer_factor: float        # peak of a layer's tensors over the sum of its widest part
-    logit_bytes: float         # of each logit at the peak of sampling: in 16 and 32 bits, probabilities, noise
+    fused_parallel_bytes: int  # more of them from Hopper on, where all-reduce and norm are one kernel
+    logit_bytes: float         # of each logit at the peak of sampling
     graph_layer_bytes: int     # of one layer in one captured graph
-    graph_bytes: int           # of all graphs together, whatever their number
+    graphs_counted: bool       # whether gpu_memory_utilization covers them
 
 
+# The logits in 16 bits and in 32, their probabilities and the noise that picks one: 2 + 4 + 4 + 4.
 MEASURED = Overheads(
     driver_bytes=420 * MIB,
     driver_share=0.0015,
-    runtime_bytes=400 * MIB,
+    runtime_bytes=350 * MIB,
     parallel_bytes=500 * MIB,
-    layer_factor=1.0,
+    fused_parallel_bytes=1370 * MIB,
     logit_bytes=14.0,
-    graph_layer_bytes=150_000,
-    graph_bytes=50 * MIB,
+    graph_layer_bytes=125_000,
+    graphs_counted=True,
 )
+# Sorting took values, places in 64 bits, and both once more while it ran.
+_BEFORE_0_17 = replace(MEASURED, fused_parallel_bytes=0, logit_bytes=36.0, graphs_counted=False)
+
+
+def overheads_of(version: tuple[int, int]) -> Overheads:
+    """Those of a release of vLLM, by its major and minor number."""
+    if version < (0, 17):
+        return _BEFORE_0_17
+    return replace(MEASURED, graphs_counted=version >= (0, 19))
 
 
 def usable_bytes(gpu: GpuModel, *, overheads: Overheads = MEASURED) -> int:
@@ -61,9 +74,12 @@ def usable_bytes(gpu: GpuModel, *, overheads: Overheads = MEASURED) -> int:
     return int(gpu.memory_bytes * (1 - overheads.driver_share)) - overheads.driver_bytes
 
 
-def runtime_bytes(parallelism: Parallelism, *, overheads: Overheads = MEASURED) -> int:
+def runtime_bytes(gpu: GpuModel, parallelism: Parallelism, *, overheads: Overheads = MEASURED) -> int:
     """What libraries hold on one GPU."""
-    return overheads.runtime_bytes + (overheads.parallel_bytes if parallelism.gpus > 1 else 0)
+    if parallelism.gpus == 1:
+        return overheads.runtime_bytes
+    fused = overheads.fused_parallel_bytes if gpu.compute_capability >= FUSED_CAPABILITY else 0
+    return overheads.runtime_bytes + overheads.parallel_bytes + fused
 
 
 def activation_bytes(
@@ -80,7 +96,7 @@ def activation_bytes(
     size = shape.hidden_size
     widest = max(_widest_elements(block, parallelism=parallelism, hidden_size=size) for block in shape.blocks)
     stream = element * max_num_batched_tokens * 2 * size
-    layer = overheads.layer_factor * element * max_num_batched_tokens * widest
+    layer = element * max_num_batched_tokens * widest
     sampled = min(max_num_seqs, max_num_batched_tokens)
     return round(stream + max(layer, overheads.logit_bytes * sampled * shape.vocabulary_size))
 
@@ -120,7 +136,8 @@ def _feed_forward_elements(layer: FeedForward | None, parallelism: Parallelism, 
         case Experts():
             ways, spread = 2 if layer.gated else 1, parallelism.tensor * parallelism.data
             inner = layer.intermediate_size / (1 if parallelism.expert else spread)
-            routed = layer.experts_per_token * (max(ways * inner, layer.latent_size or hidden_size) + inner)
+            # Two workspaces, each as wide as what an expert takes in or makes.
+            routed = 2 * layer.experts_per_token * max(ways * inner, layer.latent_size or hidden_size)
             return routed + (ways + 1) * layer.shared_intermediate_size / parallelism.tensor
         case _:
             assert_never(layer)
@@ -142,6 +159,6 @@ def _sizes(largest: int) -> int:
 def graph_bytes(
     shape: ModelShape, *, parallelism: Parallelism, max_num_seqs: int, overheads: Overheads = MEASURED
 ) -> int:
-    """What captured CUDA graphs hold on one GPU."""
+    """What captured CUDA graphs hold on one GPU of what gpu_memory_utilization covers."""
     layers = -(-shape.layers // parallelism.pipeline)
-    return overheads.graph_bytes + captured_graphs(max_num_seqs) * layers * overheads.graph_layer_bytes
+    return captured_graphs(max_num_seqs) * layers * overheads.graph_layer_bytes if overheads.graphs_counted else 0
