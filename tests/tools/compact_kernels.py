@@ -8,7 +8,7 @@ Apache-2.0). Needs pandas, pyarrow and scipy.
 What is kept: of each shape the fastest kernel, as the base-2 logarithm of its time in microseconds, on a thinned grid.
 Attention depends on batch and heads through their product nearly alone (5 % in the median, 19 % at the 90th percentile
 over all splits of one product), so the two axes become one. Times are made to grow along tokens, sequences and context
-(a cumulative maximum): what falls there is noise or a change of kernel. Holes take the nearest shape's share of the
+(no shape takes longer than a larger one): what falls there is noise or a bad choice of kernel. Holes take the nearest shape's share of the
 roofline.
 """
 
@@ -33,7 +33,7 @@ GEMM_NK_MIN = 128
 WEIGHT_BYTES = {"bfloat16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "nvfp4": 0.5625}
 # Attention is tabled by query heads per KV head; ratios between are interpolated.
 DISTRIBUTION = "power_law_1.01"  # of tokens over experts: real routers are uneven
-OUTLIER = 1.6            # times the median of its neighbours: one shape's bad choice of kernel
+OUTLIER = 1.3            # times the median of its neighbours: one shape's bad choice of kernel
 LAUNCH_SLACK = 1.5       # below this multiple of its floor an eager measurement shows the host, not the kernel
 
 Floats = npt.NDArray[np.float64]
@@ -86,9 +86,10 @@ def filled(values: Floats, roofline_us: Floats) -> Floats:
 
 
 def growing(values: Floats, *along: int) -> Floats:
-    """Made to grow along these axes."""
+    """Made to grow along these axes: no shape takes longer than a larger one, to which it could be padded."""
     for axis in along:
-        values = np.maximum.accumulate(values, axis=axis)
+        backwards = np.flip(values, axis=axis)
+        values = np.flip(np.minimum.accumulate(backwards, axis=axis), axis=axis)
     return values
 
 
@@ -247,6 +248,8 @@ def latent(tables: Tables, data: Path, gpu: str, kind: str, sheet: dict[str, flo
         )
         tokens = bb if decode else bb * ll
         core = module - projections_us(tables, gpu, hh, tokens, decode=decode)
+        # The module's other small kernels are counted as the model's own.
+        core = core - max(0.0, float(np.nanquantile(core, 0.02)) - LATENT_FLOOR_US)
         core = np.where(np.isnan(module), np.nan, np.maximum(core, LATENT_FLOOR_US))
         values = growing(filled(core, roofline), 0, 1, 2)
         tables.add(f"{gpu}/latent_{'decode' if decode else 'prefill'}/{cached}", values, axes)
@@ -268,6 +271,22 @@ def recurrence(tables: Tables, data: Path, gpu: str) -> None:
         tables.add(f"{gpu}/gdn/{phase}", values, axes)
 
 
+def hull(values: Floats, message_bytes: Sequence[float]) -> Floats:
+    """The lower convex hull over the bytes of the message: steps are switches between algorithms, set too early."""
+    lowered = growing(values, 1)
+    x = np.array(message_bytes)
+    for row in lowered:
+        kept = [0]
+        for index in range(1, len(x)):
+            while len(kept) > 1 and (row[index] - row[kept[-1]]) * (x[kept[-1]] - x[kept[-2]]) < (
+                row[kept[-1]] - row[kept[-2]]
+            ) * (x[index] - x[kept[-1]]):
+                kept.pop()
+            kept.append(index)
+        row[:] = np.interp(x, x[kept], row[kept])
+    return lowered
+
+
 def collectives(tables: Tables, data: Path, gpu: str) -> None:
     """Collectives among the GPUs of a node, by their number and the bytes of the message."""
     custom = read(data, gpu, "custom_allreduce")
@@ -275,7 +294,7 @@ def collectives(tables: Tables, data: Path, gpu: str) -> None:
     for source, group in custom.groupby("kernel_source"):
         best = fastest(group, ("num_gpus", "message_size"))
         axes = [knots(best, "num_gpus"), knots(best, "message_size")]
-        values = growing(grid(best, ("num_gpus", "message_size"), axes), 1)
+        values = hull(grid(best, ("num_gpus", "message_size"), axes), axes[1])
         tables.add(f"{gpu}/all_reduce/{'graph' if 'graph' in str(source) else 'eager'}", values, axes)
     rows = read(data, gpu, "nccl")
     if rows is None:
@@ -284,7 +303,7 @@ def collectives(tables: Tables, data: Path, gpu: str) -> None:
         best = fastest(group, ("num_gpus", "message_size"))
         axes = [knots(best, "num_gpus"), knots(best, "message_size")]
         values = grid(best, ("num_gpus", "message_size"), axes)
-        values = growing(filled(values, 10 + np.broadcast_to(np.array(axes[1]), values.shape) / 1e5), 1)
+        values = hull(filled(values, 10 + np.broadcast_to(np.array(axes[1]), values.shape) / 1e5), axes[1])
         tables.add(f"{gpu}/nccl/{name}", values, axes)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +56,7 @@ class ExpertTable:
     shapes: Floats
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MeasuredGpu:
     """One GPU of which kernels were measured, and its tables by kind and variant (`gemm/fp8`, `gdn/context`)."""
 
@@ -64,11 +65,19 @@ class MeasuredGpu:
     experts: Mapping[str, ExpertTable]
 
 
+class _Index(TypedDict):
+    """What `kernels.json` holds: the step of the stored logarithms, data sheets, and the axes of each table."""
+
+    scale: int
+    gpus: dict[str, dict[str, float]]
+    axes: dict[str, list[list[float]]]
+
+
 @cache
 def measured_gpus() -> tuple[MeasuredGpu, ...]:
     """All GPUs with measured kernels."""
     folder = files(__package__)
-    index = json.loads(folder.joinpath("kernels.json").read_text(encoding="utf-8"))
+    index: _Index = json.loads(folder.joinpath("kernels.json").read_text(encoding="utf-8"))
     packed = np.load(io.BytesIO(folder.joinpath("kernels.npz").read_bytes()))
     return tuple(
         MeasuredGpu(
@@ -80,22 +89,26 @@ def measured_gpus() -> tuple[MeasuredGpu, ...]:
     )
 
 
-def _tables(gpu: str, index: dict[str, dict[str, list[list[float]]]], packed: Mapping[str, npt.NDArray[np.int16]]):
+def _tables(
+    gpu: str, index: _Index, packed: Mapping[str, npt.NDArray[np.int16]]
+) -> Iterator[tuple[str, Table]]:
     """The grids of one GPU."""
     for name, axes in index["axes"].items():
         owner, _, kind = name.partition("/")
         if owner == gpu and not kind.startswith("moe/"):
-            logarithms = packed[name].astype(np.float64) / float(index["scale"])
+            logarithms = packed[name].astype(np.float64) / index["scale"]
             yield kind, Table(log2_us=logarithms, axes=tuple(np.log2(np.array(axis)) for axis in axes))
 
 
-def _experts(gpu: str, index: dict[str, dict[str, list[list[float]]]], packed: Mapping[str, npt.NDArray[np.int16]]):
+def _experts(
+    gpu: str, index: _Index, packed: Mapping[str, npt.NDArray[np.int16]]
+) -> Iterator[tuple[str, ExpertTable]]:
     """The expert tables of one GPU."""
     for name, axes in index["axes"].items():
         owner, _, kind = name.partition("/")
         if owner == gpu and kind.startswith("moe/"):
             yield kind.removeprefix("moe/"), ExpertTable(
-                log2_us=packed[name].astype(np.float64) / float(index["scale"]),
+                log2_us=packed[name].astype(np.float64) / index["scale"],
                 log2_tokens=np.log2(np.array(axes[0])),
                 shapes=packed[f"{gpu}/moe_shapes/{kind.removeprefix('moe/')}"].astype(np.float64),
             )

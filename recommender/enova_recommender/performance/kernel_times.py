@@ -17,6 +17,7 @@ from typing import Self, assert_never
 import numpy as np
 import numpy.typing as npt
 
+from enova_recommender.catalog.kernels import MeasuredGpu, measured_gpus
 from enova_recommender.performance.constants import FITTED, Constants, Tier
 from enova_recommender.performance.correction import GROUPS, UNCORRECTED, Correction, KernelGroup
 from enova_recommender.performance.layers import (
@@ -31,7 +32,6 @@ from enova_recommender.performance.layers import (
     setting_of,
 )
 from enova_recommender.performance.pieces import across, along, located, run_total, value_at
-from enova_recommender.performance.tables import kernels_of
 from enova_recommender.types import AS_PUBLISHED, SINGLE_GPU, Batch, GpuModel, Interval, ModelShape, Parallelism, Precision
 
 Floats = npt.NDArray[np.float64]
@@ -54,7 +54,8 @@ class KernelTimes:
 
     With data-parallel attention (`parallelism.data`) a batch is that of one rank; the other ranks are taken to be as
     busy. `co_runners` holds, for each other engine on the same GPU, the share of time that it keeps the GPU busy: the
-    driver gives contexts turns, so that kernels take so much longer.
+    driver gives contexts turns, so that kernels take so much longer. `measured` are the GPUs whose kernels are known
+    (by default all that ship with the package).
     """
 
     def __init__(
@@ -67,13 +68,13 @@ class KernelTimes:
         co_runners: Sequence[float] = (),
         correction: Correction = UNCORRECTED,
         constants: Constants = FITTED,
+        measured: tuple[MeasuredGpu, ...] | None = None,
     ) -> None:
         self._constants = constants
-        self._layers = shape.layers
-        setting = setting_of(shape, gpu, parallelism, precision, constants)
+        setting = setting_of(shape, gpu, parallelism, precision, measured_gpus() if measured is None else measured)
         slowed = 1.0 + sum(co_runners)
-        self._pieces = _gathered(model_pieces(shape, setting), slowed)
-        self._is_measured = kernels_of(gpu).is_measured
+        self._pieces = _gathered(model_pieces(shape, setting), constants, slowed)
+        self._is_measured = setting.kernels.is_measured
         self._correct(correction)
 
     def corrected(self, correction: Correction) -> Self:
@@ -139,7 +140,7 @@ class KernelTimes:
         """Durations of many steps at once; the arguments are broadcast against each other."""
         points = _Points(prefill_tokens, prefill_pairs, decode_sequences, context_tokens)
         kernels = sum((points.of(basis, values) for basis, values in self._totals.items()), np.zeros(points.shape))
-        return np.asarray(kernels + self._host * points.host(self._constants, self._layers))
+        return np.asarray(kernels + self._host * points.host(self._constants))
 
     def features(self, batch: Batch) -> Floats:
         """Seconds of one step by group (in the order of GROUPS) at factor one: what a correction is fitted on."""
@@ -164,7 +165,7 @@ class KernelTimes:
         parts: dict[tuple[KernelClass, KernelGroup], float] = {}
         for (kind, group, basis), values in self._pieces.items():
             parts[kind, group] = parts.get((kind, group), 0.0) + float(points.of(basis, values))
-        parts[KernelClass.HOST, KernelGroup.HOST] = float(points.host(self._constants, self._layers))
+        parts[KernelClass.HOST, KernelGroup.HOST] = float(points.host(self._constants))
         return parts
 
     def _fixed_s(self, prompts: int, sequences: int) -> float:
@@ -172,7 +173,7 @@ class KernelTimes:
         constants = self._constants
         host = constants.step_s + constants.sequence_s * sequences
         if prompts:
-            host += constants.prefill_step_s + constants.layer_prefill_s * self._layers
+            host += constants.prefill_step_s
         sampled = sequences + (1 if prompts else 0)
         return (
             self._host * host
@@ -222,10 +223,10 @@ class _Points:
             case _:
                 assert_never(basis)
 
-    def host(self, constants: Constants, layers: int) -> Floats:
+    def host(self, constants: Constants) -> Floats:
         """Seconds of the host at the points."""
-        launching = constants.prefill_step_s + constants.layer_prefill_s * layers
-        return constants.step_s + constants.sequence_s * self._sequences + launching * (self._prompts > 0)
+        prompts = constants.prefill_step_s * (self._prompts > 0)
+        return constants.step_s + constants.sequence_s * self._sequences + prompts
 
 
 def _from_zero(piece: Piece) -> Floats:
@@ -236,13 +237,26 @@ def _from_zero(piece: Piece) -> Floats:
     return values
 
 
+def _factors(constants: Constants) -> dict[KernelClass, float]:
+    """What engines take of the measured times of each class."""
+    return {
+        KernelClass.GEMM: constants.gemm, KernelClass.EXPERTS: constants.experts,
+        KernelClass.PREFILL_ATTENTION: constants.prefill_attention,
+        KernelClass.DECODE_ATTENTION: constants.decode_attention,
+        KernelClass.LATENT_ATTENTION: constants.latent_attention, KernelClass.RECURRENCE: constants.recurrence,
+        KernelClass.ELEMENTWISE: constants.elementwise, KernelClass.COLLECTIVE: constants.collective,
+    }  # fmt: skip
+
+
 def _gathered(
-    pieces: Iterable[Piece], slowed: float
+    pieces: Iterable[Piece], constants: Constants, slowed: float
 ) -> dict[tuple[KernelClass, KernelGroup, Basis], Floats]:
     """Pieces of equal class, group and basis as one."""
+    factors = _factors(constants)
     found: dict[tuple[KernelClass, KernelGroup, Basis], Floats] = {}
     for piece in pieces:
-        key, values = (piece.kind, piece.group, piece.basis), slowed * _from_zero(piece)
+        key = (piece.kind, piece.group, piece.basis)
+        values = slowed * factors[piece.kind] * _from_zero(piece)
         found[key] = found[key] + values if key in found else values
     return found
 

@@ -15,8 +15,8 @@ from typing import assert_never
 import numpy as np
 import numpy.typing as npt
 
+from enova_recommender.catalog.kernels import MeasuredGpu
 from enova_recommender.memory import cache_element_bytes, plain_element_bytes
-from enova_recommender.performance.constants import Constants
 from enova_recommender.performance.correction import KernelGroup
 from enova_recommender.performance.tables import PLAIN_FORMAT, Kernels, kernels_of
 from enova_recommender.types import (
@@ -93,7 +93,12 @@ class Setting:
     plain_bytes: float
     cache_bytes: float
     formats: tuple[tuple[Part, str | None], ...]
-    constants: Constants
+    measured: tuple[MeasuredGpu, ...]
+
+    @property
+    def kernels(self) -> Kernels:
+        """The kernels of the GPU."""
+        return kernels_of(self.gpu, self.measured)
 
     def format_of(self, part: Part) -> tuple[WeightFormat, str | None]:
         """How the weights of a part are kept, None if plainly."""
@@ -102,14 +107,14 @@ class Setting:
 
 
 def setting_of(
-    shape: ModelShape, gpu: GpuModel, parallelism: Parallelism, precision: Precision, constants: Constants
+    shape: ModelShape, gpu: GpuModel, parallelism: Parallelism, precision: Precision, measured: tuple[MeasuredGpu, ...]
 ) -> Setting:
     """The setting of a model's layers."""
     method = precision.quantization or shape.quantization
     formats = tuple((part, _part_format(shape, part, method)) for part in Part)
     return Setting(
         gpu=gpu, parallelism=parallelism, hidden=shape.hidden_size, plain_bytes=plain_element_bytes(shape, precision),
-        cache_bytes=cache_element_bytes(shape, precision), formats=formats, constants=constants,
+        cache_bytes=cache_element_bytes(shape, precision), formats=formats, measured=measured,
     )  # fmt: skip
 
 
@@ -173,27 +178,26 @@ def _split(kind: KernelClass, seconds: Floats, knots: Floats, ridge: float, basi
 def _ridge(weights: WeightFormat, setting: Setting) -> float:
     """Rows at which a product's arithmetic takes as long as the reading of its weights."""
     gpu = setting.gpu
-    kind = kernels_of(gpu).multiplied_in(weights, None)
+    kind = setting.kernels.multiplied_in(weights, None)
     peak = {"nvfp4": gpu.fp4_flops, "fp8": gpu.fp8_flops}.get(kind) or gpu.bf16_flops
     return weights.element_bytes * peak / (2 * gpu.bandwidth_bytes_per_s)
 
 
 def _products(part: Part, shapes: list[tuple[float, float]], setting: Setting) -> Iterator[Piece]:
-    """Products of a part with weights of (columns, inner size), and the quantisation of what goes in."""
+    """Products of a part with weights of (columns, inner size); the quantisation of what goes in was measured with them."""
     weights, name = setting.format_of(part)
-    kernels = kernels_of(setting.gpu)
+    kernels = setting.kernels
     seconds = sum((kernels.gemm_s(weights, name, TOKENS, n, k) for n, k in shapes), np.zeros_like(TOKENS))
     yield from _split(KernelClass.GEMM, seconds, TOKENS, _ridge(weights, setting))
-    if kernels.multiplied_in(weights, name) != "bfloat16":
-        yield _small(len(shapes), sum(3.0 * k for _, k in shapes), setting)
 
 
 def _small(kernels: float, token_bytes: float, setting: Setting) -> Piece:
     """Small kernels: a launch each within the graph, and their traffic."""
     traffic = token_bytes * TOKENS / (SMALL_KERNEL_SHARE * setting.gpu.bandwidth_bytes_per_s)
-    return _over_tokens(KernelClass.ELEMENTWISE, KernelGroup.MEMORY, kernels * setting.constants.small_kernel_s + traffic)
+    return _over_tokens(KernelClass.ELEMENTWISE, KernelGroup.MEMORY, kernels * SMALL_KERNEL_S + traffic)
 
 
+SMALL_KERNEL_S = 1.5e-6   # of one within a CUDA graph, beside its traffic
 SMALL_KERNEL_SHARE = 0.7  # of the bandwidth that element-wise kernels reach
 
 
@@ -201,7 +205,7 @@ def _all_reduce(setting: Setting) -> Iterator[Piece]:
     """The sum over tensor-parallel GPUs at the end of a part."""
     tensor = setting.parallelism.tensor
     if tensor > 1:
-        seconds = kernels_of(setting.gpu).all_reduce_s(TOKENS * setting.hidden * 2, tensor)
+        seconds = setting.kernels.all_reduce_s(TOKENS * setting.hidden * 2, tensor)
         yield _over_tokens(KernelClass.COLLECTIVE, KernelGroup.COLLECTIVE, seconds)
 
 
@@ -214,7 +218,7 @@ def _attention(mixer: Attention, setting: Setting) -> Iterator[Piece]:
     yield from _products(Part.ATTENTION, [(queries + cached, hidden), (hidden, heads * value_dim)], setting)
     yield _small(3, 8 * hidden + 4 * (queries + cached), setting)  # norm, rotary positions, writing the cache
     yield from _all_reduce(setting)
-    kernels = kernels_of(setting.gpu)
+    kernels = setting.kernels
     window = mixer.window_tokens or 0
     size = (mixer.head_dim + value_dim) // 2
     group = max(1.0, heads / kv_heads)
@@ -242,13 +246,17 @@ def _prompts() -> tuple[Floats, Floats]:
 
 
 def _over_pairs(kind: KernelClass, seconds: Floats) -> Piece:
-    grown = np.maximum.accumulate(np.maximum.accumulate(seconds, axis=0), axis=1)
-    return Piece(kind=kind, group=KernelGroup.ATTENTION, basis=Basis.PROMPT_PAIRS, seconds=grown)
+    return Piece(kind=kind, group=KernelGroup.ATTENTION, basis=Basis.PROMPT_PAIRS, seconds=_growing(seconds))
 
 
 def _over_context(kind: KernelClass, seconds: Floats) -> Piece:
-    grown = np.maximum.accumulate(np.maximum.accumulate(seconds, axis=0), axis=1)
-    return Piece(kind=kind, group=KernelGroup.ATTENTION, basis=Basis.CONTEXT, seconds=grown)
+    return Piece(kind=kind, group=KernelGroup.ATTENTION, basis=Basis.CONTEXT, seconds=_growing(seconds))
+
+
+def _growing(seconds: Floats) -> Floats:
+    """Made to grow along both axes: the same context in fewer sequences takes no longer than in more."""
+    fewer = np.minimum.accumulate(seconds[::-1], axis=0)[::-1]
+    return np.asarray(np.maximum.accumulate(fewer, axis=1))
 
 
 def _latent(mixer: LatentAttention, setting: Setting) -> Iterator[Piece]:
@@ -269,7 +277,7 @@ def _latent(mixer: LatentAttention, setting: Setting) -> Iterator[Piece]:
     yield from _products(Part.ATTENTION, shapes, setting)
     yield _small(5, 8 * hidden + 6 * (queries + down), setting)
     yield from _all_reduce(setting)
-    kernels = kernels_of(setting.gpu)
+    kernels = setting.kernels
     sequences, context = SEQUENCES[:, None], np.maximum(CONTEXT[None, :] / SEQUENCES[:, None], 1.0)
     seen = np.minimum(context, mixer.top_tokens or context)
     decode = kernels.latent_decode_s(
@@ -293,7 +301,7 @@ def _recurrence(mixer: Recurrence, setting: Setting) -> Iterator[Piece]:
     yield from _products(Part.RECURRENCE, [(2 * inner, hidden), (hidden, inner)], setting)
     yield _small(3, 8 * hidden + 8 * inner, setting)
     yield from _all_reduce(setting)
-    kernels, heads = kernels_of(setting.gpu), max(1.0, mixer.heads / tensor)
+    kernels, heads = setting.kernels, max(1.0, mixer.heads / tensor)
     state_bytes = mixer.key_dim * mixer.value_dim * 4.0
     for knots, basis in ((SEQUENCES, Basis.SEQUENCES), (TOKENS, Basis.PROMPT_TOKENS)):
         seconds = kernels.recurrence_s(
@@ -324,7 +332,7 @@ def _experts(layer: Experts, setting: Setting) -> Iterator[Piece]:
         yield from _products(Part.SHARED_EXPERTS, [(layer.latent_size, hidden), (hidden, layer.latent_size)], setting)
     weights, name = setting.format_of(Part.EXPERTS)
     tokens = TOKENS * split.data  # those of all data-parallel ranks pass the same experts
-    seconds = kernels_of(setting.gpu).experts_s(
+    seconds = setting.kernels.experts_s(
         weights, name, tokens, hidden=layer.latent_size or hidden, intermediate=layer.intermediate_size,
         chosen=layer.experts_per_token, experts=layer.experts, cut=cut, spread=spread, matrices=3 if layer.gated else 2,
     )  # fmt: skip
@@ -334,7 +342,7 @@ def _experts(layer: Experts, setting: Setting) -> Iterator[Piece]:
     if split.data == 1:
         yield from _all_reduce(setting)
     else:
-        kernels, message = kernels_of(setting.gpu), tokens * hidden * 2
+        kernels, message = setting.kernels, tokens * hidden * 2
         gpus = split.tensor * split.data
         moved = kernels.all_gather_s(message, gpus) + kernels.reduce_scatter_s(message, gpus)
         yield _over_tokens(KernelClass.COLLECTIVE, KernelGroup.COLLECTIVE, moved)
@@ -343,7 +351,7 @@ def _experts(layer: Experts, setting: Setting) -> Iterator[Piece]:
 def head_pieces(vocabulary: int, setting: Setting) -> Iterator[Piece]:
     """The product with the head for those sequences that get a token, the gathering of logits, and sampling."""
     tensor = setting.parallelism.tensor
-    kernels = kernels_of(setting.gpu)
+    kernels = setting.kernels
     seconds = kernels.gemm_s(PLAIN_FORMAT, None, SEQUENCES, vocabulary / tensor, setting.hidden)
     yield from _split(KernelClass.GEMM, seconds, SEQUENCES, _ridge(PLAIN_FORMAT, setting), Basis.SAMPLED)
     logits = SEQUENCES * vocabulary

@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from enova_recommender.catalog.kernels import ExpertTable, MeasuredGpu, Sheet, Table, measured_gpus
+from enova_recommender.catalog.kernels import ExpertTable, MeasuredGpu, Sheet, Table
 from enova_recommender.types import Arithmetic, GpuModel, WeightFormat
 
 Floats = npt.NDArray[np.float64]
@@ -54,9 +54,9 @@ def distance(one: Sheet, other: Sheet) -> float:
 class Kernels:
     """Seconds of kernels on one type of GPU. `kinds` of tables that were measured on this very type are `direct`."""
 
-    def __init__(self, gpu: GpuModel) -> None:
+    def __init__(self, gpu: GpuModel, measured: tuple[MeasuredGpu, ...]) -> None:
         self.sheet = sheet_of(gpu)
-        self._sources = sorted(measured_gpus(), key=lambda measured: distance(self.sheet, measured.sheet))
+        self._sources = sorted(measured, key=lambda measured: distance(self.sheet, measured.sheet))
         self.is_measured = distance(self.sheet, self._sources[0].sheet) < LIKE
         self._gemm = lru_cache(maxsize=4096)(self._gemm_grid)
 
@@ -185,7 +185,7 @@ class Kernels:
             kind = self.multiplied_in(weights, name)
             wanted = (kind, "fp8" if kind == "fp8_block" else "bfloat16", "bfloat16")
         for kind in wanted:
-            for source in self._sources[:3]:
+            for source in self._sources[:2]:
                 if kind in source.experts:
                     return kind, source.experts[kind], source
         for kind in (*wanted, "bfloat16"):
@@ -233,16 +233,16 @@ class Kernels:
         if link:
             sources = sorted(sources, key=lambda one: abs(math.log(one.sheet.link / self.sheet.link)))
         for kind in kinds:
-            for source in sources[:3] if len(kinds) > 1 else sources:
+            for source in sources[:2] if len(kinds) > 1 else sources:
                 if kind in source.tables:
                     return source, source.tables[kind]
         raise AssertionError(f"none of {kinds} was measured")
 
 
-@lru_cache(maxsize=64)
-def kernels_of(gpu: GpuModel) -> Kernels:
-    """The kernels of a GPU, made once."""
-    return Kernels(gpu)
+@lru_cache(maxsize=256)
+def kernels_of(gpu: GpuModel, measured: tuple[MeasuredGpu, ...]) -> Kernels:
+    """The kernels of a GPU from those of measured ones, made once."""
+    return Kernels(gpu, measured)
 
 
 def _peak(sheet: Sheet, kind: str) -> float:
