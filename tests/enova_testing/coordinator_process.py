@@ -56,6 +56,7 @@ class Config:
 
     settings: Mapping[str, object] = field(default_factory=dict)
     scaling: Mapping[str, object] = field(default_factory=dict)
+    advice: Mapping[str, object] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -77,7 +78,8 @@ def running_coordinator(directory: Path, config: Config | None = None) -> Iterat
         "ready_file": str(ready),
     } | dict(config.settings)
     path = directory / "coordinator.toml"
-    path.write_text(_toml(settings) + "[scaling]\n" + _toml(config.scaling))
+    tables = {"scaling": config.scaling, "advice": config.advice}
+    path.write_text(_toml(settings) + "".join(f"[{name}]\n{_toml(values)}" for name, values in tables.items()))
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "enova_coordinator", "--config", str(path)],

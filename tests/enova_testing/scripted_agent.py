@@ -33,6 +33,7 @@ class ScriptedAgent:
     name: str = "node-0"
     uid: str = ""
     gpus: int = 8
+    gpu_type: str = "H100"
     models: dict[str, str] = field(default_factory=lambda: {MODEL: "{}"})
     starts: bool = True                # whether members that shall run become READY
     log_lines: list[str] = field(default_factory=lambda: ["first", "second"])
@@ -95,7 +96,7 @@ class ScriptedAgent:
             cluster_pb2.Gpu(
                 uuid=f"GPU-{self.name}-{index}",
                 index=index,
-                type="H100",
+                type=self.gpu_type,
                 memory_bytes=GPU_BYTES,
                 free_memory_bytes=GPU_BYTES,
                 simulated=True,

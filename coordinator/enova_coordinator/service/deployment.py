@@ -13,10 +13,12 @@ from google.protobuf.empty_pb2 import Empty
 
 from enova.v1 import cluster_pb2, deployment_service_pb2, deployment_service_pb2_grpc
 from enova_common.errors import AlreadyExists, Conflict, InvalidField, NotFound, RetryableError
+from enova_coordinator.core.advice import is_asked, kept
 from enova_coordinator.core.model import (
     Decision,
     DecisionAction,
     Deployment,
+    DeploymentAdvice,
     DeploymentSpec,
     NodeState,
     Variant,
@@ -30,6 +32,7 @@ from enova_coordinator.core.validation import (
     spec_problems,
 )
 from enova_coordinator.service import convert, names, paging
+from enova_coordinator.service.advice import recommend
 from enova_coordinator.service.leading import Chair, Leading, actor
 from enova_coordinator.service.masks import merged
 from enova_coordinator.service.watching import watch
@@ -107,13 +110,14 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
             return await self._message(await self._writes.read(Deployment, made))
         wanted = convert.spec(request.deployment)
         await self._check(leading, name, wanted, None)
+        advised = await self._advice(leading, name, wanted, None)
 
         def edit(before: Deployment | None) -> Deployment:
             if before is not None:
                 raise AlreadyExists(
                     f"{name} exists", field="deployment_id", remedy="choose another name, or update it (enova apply)"
                 )
-            return self._new(name, wanted)
+            return self._new(name, wanted, advised)
 
         return await self._write(name, wanted, edit, by=by, validate_only=request.validate_only)
 
@@ -134,14 +138,15 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
             raise NotFound(f"there is no {name}", field="name", remedy="create it, or set allow_missing")
         wanted = self._wanted(stored, request)
         await self._check(leading, name, wanted, stored)
+        advised = await self._advice(leading, name, wanted, stored)
 
         def edit(before: Deployment | None) -> Deployment:
             if before is not None:
                 _check_alive(before)
             check_etag(request.deployment.etag, before.etag if before is not None else "", name)
             if before is None:
-                return self._new(name, wanted)
-            return self._changed(before, self._wanted(before, request))
+                return self._new(name, wanted, advised)
+            return self._changed(before, self._wanted(before, request), advised)
 
         return await self._write(name, wanted, edit, by=by, validate_only=request.validate_only)
 
@@ -248,6 +253,13 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
             vocabulary_size=facts.vocabulary_size,
         )
 
+    async def RecommendConfiguration(  # noqa: N802
+        self, request: deployment_service_pb2.RecommendConfigurationRequest, context: Context
+    ) -> deployment_service_pb2.RecommendConfigurationResponse:
+        """The configuration that carries a workload within its objectives at the least cost, and why."""
+        actor(context)
+        return await recommend(self._chair.leading(), request)
+
     async def _find(self, name: str) -> Deployment | None:
         try:
             return await self._writes.read(Deployment, name)
@@ -281,14 +293,33 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
             found.setdefault(name.rsplit("/variants/", 1)[0], []).append(name)
         return found
 
-    def _new(self, name: str, spec: DeploymentSpec) -> Deployment:
+    def _new(self, name: str, spec: DeploymentSpec, advised: DeploymentAdvice | None) -> Deployment:
         now_s = self._now_s()
-        return Deployment(name=name, uid=str(uuid.uuid4()), spec=spec, create_time_s=now_s, update_time_s=now_s)
+        return Deployment(
+            name=name, uid=str(uuid.uuid4()), spec=spec, create_time_s=now_s, update_time_s=now_s, advice=advised
+        )
 
-    def _changed(self, before: Deployment, spec: DeploymentSpec) -> Deployment:
+    def _changed(self, before: Deployment, spec: DeploymentSpec, advised: DeploymentAdvice | None) -> Deployment:
         if spec == before.spec:
             return before
-        return replace(before, spec=spec, generation=before.generation + 1, update_time_s=self._now_s())
+        return replace(
+            before,
+            spec=spec,
+            generation=before.generation + 1,
+            update_time_s=self._now_s(),
+            advice=advised if is_asked(before, spec) else kept(before, spec),
+            proposal=None,
+        )
+
+    async def _advice(
+        self, leading: Leading, name: str, wanted: DeploymentSpec, before: Deployment | None
+    ) -> DeploymentAdvice | None:
+        """The configuration for a spec that gives none; None where none is asked for."""
+        if not is_asked(before, wanted):
+            return None
+        facts = leading.models.get(wanted.model)
+        config_json = facts.config_json if facts is not None else ""
+        return await leading.advisor.on_creation(leading.control.snapshot, name, wanted, config_json=config_json)
 
     def _wanted(
         self, before: Deployment | None, request: deployment_service_pb2.UpdateDeploymentRequest
