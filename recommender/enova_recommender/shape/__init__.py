@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from enova_recommender.shape import dense, experts, hybrid, latent
+from enova_recommender.shape import dense, experts, hybrid, latent, varied
 from enova_recommender.shape.body import Body
 from enova_recommender.shape.fields import Fields, ShapeError
 from enova_recommender.shape.nesting import Language, find_language
@@ -20,13 +20,13 @@ from enova_recommender.types import ELEMENT_BYTES, ModelShape
 
 __all__ = ["FAMILIES", "ShapeError", "parse_shape"]
 
-_READERS = {**dense.READERS, **experts.READERS, **latent.READERS, **hybrid.READERS}
+_READERS = {**dense.READERS, **experts.READERS, **latent.READERS, **hybrid.READERS, **varied.READERS}
 FAMILIES = tuple(sorted(_READERS))
 # Model types that another one's reader reads as well: the same layers under a name of their own.
 _SAME_AS = {
     "gemma3": "gemma3_text", "llama4": "llama4_text", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2",
     "qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen2_5_omni_text": "qwen2", "qwen3_5": "qwen3_5_text",
-    "qwen3_5_moe": "qwen3_5_moe_text", "deepseek_vl_v2": "deepseek_v2", "axk1": "deepseek_v3",
+    "qwen3_5_moe": "qwen3_5_moe_text", "gemma4": "gemma4_text", "deepseek_vl_v2": "deepseek_v2", "axk1": "deepseek_v3",
 }  # fmt: skip
 # Keys of parts that a family without them cannot have: config.json contradicts itself.
 _FOREIGN = {"num_local_experts": experts.READERS, "n_routed_experts": experts.READERS, "kv_lora_rank": latent.READERS}

@@ -25,7 +25,7 @@ from enova_recommender.shape.parts import (
 from enova_recommender.types import Experts, FeedForward
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "moe_k", "num_experts_per_token", "moe_topk")
+PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts")
 EXPERT_WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size")
 
 
@@ -77,6 +77,11 @@ def sparse_layers(fields: Fields, layers: int) -> list[bool]:
         if len(kinds) != layers:
             raise fields.error("mlp_layer_types", f"has {len(kinds)} entries for {layers} layers")
         return [kind == "sparse" for kind in kinds]
+    if isinstance(fields.get("moe_layer_freq"), list):
+        listed = fields.counts("moe_layer_freq") or ()
+        if len(listed) != layers:
+            raise fields.error("moe_layer_freq", f"has {len(listed)} entries for {layers} layers")
+        return [bool(has_experts) for has_experts in listed]
     first = fields.count("first_k_dense_replace", "moe_layer_start_index", default=0, least=0)
     step = fields.count("decoder_sparse_step", default=1, least=0)
     every = fields.count("moe_layer_freq", "moe_layer_interval", default=1)

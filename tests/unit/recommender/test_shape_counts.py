@@ -71,6 +71,11 @@ HUB_WITH_TOWER = {
 }
 # Counted by instantiating the reference implementation (transformers 5.19) on the meta device.
 REFERENCE = {
+    "google/gemma-4-26B-A4B": 25_233_141_760,
+    "google/gemma-4-31B-it": 30_697_345_280,
+    "XiaomiMiMo/MiMo-V2-Flash": 308_778_780_864,
+    "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16": 549_308_993_536,
+    "zai-org/GLM-5.2": 743_377_019_904,
     "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "meta-llama/Llama-2-13b-hf": 13_015_864_320,
@@ -150,6 +155,9 @@ CARDS = {
     "allenai/OLMoE-1B-7B-0924": ("6.9", "1.3"),
     "ai21labs/AI21-Jamba-1.5-Mini": ("52", "12"),
     "microsoft/Phi-3.5-MoE-instruct": ("41.9", "6.6"),
+    "google/gemma-4-26B-A4B": ("25.2", "3.8"),
+    "XiaomiMiMo/MiMo-V2-Flash": ("309", "15"),
+    "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16": ("549", "55"),
     "Deci/DeciLM-7B": ("7.04", "7.04"),
     "nvidia/Llama-3_3-Nemotron-Super-49B-v1": ("49.9", "49.9"),
 }

@@ -42,6 +42,8 @@ def windows(shape: ModelShape) -> dict[int | None, int]:
         ("openai/gpt-oss-20b", {128: 12, None: 12}),
         ("LGAI-EXAONE/EXAONE-4.0-32B", {4096: 48, None: 16}),
         ("meta-llama/Llama-4-Scout-17B-16E-Instruct", {8192: 36, None: 12}),
+        ("google/gemma-4-31B-it", {1024: 50, None: 10}),
+        ("XiaomiMiMo/MiMo-V2-Flash", {128: 39, None: 9}),
     ],
 )
 def test_windows_lie_on_the_layers_that_have_them(name: str, expected: dict[int | None, int]) -> None:
@@ -61,6 +63,8 @@ def test_windows_lie_on_the_layers_that_have_them(name: str, expected: dict[int 
         ("Qwen/Qwen3-Next-80B-A3B-Instruct", 2 * 12 * 2 * 256),   # one layer of four
         ("nvidia/NVIDIA-Nemotron-Nano-9B-v2", 2 * 4 * 8 * 128),
         ("ai21labs/AI21-Jamba-1.5-Mini", 2 * 4 * 8 * 128),
+        ("google/gemma-4-31B-it", 2 * (50 * 16 * 256 + 10 * 4 * 512)),             # wider heads where all is seen
+        ("XiaomiMiMo/MiMo-V2-Flash", (39 * 8 + 9 * 4) * (192 + 128)),              # values narrower than keys
     ],
 )
 def test_what_is_kept_of_a_token_is_what_the_attention_layers_keep(name: str, elements: int) -> None:
@@ -136,6 +140,25 @@ def test_layers_that_share_the_choice_of_an_indexer_have_none() -> None:
     assert alone.kv_elements_per_token - shared.kv_elements_per_token == without * 128
     assert shared.parameters < alone.parameters
     assert all(isinstance(m, LatentAttention) and m.top_tokens == 2048 for _, m in shared.attention_layers)
+
+
+def test_layers_that_share_keys_keep_none_and_have_no_matrices_for_them() -> None:
+    base = {
+        "model_type": "gemma4_text", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64, "global_head_dim": 128,
+        "sliding_window": 512, "vocab_size": 1000, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    alone = parse_shape(base, name="m")
+    shared = parse_shape({**base, "num_kv_shared_layers": 6}, name="m")
+    assert windows(alone) == windows(shared) == {512: 10, None: 2}
+    assert shared.kv_elements_per_token == alone.kv_elements_per_token // 2 == 2 * (5 * 64 + 128)
+    assert alone.linear_parameters - shared.linear_parameters == 256 * shared.kv_elements_per_token
+    wide = parse_shape({**base, "num_kv_shared_layers": 6, "use_double_wide_mlp": True}, name="m")
+    assert wide.linear_parameters - shared.linear_parameters == 6 * 3 * 256 * 512
+    per_layer = parse_shape({**base, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 1000}, name="m")
+    assert per_layer.linear_parameters == alone.linear_parameters
+    tables = 12 * 32 * (1000 + 256) + 32
+    assert per_layer.parameters - alone.parameters == tables + 12 * (2 * 32 * 256 + 256)
 
 
 @pytest.mark.parametrize(
