@@ -1,21 +1,41 @@
-"""Builders for tests of configuration advice: a model, GPUs, nodes, workloads, and step times that a person can check."""
+"""Builders for tests of configuration advice: a model, GPUs, nodes, workloads, step times of a known form."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from enova_recommender import catalog
 from enova_recommender.performance import Affine
-from enova_recommender.recommend.capacity_curve import Looped
 from enova_recommender.recommend.types import EngineSettings, InventoryNode, Workload
 from enova_recommender.types import AS_PUBLISHED, SINGLE_GPU, GpuModel, ModelShape, Parallelism, Precision
 
 SPREAD = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AffineTimes(Affine):
+    """Affine step times that answer for arrays as well."""
+
+    spread: float = SPREAD
+
+    def steps_s(
+        self, prefill_tokens: npt.ArrayLike, prefill_pairs: npt.ArrayLike, decode_sequences: npt.ArrayLike,
+        context_tokens: npt.ArrayLike,
+    ) -> npt.NDArray[np.float64]:  # fmt: skip
+        """Durations of steps."""
+        return np.asarray(
+            self.base_s + self.prefill_token_s * np.asarray(prefill_tokens, dtype=np.float64)
+            + self.prefill_pair_s * np.asarray(prefill_pairs) + self.sequence_s * np.asarray(decode_sequences)
+            + self.context_token_s * np.asarray(context_tokens)
+        )  # fmt: skip
+
+
 # About an 8B model on one H100.
-STEP = Affine(base_s=7e-3, prefill_token_s=2e-5, prefill_pair_s=2e-10, sequence_s=2e-5, context_token_s=6e-8)
+STEP = AffineTimes(base_s=7e-3, prefill_token_s=2e-5, prefill_pair_s=2e-10, sequence_s=2e-5, context_token_s=6e-8)
 
 
 def model() -> ModelShape:
@@ -34,17 +54,11 @@ def nodes(name: str = "H100", *, count: int = 2, gpus: int = 8, price: float = 3
     return [InventoryNode(name=f"{name}-{index}", gpu=kind, gpus=gpus, island_gpus=gpus) for index in range(count)]
 
 
-def times(shape: ModelShape, gpu: GpuModel, parallelism: Parallelism, precision: Precision) -> Looped:
+def times(shape: ModelShape, gpu: GpuModel, parallelism: Parallelism, precision: Precision) -> AffineTimes:
     """Step times of a known form: with each doubling of the tensor-parallel size 1.6 times as fast."""
     del shape, gpu, precision
     faster = 1.6 ** math.log2(parallelism.tensor)
-    step = replace(STEP, **{name: getattr(STEP, name) / faster for name in STEP.__dataclass_fields__})
-    return Looped(times=step, spread=SPREAD)
-
-
-def one_gpu_times() -> Looped:
-    """Those of one GPU."""
-    return Looped(times=STEP, spread=SPREAD)
+    return replace(STEP, **{name: getattr(STEP, name) / faster for name in Affine.__dataclass_fields__})
 
 
 def settings(

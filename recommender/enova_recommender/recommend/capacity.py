@@ -2,8 +2,9 @@
 
 Theory of operation. `capacity_curve` says how a replica behaves as its load grows while nothing limits the batch. A
 setting ends the curve at its slots: max_num_seqs, or as many sequences as the KV blocks hold with room for their
-spread. Close to that end requests wait for a slot: the chance is Halfin and Whitt's (1981) with the deviation of the
-sequences in the batch, the wait then is exponential, as in G/M/n by Allen and Cunneen.
+spread. Close to that end requests wait for a slot: the chance is Erlang's C, scaled to the deviation of the sequences
+in the batch (as Halfin and Whitt's limit of 1981 suggests); the wait then is exponential, as in Allen and Cunneen
+(1990).
 
 The step model errs by a common factor g for all steps of a replica, lognormal with its `spread`. Steps that are g times
 as long make a replica behave at rate r as the curve does at rate g r, all times multiplied by g: so each figure at the
@@ -15,11 +16,11 @@ Pipeline stages and data-parallel ranks are lanes: each takes an equal share of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr, ndtri
+from scipy.special import gammaincc, gammaln, ndtri
 
 from enova_recommender.memory import CacheLayout, MemoryFit, block_demand
 from enova_recommender.recommend.capacity_curve import TINY, UNSTABLE, Curve, VectorTimes, curve, load_grid
@@ -120,7 +121,7 @@ def assess(
         each = np.where(possible, workload.requests_per_s / np.maximum(replicas, 1), 0.0)
     else:
         replicas, each = possible.astype(np.float64), np.full(len(rows), rate)
-    states = [_at(limited, each / lanes, factor) for factor in (1.0, factors[2], factors[1])]
+    states = [_at(limited, each / lanes, factor, objectives.percentile) for factor in (1.0, factors[2], factors[1])]
     return Assessment(
         capacity_rps=capacity, assured_rps=assured, binding=found[0][1], replicas=replicas.astype(np.int64),
         requests_per_s=each, ttft_s=np.stack([one[0] for one in states], axis=1),
@@ -139,7 +140,18 @@ class _Limited:
     free_ttft_s: Floats       # without the wait for slots
     tpot_s: Floats
     prompt_load: Floats
+    resident: Floats
+    deviation: Floats
+    slots: Floats
     most_rps: Floats          # that the slots carry
+    variability: float        # of arrivals and of times in a slot, 1 for Poisson and exponential
+
+    def wait_s(self, rate: Floats, resident: Floats, deviation: Floats, percentile: float) -> Floats:
+        """The percentile of the wait for a slot, of settings along the last axis."""
+        chance = _waiting_chance(self.slots, resident, deviation)
+        mean = self.variability / np.maximum(self.most_rps - rate, TINY)
+        wait = mean * np.maximum(np.log(np.maximum(chance, 1e-300) / (1 - percentile)), 0)
+        return np.where((rate < UNSTABLE * self.most_rps) & (resident < self.slots), wait, np.inf)
 
 
 def _limit(
@@ -152,21 +164,31 @@ def _limit(
     place, part = _place(np.broadcast_to(grid, (len(rows), len(grid))), np.maximum(most - 1, 0))
     prompt = _between(behaviour.prompt_s[rows], place, part)
     most_rps = most / (decode_steps * step + most * prompt)
-    rate, ends, resident = behaviour.rate[rows], most[:, None], behaviour.resident[rows]
-    spare = np.maximum((ends - resident) / behaviour.deviation[rows], 0)
-    density = np.exp(-(spare**2) / 2) / math.sqrt(2 * math.pi)
-    chance = 1 / (1 + spare * ndtr(spare) / np.maximum(density, 1e-300))
-    inside = (rate < UNSTABLE * most_rps[:, None]) & (resident < ends)
-    wait = (workload.arrival_cv**2 + decode_scv) / 2 / np.maximum(most_rps[:, None] - rate, TINY)
-    extra = np.where(inside, wait * np.maximum(np.log(np.maximum(chance, 1e-300) / (1 - percentile)), 0), np.inf)
+    rate = behaviour.rate[rows]
     # A batch that is full to its slots decodes as one that meets so many; more load only queues.
     full = _between(behaviour.tpot_s[rows], place, part)
     free = np.maximum.accumulate(behaviour.ttft_s[rows], axis=1)
-    return _Limited(
-        sequences=np.minimum(np.broadcast_to(grid, rate.shape), ends), rate=rate, ttft_s=free + extra,
+    limited = _Limited(
+        sequences=np.minimum(np.broadcast_to(grid, rate.shape), most[:, None]), rate=rate, ttft_s=free,
         free_ttft_s=free, tpot_s=np.minimum(np.maximum.accumulate(behaviour.tpot_s[rows], axis=1), full[:, None]),
-        prompt_load=behaviour.prompt_load[rows], most_rps=most_rps,
+        prompt_load=behaviour.prompt_load[rows], resident=behaviour.resident[rows],
+        deviation=behaviour.deviation[rows], slots=most, most_rps=most_rps,
+        variability=(workload.arrival_cv**2 + decode_scv) / 2,
     )  # fmt: skip
+    wait = limited.wait_s(rate.T, limited.resident.T, limited.deviation.T, percentile).T
+    return replace(limited, ttft_s=free + np.maximum.accumulate(wait, axis=1))
+
+
+def _waiting_chance(slots: Floats, resident: Floats, deviation: Floats) -> Floats:
+    """The chance that all slots are taken: Erlang's C for a real number of servers, scaled to the deviation.
+
+    A batch whose deviation is sqrt(z) times Poisson's is one of as many sequences divided by z.
+    """
+    scale = np.maximum(deviation**2 / resident, TINY)
+    servers, load = slots / scale, np.minimum(resident, slots * UNSTABLE) / scale
+    density = np.exp(servers * np.log(load) - load - gammaln(servers + 1))
+    blocked = density / np.maximum(gammaincc(servers + 1, load), 1e-300)
+    return np.asarray(blocked / (1 - load / servers * (1 - blocked)))
 
 
 def _capacity(limited: _Limited, slots: Slots, objectives: Objectives, factor: float) -> tuple[Floats, Integers]:
@@ -186,12 +208,13 @@ def _capacity(limited: _Limited, slots: Slots, objectives: Objectives, factor: f
     return limits[np.arange(len(limits)), binding] / factor, binding
 
 
-def _at(limited: _Limited, rate: Floats, factor: float) -> tuple[Floats, Floats, Floats]:
+def _at(limited: _Limited, rate: Floats, factor: float, percentile: float) -> tuple[Floats, Floats, Floats]:
     """TTFT, TPOT and sequences of a lane at these rates if steps are `factor` as long."""
     wanted = rate * factor
     place, part = _place(limited.rate, wanted)
     over = wanted >= limited.most_rps * UNSTABLE
-    ttft = np.where(over, np.inf, _between(limited.ttft_s, place, part))
+    resident, deviation = _between(limited.resident, place, part), _between(limited.deviation, place, part)
+    ttft = _between(limited.free_ttft_s, place, part) + limited.wait_s(wanted, resident, deviation, percentile)
     tpot = np.where(over, limited.tpot_s[:, -1], _between(limited.tpot_s, place, part))
     sequences = _between(limited.sequences, place, part) * np.minimum(wanted / limited.rate[:, 0], 1)
     return factor * ttft, factor * tpot, np.where(over, limited.sequences[:, -1], sequences)

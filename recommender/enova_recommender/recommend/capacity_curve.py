@@ -35,10 +35,11 @@ from enova_recommender.performance import StepTimes
 from enova_recommender.recommend.capacity_lengths import Floats, Lengths
 from enova_recommender.types import Batch
 
-GRID_POINTS = 40
+GRID_POINTS = 56
 UNLOADED = 0.02           # share of the prompts' saturation that counts as no load
 BISECTIONS = 11           # of a quantile, whose last bracket is then interpolated
 UNSTABLE = 0.999          # utilisation from which a queue counts as without bound
+SHAPE_MAX = 1e6           # of a gamma distribution: from there on it is normal
 TINY = 1e-12
 
 
@@ -144,12 +145,9 @@ def curve(
         lengths, prompts, decode=decode, rate=rate, load=load, slope=slope, noise=noise, percentile=percentile
     )
     prefilling = rate * prompts.mean_own
-    service = prompts.added + decode[:, None] * prompts.filled
-    queue = rate * (service @ lengths.prompt_weights)
-    step = decode / (1 - load) * (1 - np.exp(-grid - prefilling))
-    ttft, mean_ttft = _ttft(
-        lengths, own=prompts.own, service=service, rate=rate, queue=queue, step=step, arrival_cv=arrival_cv,
-        percentile=percentile,
+    ttft, mean_ttft, queue = _ttft(
+        lengths, prompts, decode=decode, rate=rate, load=load, shared=np.maximum(shared, 1.0),
+        busy=1 - np.exp(-grid - prefilling), arrival_cv=arrival_cv, percentile=percentile,
     )  # fmt: skip
     return Curve(
         sequences=grid, rate=rate, ttft_s=ttft, tpot_s=tpot, mean_ttft_s=mean_ttft, mean_tpot_s=mean_tpot,
@@ -218,50 +216,58 @@ def _tpot(
     life = np.maximum((slope * decode / (1 - load))[..., None] * steps, 1e-6)  # in times of n's own memory
     drift = noise[..., None] * 2 * (life - 1 + np.exp(-life)) / life**2
     extra_mean = extra / touched
-    extra_variance = np.maximum((spread + extra**2) / touched - extra_mean**2, 0) + drift
+    extra_variance = np.maximum((spread + extra**2) / touched - extra_mean**2, (1e-3 * extra_mean) ** 2)
+    # What prompts add is skewed, the drift of n is not: their sum as a gamma with the same three moments, shifted. The
+    # same arrivals that interrupt stay and slow, so deviations add up, not variances.
+    both = extra_variance + drift + 2 * np.sqrt(spread * drift)
+    shape = np.minimum(both**3 * extra_mean**2 / np.maximum(extra_variance, TINY**2) ** 4, SHAPE_MAX)
+    middle = np.sqrt(shape * both)
 
     def share(value: Floats) -> Floats:
         over = value[..., None] - floor
         calm = ndtr(over / np.sqrt(np.maximum(drift, (1e-4 * floor) ** 2)))
-        shares: Floats = untouched * calm + touched * gamma_share(over, extra_mean, extra_variance)
+        shares: Floats = untouched * calm + touched * gamma_share(over - extra_mean + middle, middle, both)
         return np.asarray(shares @ lengths.decode_weights)
 
     widest = np.sqrt(drift.max(axis=-1))
-    tail = ((extra_mean + 6 * np.sqrt(extra_variance)) * (touched > 1e-3)).max(axis=-1)
+    tail = ((extra_mean + 6 * np.sqrt(both)) * (touched > 1e-3)).max(axis=-1)
     low = np.broadcast_to(decode * 0.5, rate.shape)
     found = _quantile(share, low, decode + 6 * widest + tail, percentile)
     return found, (decode * lengths.mean_decode_steps + behind) / (1 - load) / lengths.mean_decode_steps
 
 
 def _ttft(
-    lengths: Lengths, *, own: Floats, service: Floats, rate: Floats, queue: Floats, step: Floats,
+    lengths: Lengths, prompts: _Prompts, *, decode: Floats, rate: Floats, load: Floats, shared: Floats, busy: Floats,
     arrival_cv: float, percentile: float,
-) -> tuple[Floats, Floats]:  # fmt: skip
-    """The percentile and the mean of the time to the first token, without waiting for a slot."""
-    weights = lengths.prompt_weights
-    stable = queue < UNSTABLE
-    load = np.minimum(queue, UNSTABLE)
+) -> tuple[Floats, Floats, Floats]:  # fmt: skip
+    """The percentile and the mean of the time to the first token without waiting for a slot, and the prompts' load."""
+    weights, own = lengths.prompt_weights, prompts.own
+    service = prompts.added + decode[:, None] * prompts.filled
     first, second, third = (np.power(service, k) @ weights for k in (1, 2, 3))
+    queue = rate * first
+    used = np.minimum(queue, UNSTABLE)
     scv = np.maximum(second / np.maximum(first, TINY) ** 2 - 1, 0)
     bursts = (arrival_cv**2 + scv) / (1 + scv)
-    wait = rate * second * (0.5 + load) / (1 - load**2) * bursts
-    wait_variance = wait**2 + rate * third / (3 * (1 - load)) * bursts
-    span = step * (1 + 2 * load)  # of the step in progress and those who join the next one: uniform
-    chance = np.maximum(load, TINY)
-    late_mean = wait / chance + span / 2
-    late_variance = np.maximum((wait_variance + wait**2) / chance - (wait / chance) ** 2, 0) + span**2 / 12
+    wait = rate * second * (0.5 + used) / (1 - used**2) * bursts
+    variance = wait**2 + rate * third / (3 * (1 - used)) * bursts
+    # Who comes during a step with prompts waits for it and for those before him; others for the end of a short step.
+    carrying = prompts.mean_added + decode * np.maximum(prompts.filled @ weights, 1 / shared)
+    chance = np.clip(rate * carrying, TINY, 1.0)
+    step, short = decode / (1 - load) * busy, decode * busy
+    total = step * (0.5 + used) + wait
+    late_mean = np.maximum(total - (1 - chance) * short / 2, TINY) / chance
+    late_variance = np.maximum((variance + wait**2) / chance - (wait / chance) ** 2, 0) + (carrying * shared) ** 2 / 12
 
     def share(value: Floats) -> Floats:
         over = value[..., None] - own
-        soon = np.clip(over / np.maximum(span, TINY)[..., None], 0, 1)
+        soon = np.clip(over / np.maximum(short, TINY)[..., None], 0, 1)
         late = gamma_share(over, late_mean[..., None], late_variance[..., None])
-        return np.asarray(((1 - load[..., None]) * soon + load[..., None] * late) @ weights)
+        return np.asarray(((1 - chance[..., None]) * soon + chance[..., None] * late) @ weights)
 
-    longest = own.max(axis=-1)
-    high = longest + span + late_mean + 8 * np.sqrt(late_variance)
+    high = own.max(axis=-1) + short + late_mean + 8 * np.sqrt(late_variance)
     found = _quantile(share, own.min(axis=-1), high, percentile)
-    mean = own @ weights + span / 2 + wait
-    return np.where(stable, found, np.inf), np.where(stable, mean, np.inf)
+    stable = queue < UNSTABLE
+    return np.where(stable, found, np.inf), np.where(stable, own @ weights + total, np.inf), queue
 
 
 def gamma_share(value: Floats, mean: Floats, variance: Floats) -> Floats:

@@ -25,6 +25,7 @@ REQUESTS = 400             # that one run counts
 WARM_UP = 2.0              # times the mean batch: requests before those that count
 TRAIL = 1.0                # times the mean batch: requests after them, so that the last ones meet a full batch
 AROUND_MAX = 3000          # requests before and after together
+LONGER = 1.25              # times as long as thought may requests be held before a run is repeated
 BISECTIONS = 6             # of the capacity's logarithm
 BRACKET = 1.5              # the capacity is sought between the predicted one divided and multiplied by this
 BACKLOG = 1 - SATURATION   # share of the requests that may wait when the last one comes, if the engine kept up
@@ -41,6 +42,7 @@ class Measurement:
     mean_ttft_s: float
     mean_tpot_s: float
     mean_sequences: float
+    mean_held_s: float         # from arrival to the last token
     is_stable: bool            # the engine kept up with the arrivals
 
     def meets(self, objectives: Objectives) -> bool:
@@ -58,16 +60,32 @@ def measure(
     requests_per_s: float,
     percentile: float,
     seed: int,
-    mean_sequences: float,
     requests: int = REQUESTS,
+    held_s: float = 0.0,
 ) -> Measurement:
-    """Run one lane of a replica at its share of the rate.
+    """Run one lane of a replica at its share of the rate, warmed up until its batch is as full as it gets.
 
-    `mean_sequences` is about how many the replica will hold: the run is warmed up accordingly.
+    `held_s` is about how long a request is held, if that is known: else a first run finds it.
     """
+    while True:
+        found = _run(
+            settings, workload, times, memory=memory, requests_per_s=requests_per_s, percentile=percentile, seed=seed,
+            requests=requests, held_s=held_s,
+        )  # fmt: skip
+        # A batch that is still filling holds requests for less time than it will: look again with a longer start.
+        if found.mean_held_s <= LONGER * held_s or requests_per_s * held_s >= AROUND_MAX:
+            return found
+        held_s = found.mean_held_s
+
+
+def _run(
+    settings: EngineSettings, workload: Workload, times: StepTimes, *, memory: MemoryFit, requests_per_s: float,
+    percentile: float, seed: int, requests: int, held_s: float,
+) -> Measurement:  # fmt: skip
+    """One run with a warm-up for requests that are held so long."""
     lanes = lanes_of(settings.parallelism)
     limits = _limits(settings, workload, memory)
-    held = min(mean_sequences / lanes, AROUND_MAX / (WARM_UP + TRAIL))
+    held = min(requests_per_s / lanes * held_s, AROUND_MAX / (WARM_UP + TRAIL))
     before, after = math.ceil(WARM_UP * held), math.ceil(TRAIL * held)
     count = before + requests + after
     arrivals = _arrivals(
@@ -99,13 +117,10 @@ def verify(
 ) -> Prediction:
     """The figures of a prediction, measured at its rate; intervals keep their relative width."""
 
-    # How long a request is held, by which its number in the batch follows from any rate.
-    held_s = predicted.mean_sequences / predicted.requests_per_s
-
     def at(rate: float) -> Measurement:
         return measure(
             settings, workload, times, memory=memory, requests_per_s=rate, percentile=objectives.percentile,
-            seed=seed, requests=requests, mean_sequences=rate * held_s,
+            seed=seed, requests=requests, held_s=predicted.mean_sequences / predicted.requests_per_s,
         )  # fmt: skip
 
     found = at(predicted.requests_per_s)
@@ -210,6 +225,7 @@ def _measurement(
         mean_ttft_s=float(ttft.mean()),
         mean_tpot_s=float(tpot.mean()),
         mean_sequences=lanes * held,
+        mean_held_s=float(np.mean([seen.finished_s[item.id] - at_s for at_s, item in mine])),
         is_stable=late <= max(1.0, BACKLOG * sum(1 for at_s, _ in arrivals if at_s <= end)),
     )
 
