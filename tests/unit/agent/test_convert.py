@@ -76,13 +76,13 @@ def test_metrics_histograms_and_sketches_arrive_whole() -> None:
     metrics = EngineMetrics(
         running=1.0, waiting=2.0, kv_cache_usage=0.5, prompt_tokens_total=3.0, generation_tokens_total=4.0,
         preemptions_total=5.0, iterations_total=6.0, prefix_cache_queries_total=7.0, prefix_cache_hits_total=8.0,
-        finished_total={"stop": 9.0, "length": 1.0},
+        kv_cache_tokens=4096.0, finished_total={"stop": 9.0, "length": 1.0},
         histograms=(Histogram(metric="time_to_first_token_seconds", counts=(1, 2, 3), sum=0.5),),
     )
     sketch = SketchValue(relative_accuracy=0.01, offset=-3, counts=(1, 0, 2), zero_count=4, sum=5.0, min=0.1, max=0.9)
     summary = Summary(
         deployment="deployments/d", replica="r", serving_class="c", arrived=1, finished=2, failed=3, cut=4, refused=5,
-        cancelled=6, prompt_tokens=7, output_tokens=8, held=9, ttft_s=sketch,
+        cancelled=6, prompt_tokens=7, output_tokens=8, held=9, ttft_s=sketch, e2e_s=sketch,
     )
     frame = over_the_wire(
         Frame(
@@ -92,12 +92,14 @@ def test_metrics_histograms_and_sketches_arrive_whole() -> None:
     )
     (replica,) = frame.replicas
     assert (replica.waiting, replica.preemptions_total, replica.prefix_cache_hits_total) == (2.0, 5.0, 8.0)
+    assert replica.kv_cache_tokens == 4096.0
     assert dict(replica.finished_total) == {"stop": 9.0, "length": 1.0}
     assert list(replica.histograms[0].counts) == [1, 2, 3]
     (request,) = frame.requests
     plain = {field.name: getattr(summary, field.name) for field in fields(Summary) if not field.name.endswith("_s")}
     assert {name: getattr(request, name) for name in plain} == plain
     assert (request.ttft_s.offset, list(request.ttft_s.counts), request.ttft_s.max) == (-3, [1, 0, 2], 0.9)
+    assert list(request.e2e_s.counts) == [1, 0, 2]
     assert not request.HasField("tpot_s")
     assert frame.dropped_samples == 2
 

@@ -147,3 +147,12 @@ def test_a_page_of_something_else_is_an_error_not_a_figure(body: bytes) -> None:
 def test_a_page_with_too_many_lines_is_not_read() -> None:
     with pytest.raises(MalformedExposition, match="over the bound"):
         ExpositionParser().parse(b"vllm:num_requests_running 1\n" * (LINES_MAX + 1))
+
+
+def test_the_room_of_the_kv_cache_is_read_off_its_label_and_added_over_cores() -> None:
+    assert parse(f"vllm:num_requests_running{{{LABELS}}} 3").kv_cache_tokens is None
+    info = 'vllm:cache_config_info{{engine="{0}",block_size="16",kv_cache_size_tokens="{1}"}} 1.0'
+    metrics = parse(info.format(0, 4096), info.format(1, 2048), f"vllm:num_requests_running{{{LABELS}}} 3")
+    assert metrics.kv_cache_tokens == 6144.0
+    unknown = parse(info.format(0, "None"), f"vllm:num_requests_running{{{LABELS}}} 3")
+    assert unknown.kv_cache_tokens is None

@@ -1,0 +1,227 @@
+"""What live engines teach is kept in the store under the leader's guard, and read back by the next leader."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+
+from enova_common.errors import EnovaError
+from enova_coordinator.calibration_loop import CalibrationLoop
+from enova_coordinator.core.model import (
+    Claim,
+    Deployment,
+    DeploymentSpec,
+    Member,
+    Replica,
+    ReplicaState,
+    ReplicaStatus,
+    Snapshot,
+    StoredCalibration,
+    Variant,
+)
+from enova_coordinator.core.series import COLUMN, FIRST_REQUEST_COUNT, NodeFrame, ObjectFigures
+from enova_coordinator.core.service_times import FIRST_TOKEN, INTER_TOKEN, EngineCounters, HistogramCounts
+from enova_coordinator.known_models import KnownModels
+from enova_coordinator.policy_process import PolicyProcess
+from enova_coordinator.service_log import ServiceLog
+from enova_coordinator.store import CreateRevisionIs, ModRevisionIs, Put, codec
+from enova_coordinator.store.sqlite import MEMORY, SqliteStore
+from enova_coordinator.telemetry import Telemetry, TelemetryLimits
+from enova_recommender import catalog
+from enova_recommender.performance import Correction, KernelTimes
+from enova_recommender.types import Batch
+
+pytestmark = pytest.mark.network  # a child process
+
+MODEL = "meta-llama/Llama-3.1-8B-Instruct"
+D, V, R = "deployments/d", "deployments/d/variants/v1", "deployments/d/replicas/v1-0"
+WORLD = KernelTimes(
+    catalog.models()[MODEL], catalog.gpus()["H100"], correction=Correction.of((1.4, 1.4, 1.4, 1.4, 1.4))
+)
+ROOM = 400_000.0
+SEQUENCES, CONTEXT = 20, 500
+
+
+def snapshot(*, shared: bool = False) -> Snapshot:
+    claims = (Claim(gpu_uuid="g", shared=shared),)
+    return Snapshot(
+        revision=1,
+        deployments={D: Deployment(name=D, uid="u", spec=DeploymentSpec(model=MODEL))},
+        variants={V: Variant(name=V, deployment=D, model=MODEL, served_names=("d",), gpu_type="H100")},
+        replicas={
+            R: Replica(
+                name=R, uid="u.0", deployment=D, variant=V, members=(Member(node="nodes/n", claims=claims),),
+                status=ReplicaStatus(state=ReplicaState.READY),
+            )
+        },
+    )  # fmt: skip
+
+
+@dataclass
+class Fleet:
+    """One engine that decodes, its telemetry, a store and a child process; the clock stands until it is moved."""
+
+    store: SqliteStore
+    process: PolicyProcess
+    now_s: float = 1000.0
+    snapshot: Snapshot = field(default_factory=snapshot)
+    guard: CreateRevisionIs = field(default_factory=lambda: CreateRevisionIs(codec.LEADER_KEY, 0))
+    steps: int = 0
+    telemetry: Telemetry = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.telemetry = Telemetry(TelemetryLimits(), now_s=lambda: self.now_s, owns=lambda _node, _replica: True)
+
+    def loop(self) -> CalibrationLoop:
+        """A leader's loop, as a term begins."""
+        return CalibrationLoop(
+            self.store,
+            ServiceLog(self.telemetry, read=lambda source: source if isinstance(source, EngineCounters) else None),
+            self.process,
+            KnownModels(now_s=lambda: self.now_s),
+            snapshot=lambda: self.snapshot,
+            guard=lambda: self.guard,
+            real_s=lambda seconds: seconds,
+            wall_s=lambda: self.now_s,
+            monotonic_s=lambda: self.now_s,
+        )
+
+    def frame(self, *, steps: int = 400) -> None:
+        """Ten seconds later, the engine has made so many more steps; none: it was idle."""
+        self.now_s += 10
+        self.steps += steps
+        batch = Batch(decode_sequences=SEQUENCES, context_tokens=SEQUENCES * CONTEXT)
+        gaps = float(self.steps * SEQUENCES)
+        counters = EngineCounters(
+            instance="i", steps=float(self.steps), prompt_tokens=0.0, cached_tokens=0.0, preemptions=0.0,
+            kv_cache_tokens=ROOM,
+            histograms={
+                FIRST_TOKEN: HistogramCounts(np.zeros(23, dtype=np.int64), 0.0),
+                INTER_TOKEN: HistogramCounts(np.full(20, gaps, dtype=np.int64), gaps * WORLD.step_s(batch)),
+            },
+        )  # fmt: skip
+        row = [float("nan")] * FIRST_REQUEST_COUNT
+        row[COLUMN["running"]] = float(SEQUENCES if steps else 0)
+        row[COLUMN["kv_cache_usage"]] = SEQUENCES * CONTEXT / ROOM
+        frame = NodeFrame(
+            node="nodes/n", boot="b", sequence=int(self.now_s), start_s=self.now_s - 10, end_s=self.now_s, gpus=[],
+            replicas=[ObjectFigures(R, row, "i", counters)], requests=[],
+        )  # fmt: skip
+        assert self.telemetry.add(frame, sender="nodes/n")
+
+    async def learn(self, loop: CalibrationLoop, rounds: int) -> None:
+        for _ in range(rounds):
+            self.frame()
+            await loop.round()
+
+    async def stored(self) -> list[StoredCalibration]:
+        entries, _ = await self.store.range(codec.prefix("calibrations"))
+        return [codec.decode_as(StoredCalibration, entry.value) for entry in entries]
+
+
+@pytest.fixture
+async def fleet() -> AsyncIterator[Fleet]:
+    store = await SqliteStore.open(MEMORY)
+    process = PolicyProcess(timeout_s=20.0)
+    yield Fleet(store, process)
+    await process.close()
+    await store.close()
+
+
+async def load(loop: CalibrationLoop) -> None:
+    """What `run` does first."""
+    await loop._load()
+
+
+async def test_a_wrong_prior_is_corrected_stored_and_read_back_by_the_next_leader(fleet: Fleet) -> None:
+    first = fleet.loop()
+    await load(first)
+    await fleet.learn(first, 17)
+    (known,) = first.calibrations.values()
+    assert known.updates == 16  # the first look tells nothing
+    assert (known.gpu_type, known.model, known.name.partition(".")[0]) == ("H100", MODEL, "calibrations/H100")
+    assert first.steps[V].fitted.predicted_s == pytest.approx(first.steps[V].step.step_s, rel=0.03)
+    (kept,) = await fleet.stored()
+    assert known.updates / 2 <= kept.updates <= known.updates
+    # The leader is gone; the next one knows what it knew, and goes on from there.
+    second = fleet.loop()
+    await load(second)
+    assert second.calibrations == {kept.name: kept}
+    await fleet.learn(second, 17)
+    (now,) = second.calibrations.values()
+    assert now.updates == kept.updates + 16
+    assert (await fleet.stored())[0].updates > kept.updates
+
+
+async def test_it_is_written_soon_and_then_seldom(fleet: Fleet) -> None:
+    loop = fleet.loop()
+    await load(loop)
+    await fleet.learn(loop, 200)
+    assert loop.figures.steps == 199
+    # 1, 2, 4, 8, 16, ... and once a minute of six rounds.
+    assert 20 <= loop.figures.writes <= 45
+
+
+async def test_a_leader_of_the_past_writes_nothing(fleet: Fleet) -> None:
+    loop = fleet.loop()
+    await load(loop)
+    fleet.guard = CreateRevisionIs(codec.LEADER_KEY, 77)
+    await fleet.learn(loop, 5)
+    assert loop.figures.writes == 0
+    assert await fleet.stored() == []
+
+
+async def test_an_idle_engine_and_one_on_a_shared_gpu_teach_nothing(fleet: Fleet) -> None:
+    loop = fleet.loop()
+    await load(loop)
+    for _ in range(4):
+        fleet.frame(steps=0)
+        await loop.round()
+    fleet.snapshot = snapshot(shared=True)
+    await fleet.learn(loop, 4)
+    assert (loop.figures.steps, loop.calibrations, loop.figures.rounds) == (0, {}, 8)
+
+
+async def test_one_that_cannot_be_read_is_begun_anew(fleet: Fleet) -> None:
+    loop = fleet.loop()
+    await load(loop)
+    await fleet.learn(loop, 3)
+    (name,) = loop.calibrations
+    key = codec.key(name)
+    entry = await fleet.store.get(key)
+    assert entry is not None
+    assert (await fleet.store.transact([ModRevisionIs(key, entry.mod_revision)], [Put(key, b"{")])).succeeded
+    after = fleet.loop()
+    await load(after)
+    assert after.calibrations == {}
+    await fleet.learn(after, 3)
+    assert [each.updates for each in await fleet.stored()] == [2]
+
+
+async def test_one_of_other_kernel_groups_is_begun_anew(fleet: Fleet) -> None:
+    loop = fleet.loop()
+    await load(loop)
+    await fleet.learn(loop, 3)
+    ((name, value),) = loop.calibrations.items()
+    loop.calibrations[name] = replace(value, groups=("ELSE", *value.groups[1:]))
+    await fleet.learn(loop, 1)
+    assert loop.calibrations[name].updates == 1
+
+
+async def test_a_child_that_dies_costs_a_round(fleet: Fleet) -> None:
+    loop = fleet.loop()
+    await load(loop)
+    await fleet.learn(loop, 3)
+    assert fleet.process.pid is not None
+    os.kill(fleet.process.pid, signal.SIGKILL)
+    with contextlib.suppress(EnovaError):
+        await fleet.learn(loop, 1)
+    await fleet.learn(loop, 2)
+    (known,) = loop.calibrations.values()
+    assert known.updates >= 4
