@@ -14,11 +14,12 @@ from enova_recommender.shape import dense, experts, hybrid, latent, varied
 from enova_recommender.shape.body import Body
 from enova_recommender.shape.fields import Fields, ShapeError
 from enova_recommender.shape.nesting import Language, find_language
+from enova_recommender.shape.own import is_own, read_own, write_shape
 from enova_recommender.shape.parts import CONTEXT
 from enova_recommender.shape.quantization import read_quantization
 from enova_recommender.types import ELEMENT_BYTES, ModelShape
 
-__all__ = ["FAMILIES", "ShapeError", "parse_shape"]
+__all__ = ["FAMILIES", "ShapeError", "parse_shape", "write_shape"]
 
 _READERS = {**dense.READERS, **experts.READERS, **latent.READERS, **hybrid.READERS, **varied.READERS}
 FAMILIES = tuple(sorted(_READERS))
@@ -36,8 +37,13 @@ _STRETCHING = frozenset({"linear", "dynamic"})
 
 
 def parse_shape(config: Mapping[str, object], *, name: str) -> ModelShape:
-    """The shape of the model `name` from its parsed config.json; ShapeError names what is wrong or not modelled."""
+    """The shape of the model `name` from its parsed config.json; ShapeError names what is wrong or not modelled.
+
+    Also reads a shape in our own words (`own`), for models of families that have no reader.
+    """
     outer = Fields(config)
+    if is_own(config):
+        return read_own(outer, name=name)
     language = find_language(outer)
     inner = language.fields
     model_type = _model_type(inner)
