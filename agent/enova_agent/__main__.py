@@ -23,7 +23,15 @@ from typing import Any
 
 from enova_agent import convert
 from enova_agent.core.hub import hub_cache
-from enova_agent.core.local import EnginesStopped, HeldUpdate, StopEngines, SummariesUpdate, decode, encode
+from enova_agent.core.local import (
+    EnginesStopped,
+    HeldUpdate,
+    LengthsUpdate,
+    StopEngines,
+    SummariesUpdate,
+    decode,
+    encode,
+)
 from enova_agent.disk import AssignmentFile, TermFile, boot_id, locked, node_uid, replace_file
 from enova_agent.engine import HttpProbe
 from enova_agent.frames import FrameBuffer, FrameMaker
@@ -71,6 +79,7 @@ class Agent:
             on_change=self._changed,
             on_held=self._held,
             on_summaries=self._summaries,
+            on_lengths=self._lengths,
             stop_engines=self._stop_engines,
         )
         cgroup = Path(settings.engine.cgroup) if settings.engine.cgroup else None
@@ -250,6 +259,9 @@ class Agent:
 
     def _summaries(self, update: SummariesUpdate) -> None:
         self.maker.add_summaries(update.summaries)
+
+    def _lengths(self, update: LengthsUpdate) -> None:
+        self.maker.add_lengths(update.samples)
 
     async def _stop_engines(self, drain_timeout_s: float) -> int:
         return await self.node.stop_engines(drain_timeout_s)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping
 
 from enova.v1 import agent_service_pb2, cluster_pb2, telemetry_pb2
-from enova_agent.core.local import SketchValue, Summary
+from enova_agent.core.local import LengthSample, SketchValue, Summary
 from enova_agent.core.model import (
     Assignment,
     Claim,
     Desired,
     FlagValue,
+    LengthRule,
+    LengthRules,
     MemberSpec,
     ReplicaView,
     Role,
@@ -101,8 +104,28 @@ def routes(message: agent_service_pb2.Routes) -> tuple[Route, ...]:
                 for target in route.targets
             ),
             classes=tuple(_serving_class(serving_class) for serving_class in route.classes),
+            lengths=_length_rules(route.lengths) if route.HasField("lengths") else None,
         )
         for route in message.routes
+    )
+
+
+def _length_rules(message: agent_service_pb2.LengthRules) -> LengthRules:
+    return LengthRules(
+        method=message.method,
+        seed=message.seed,
+        dimension=message.dimension,
+        apply=message.apply,
+        context_tokens=message.context_tokens,
+        limit_tokens=message.limit_tokens,
+        kinds=tuple(
+            LengthRule(
+                centroid=base64.b64encode(kind.centroid).decode("ascii"),
+                reach=kind.reach,
+                limit_tokens=kind.limit_tokens,
+            )
+            for kind in message.kinds
+        ),
     )
 
 
@@ -165,7 +188,18 @@ def frame(value: Frame) -> telemetry_pb2.Frame:
     for sample in value.replicas:
         _fill_replica_sample(message.replicas.add(), sample)
     message.requests.extend(_summary(summary) for summary in value.requests)
+    message.lengths.extend(_length_sample(sample) for sample in value.lengths)
     return message
+
+
+def _length_sample(sample: LengthSample) -> telemetry_pb2.LengthSample:
+    return telemetry_pb2.LengthSample(
+        deployment=sample.deployment,
+        method=sample.method,
+        vector=base64.b64decode(sample.vector),
+        tokens=sample.tokens,
+        stopped=sample.stopped,
+    )
 
 
 def _gpu_sample(sample: GpuSample) -> telemetry_pb2.GpuSample:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from enova_agent.core.canary import CanaryFilter
-from enova_agent.core.local import HeldReplica, Summary
+from enova_agent.core.local import HeldReplica, LengthSample, Summary
 from enova_agent.core.model import ReplicaView
 from enova_agent.core.telemetry import EngineScrape, Frame, GpuFacts, GpuSample, ReplicaSample
 
 SUMMARIES_MAX = 2_000        # of one interval: a hundred deployments on all their replicas
+LENGTHS_MAX = 256            # answers of one interval, of all ingresses of the node: 40 kB
 BLOCK_FRAMES = 60            # frames that are compressed together: neighbours are nearly alike
 
 
@@ -64,6 +65,7 @@ class FrameMaker:
         self._end_s = model_time_s()
         self._filters: dict[str, CanaryFilter] = {}
         self._summaries: deque[Summary] = deque()
+        self._lengths: deque[LengthSample] = deque()
         self._dropped = 0
 
     def add_summaries(self, summaries: Iterable[Summary]) -> None:
@@ -74,12 +76,21 @@ class FrameMaker:
                 self._dropped += 1
             self._summaries.append(summary)
 
+    def add_lengths(self, samples: Iterable[LengthSample]) -> None:
+        """Lengths of answers for the next frame; over the bound, the oldest are dropped and counted."""
+        for sample in samples:
+            if len(self._lengths) >= LENGTHS_MAX:
+                self._lengths.popleft()
+                self._dropped += 1
+            self._lengths.append(sample)
+
     def make(self, held: Mapping[str, HeldReplica] | None) -> Frame:
         """The frame of the interval that ends now. `held` is None while no ingress is connected."""
         self._sequence += 1
         start_s, self._end_s = self._end_s, max(self._end_s, self._model_time_s())
-        requests, dropped = tuple(self._summaries), self._dropped
+        requests, lengths, dropped = tuple(self._summaries), tuple(self._lengths), self._dropped
         self._summaries.clear()
+        self._lengths.clear()
         self._dropped = 0
         return Frame(
             node=self._node,
@@ -90,6 +101,7 @@ class FrameMaker:
             gpus=self._gpus.sample(),
             replicas=self._replica_samples(held),
             requests=requests,
+            lengths=lengths,
             dropped_samples=dropped,
         )
 

@@ -23,6 +23,7 @@ from enova_agent.core.local import (
     HeldReplica,
     HeldUpdate,
     IngressHello,
+    LengthsUpdate,
     MalformedLine,
     Message,
     RoutesApplied,
@@ -52,6 +53,7 @@ class LocalServer:
         on_change: Callable[[], None],
         on_held: Callable[[HeldUpdate | None], None],
         on_summaries: Callable[[SummariesUpdate], None],
+        on_lengths: Callable[[LengthsUpdate], None],
         stop_engines: Callable[[float], Awaitable[int]],
     ) -> None:
         self._path = path
@@ -59,6 +61,7 @@ class LocalServer:
         self._on_change = on_change
         self._on_held = on_held
         self._on_summaries = on_summaries
+        self._on_lengths = on_lengths
         self._stop_engines = stop_engines
         self._routes: RoutesUpdate | None = None
         self._engines = EnginesUpdate()
@@ -166,6 +169,8 @@ class LocalServer:
                 self._tell_held()
             case SummariesUpdate() as summaries:
                 self._on_summaries(summaries)
+            case LengthsUpdate() as lengths:
+                self._on_lengths(lengths)
             case RoutesApplied(revision=revision):
                 peer.routes_revision = revision
                 self._on_change()

@@ -31,6 +31,7 @@ DESIRED_FIELDS = (
     "priority",
     "autoscaling_paused",
     "reconfiguration",
+    "max_tokens_policy",
 )
 DEFAULT_CLASS = "default"
 FILE_BYTES_MAX = 1 << 20  # a deployment takes a few kilobytes; more is a mistake

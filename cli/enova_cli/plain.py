@@ -164,6 +164,8 @@ def _scalar(field: FieldDescriptor, value: object, path: str) -> Any:
 def _enum_number(field: FieldDescriptor, value: object, path: str) -> int:
     assert field.enum_type is not None
     words = {v.name.removeprefix(_enum_prefix(field.enum_type.name)): v.number for v in field.enum_type.values}
+    if value is False and "OFF" in words:
+        value = "OFF"                  # YAML 1.1 reads the word as false
     if value not in words:
         raise InvalidField(f"unknown word {value!r}", field=path, remedy=f"one of {', '.join(words)}")
     return words[str(value)]

@@ -35,7 +35,7 @@ from enova_coordinator.core.model import (
 from enova_coordinator.core.placement import double_claims
 from enova_coordinator.core.plan import Change, Put, Write
 from enova_coordinator.core.reconcile import ReconcileLimits, reconcile
-from enova_coordinator.core.routes import RouteTable, next_table, routed
+from enova_coordinator.core.routes import LengthRules, RouteTable, next_table, routed
 from enova_coordinator.election import Leadership
 from enova_coordinator.events import EventLog
 from enova_coordinator.snapshot import Mirror
@@ -138,10 +138,17 @@ class Controller:
         self._assigned: dict[str, int] = {}
         self._quiet: Snapshot | None = None
         self._quiet_until_s = 0.0
+        self._length_rules: Mapping[str, LengthRules] = {}
 
     def wake(self) -> None:
         """Something changed: look soon."""
         self._wake.set()
+
+    def set_length_rules(self, rules: Mapping[str, LengthRules]) -> None:
+        """Routes say these rules of answers' lengths from now on, by deployment."""
+        if rules != self._length_rules:
+            self._length_rules, self._quiet = dict(rules), None
+            self.wake()
 
     async def run(self, leadership: Leadership) -> None:
         """Reconcile until this term ends or the task is cancelled."""
@@ -246,7 +253,7 @@ class Controller:
             if self._assigned.get(assignment.name) != assignment.revision:
                 self._fleet.assign(assignment.name.replace("assignments/", "nodes/"), assignment)
                 self._assigned[assignment.name] = assignment.revision
-        table = next_table(self.table, snapshot)
+        table = next_table(self.table, snapshot, self._length_rules)
         if table is not self.table:
             self._fleet.route(table)
             self.table = table

@@ -27,6 +27,7 @@ from enova_coordinator.events import EventLog
 from enova_coordinator.figures import figures
 from enova_coordinator.housekeeping import Housekeeping
 from enova_coordinator.known_models import KnownModels
+from enova_coordinator.length_loop import LearningFigures, LengthLoop
 from enova_coordinator.observability import MetricsServer
 from enova_coordinator.policy_loop import PolicyLoop, PolicyLoopFigures
 from enova_coordinator.policy_process import PolicyProcess
@@ -46,6 +47,7 @@ from enova_coordinator.telemetry import Telemetry, TelemetryLimits
 
 FUTURE_REAL_S = 30.0               # clocks of hosts differ by less, or something is wrong with them
 STOP_GRACE_S = 0.5
+LEARNING_TIMEOUT_S = 60.0          # seeking communities takes seconds of one core
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,8 @@ class Coordinator:
             now_s=time.time,
             creation_wait_s=settings.advice.creation_wait_s,
         )
+        self.learner = PolicyProcess(timeout_s=LEARNING_TIMEOUT_S, module="enova_coordinator.length_child")
+        self.learning_figures = LearningFigures()
         self.advice_figures = AdviceFigures()
         self.policy_figures = PolicyLoopFigures()
         self.rollups = Rollups(settings.data_dir / "rollups.sqlite", file_bytes_max=settings.rollup_bytes_max)
@@ -172,6 +176,10 @@ class Coordinator:
             guard=leadership.guard,
             history_keep_s=self.settings.store.history_keep_s,
         )
+        length_loop = LengthLoop(
+            self.controller, self.telemetry, models, self.learner, folder=self.settings.data_dir / "lengths"
+        )
+        self.learning_figures = length_loop.figures
         self.chair.current = Leading(
             fence=leadership,
             control=self.controller,
@@ -182,9 +190,26 @@ class Coordinator:
             advisor=self.advisor,
             calibration=calibration,
             verdicts=verdicts,
+            lengths=length_loop.states,
             models=models,
         )
-        advice_loop = AdviceLoop(
+        advice_loop = self._advice_loop(leadership, models)
+        works = (
+            self.controller.run(leadership),
+            policy_loop.run(),
+            advice_loop.run(),
+            calibration.run(),
+            length_loop.run(),
+            housekeeping.run(),
+        )
+        try:
+            await first_ended(asyncio.create_task(work) for work in works)
+        finally:
+            self.chair.current = None
+            self.agents.resign(Unavailable("this coordinator leads no longer", reason="NOT_LEADER"))
+
+    def _advice_loop(self, leadership: Leadership, models: KnownModels) -> AdviceLoop:
+        loop = AdviceLoop(
             self.store,
             leadership,
             self.controller,
@@ -195,19 +220,8 @@ class Coordinator:
             settings=self.settings.advice,
             real_s=self.clock.real_s,
         )
-        self.advice_figures = advice_loop.figures
-        works = (
-            self.controller.run(leadership),
-            policy_loop.run(),
-            advice_loop.run(),
-            calibration.run(),
-            housekeeping.run(),
-        )
-        try:
-            await first_ended(asyncio.create_task(work) for work in works)
-        finally:
-            self.chair.current = None
-            self.agents.resign(Unavailable("this coordinator leads no longer", reason="NOT_LEADER"))
+        self.advice_figures = loop.figures
+        return loop
 
     @contextlib.asynccontextmanager
     async def _serving(self) -> AsyncIterator[None]:
@@ -218,6 +232,7 @@ class Coordinator:
             await self.server.stop(STOP_GRACE_S)
             await self.policies.close()
             await self.advisor.close()
+            await self.learner.close()
             await asyncio.to_thread(self.rollups.close)
             await self.store.close()
 

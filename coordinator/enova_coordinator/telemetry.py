@@ -8,7 +8,7 @@ Every refusal is counted by its reason, and what was refused is missing, never z
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +26,7 @@ from enova_coordinator.core.series import (
     REQUEST_COUNTS,
     Counters,
     Figures,
+    LengthFigures,
     NodeFrame,
     ObjectFigures,
     RequestFigures,
@@ -36,6 +37,7 @@ from enova_coordinator.core.sketch import COUNT_MAX, MergedSketch, flaw
 
 GPUS_PER_NODE_MAX = 64
 REPLICAS_PER_NODE_MAX = 64
+LENGTHS_MAX = 4096                 # answers of one deployment that wait to be learned from
 REQUEST_KEYS_MAX = 100_000         # deployment x replica x class, of the whole fleet
 _NO_REQUESTS = [0.0] * len(REQUEST_COUNTS)
 _UNCOUNTED = [math.nan] * len(REQUEST_COUNTS)
@@ -119,6 +121,7 @@ class Telemetry:
         self._replicas: dict[str, _Tracked] = {}
         self._gpus: dict[str, _Tracked] = {}
         self._totals: dict[tuple[str, str, str], RequestTotals] = {}
+        self._lengths: dict[str, deque[LengthFigures]] = {}
 
     def add(self, frame: NodeFrame, *, sender: str) -> bool:
         """Take in a frame that came over `sender`'s stream; False (and counted) if it was refused."""
@@ -137,6 +140,7 @@ class Telemetry:
         self._add_gpus(known, frame, step)
         self._add_replicas(frame, step)
         self._add_requests(frame, step)
+        self._add_lengths(frame.lengths)
         return True
 
     def _refusal(self, frame: NodeFrame, sender: str) -> str:
@@ -217,6 +221,14 @@ class Telemetry:
             if tracked is not None:
                 tracked.ring.add(step, FIRST_REQUEST_COUNT, summed)
 
+    def _add_lengths(self, lengths: Iterable[LengthFigures]) -> None:
+        for sample in lengths:
+            waiting = self._lengths.get(sample.deployment)
+            if waiting is None or sample.tokens < 0:
+                self.rejected["unwanted_length"] += 1
+            else:
+                waiting.append(sample)
+
     def _add_totals(self, node: str, request: RequestFigures) -> bool:
         """Add a summary to its sum; False (and counted) if it was refused."""
         if max(*request.counts, request.prompt_tokens, request.output_tokens, request.held) > COUNT_MAX:
@@ -243,6 +255,20 @@ class Telemetry:
             merged.merge(sketch)
             self.samples += len(sketch.counts)
         return True
+
+    # Answers' lengths.
+
+    def want_lengths(self, deployments: Iterable[str]) -> None:
+        """Keep the lengths of these deployments' answers from now on, and of no others."""
+        self._lengths = {name: self._lengths.get(name) or deque(maxlen=LENGTHS_MAX) for name in deployments}
+
+    def take_lengths(self, deployment: str) -> list[LengthFigures]:
+        """What came since it was last asked; the newest, if it was more than LENGTHS_MAX."""
+        waiting = self._lengths.get(deployment)
+        taken = list(waiting or ())
+        if waiting is not None:
+            waiting.clear()
+        return taken
 
     # What others read.
 

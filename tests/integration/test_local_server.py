@@ -20,6 +20,8 @@ from enova_agent.core.local import (
     HeldReplica,
     HeldUpdate,
     IngressHello,
+    LengthSample,
+    LengthsUpdate,
     Message,
     RoutesApplied,
     RoutesUpdate,
@@ -44,6 +46,7 @@ class Heard:
 
     held: list[HeldUpdate | None] = field(default_factory=list)
     summaries: list[SummariesUpdate] = field(default_factory=list)
+    lengths: list[LengthsUpdate] = field(default_factory=list)
     changes: int = 0
     stops: list[float] = field(default_factory=list)
 
@@ -115,6 +118,7 @@ def server_at(path: Path, heard: Heard) -> LocalServer:
         on_change=heard.changed,
         on_held=heard.held.append,
         on_summaries=heard.summaries.append,
+        on_lengths=heard.lengths.append,
         stop_engines=heard.stop,
     )
 
@@ -199,6 +203,13 @@ async def test_summaries_are_passed_on(server: LocalServer, heard: Heard, tmp_pa
     update = SummariesUpdate(start_s=1.0, end_s=2.0, summaries=(Summary(deployment="deployments/d", arrived=3),))
     peer.say(update)
     await until_async(lambda: heard.summaries == [update])
+
+
+async def test_lengths_of_answers_are_passed_on(server: LocalServer, heard: Heard, tmp_path: Path) -> None:
+    peer = await Peer.connect(tmp_path / "agent.sock", instance="a")
+    sample = LengthSample(deployment="deployments/d", method=1, vector="AAEC", tokens=7, stopped=True)
+    peer.say(LengthsUpdate(samples=(sample,)))
+    await until_async(lambda: heard.lengths == [LengthsUpdate(samples=(sample,))])
 
 
 async def test_stop_engines_is_answered_when_they_have_stopped(

@@ -129,6 +129,24 @@ class SummariesUpdate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LengthSample:
+    """How long the answer to one prompt became; the vector is base64 of a signed byte an entry."""
+
+    deployment: str
+    method: int
+    vector: str
+    tokens: int
+    stopped: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthsUpdate:
+    """Answers that ended since the last update, as far as the bound on their number allows."""
+
+    samples: tuple[LengthSample, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StopEngines:
     """`enova up` asks for the end of all engines: drained for at most `drain_timeout_s`, then stopped."""
 
@@ -150,6 +168,7 @@ Message = (
     | EnginesUpdate
     | HeldUpdate
     | SummariesUpdate
+    | LengthsUpdate
     | StopEngines
     | EnginesStopped
 )
@@ -164,6 +183,7 @@ _TYPES: Mapping[str, type[Any]] = {
     "engines": EnginesUpdate,
     "held": HeldUpdate,
     "summaries": SummariesUpdate,
+    "lengths": LengthsUpdate,
     "stop_engines": StopEngines,
     "engines_stopped": EnginesStopped,
 }

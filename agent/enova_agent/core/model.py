@@ -124,6 +124,28 @@ class RouteTarget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LengthRule:
+    """One kind of prompt and the limit of its answers; the centroid is base64 of a signed byte an entry."""
+
+    centroid: str
+    reach: float               # the smallest cosine of a prompt that belongs
+    limit_tokens: int = 0      # 0: none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthRules:
+    """How prompts become vectors, and which limits on answers follow from them."""
+
+    method: int
+    seed: int
+    dimension: int
+    apply: bool = False        # False: answers are observed, no request is changed
+    context_tokens: int = 0    # that every engine accepts, prompt and answer together; 0: not known
+    limit_tokens: int = 0      # of prompts of no kind; 0: none
+    kinds: tuple[LengthRule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """Where one served name leads."""
 
@@ -131,6 +153,7 @@ class Route:
     deployment: str
     targets: tuple[RouteTarget, ...] = ()
     classes: tuple[ServingClass, ...] = ()
+    lengths: LengthRules | None = None  # None: prompts are not looked at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

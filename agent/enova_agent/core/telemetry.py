@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from enova_agent.core.local import Summary
+from enova_agent.core.local import LengthSample, Summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,4 +128,5 @@ class Frame:
     gpus: tuple[GpuSample, ...] = ()
     replicas: tuple[ReplicaSample, ...] = ()
     requests: tuple[Summary, ...] = ()
+    lengths: tuple[LengthSample, ...] = ()
     dropped_samples: int = 0

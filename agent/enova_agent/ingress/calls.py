@@ -8,8 +8,8 @@ byte what the client wrote.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from enova_agent.core.openai_errors import OpenAIError, invalid_request
@@ -80,6 +80,17 @@ def with_priority(call: Call, priority: int) -> bytes:
     return spliced(call.body, b'"priority":%d,' % priority) if priority else call.body
 
 
+def with_limit(call: Call, limit: int) -> Call:
+    """The call with a limit on its answer, which the client left open; what the client said stays in `max_tokens`."""
+    named = {"max_tokens", "max_completion_tokens"} & call.value.keys()
+    value = {name: each for name, each in call.value.items() if name not in named} | {"max_tokens": limit}
+    if not named:
+        return replace(call, value=value, body=spliced(call.body, b'"max_tokens":%d,' % limit))
+    if call.hide_usage:            # it was given as null, which the engine would take for the last word
+        value["stream_options"] = {**(value.get("stream_options") or {}), "include_usage": True}
+    return replace(call, value=value, body=json.dumps(value).encode())
+
+
 def spliced(body: bytes, member: bytes) -> bytes:
     """A JSON object with another first member; the object is known not to be empty."""
     start = body.index(b"{") + 1
@@ -109,6 +120,27 @@ def prompt_text(value: dict[str, Any], *, limit: int) -> bytes:
         if size >= limit:
             break
     return "\x1e".join(parts).encode("utf-8", "replace")[:limit]
+
+
+def prompt_ends(value: dict[str, Any], *, head: int, tail: int) -> str:
+    """The first and the last characters of what the model reads, without whatever lies between."""
+    texts = list(_texts(value))
+    if sum(map(len, texts)) <= head + tail:
+        return "\n".join(texts)
+    first = _until(texts, head, lambda text, room: text[:room])
+    last = _until(reversed(texts), tail, lambda text, room: text[-room:])
+    return "\n".join([*first, *reversed(last)])
+
+
+def _until(texts: Iterable[str], size: int, cut: Callable[[str, int], str]) -> list[str]:
+    pieces: list[str] = []
+    room = size
+    for text in texts:
+        if room <= 0:
+            break
+        pieces.append(cut(text, room))
+        room -= len(pieces[-1])
+    return pieces
 
 
 def _texts(value: dict[str, Any]) -> Iterator[str]:

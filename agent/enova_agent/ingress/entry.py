@@ -32,9 +32,10 @@ from enova_agent.core.openai_errors import (
     unknown_model,
 )
 from enova_agent.core.routing import Router
-from enova_agent.ingress.calls import Rejected, call_of_body, with_priority
+from enova_agent.ingress.calls import Rejected, call_of_body, with_limit, with_priority
 from enova_agent.ingress.exchange import Exchange, Hashes, Ledger, class_of
 from enova_agent.ingress.hop import HopClient, error_response, forwarded, returned
+from enova_agent.ingress.lengths import Lengths
 from enova_agent.ingress.owner import Answer, Errand, NotTaken, Owner
 from enova_agent.ingress.reading import read_body
 from enova_agent.ingress.sse import EventFilter, EventTooLarge, Usage, usage_of_value
@@ -45,6 +46,7 @@ from enova_common.records import Outcome
 CLASS = "x-enova-class"
 CANARY = "x-enova-canary"
 TIMEOUT = "x-enova-timeout-s"
+MAX_TOKENS = "x-enova-max-tokens"
 STREAMING_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 MODEL_PATHS = STREAMING_PATHS | {"/v1/embeddings"}
 REQUEST_ID_CHARACTERS_MAX = 128
@@ -104,6 +106,7 @@ class Entry:
         owner: Owner,
         hop: HopClient,
         hashes: Hashes,
+        lengths: Lengths,
         summaries: Summaries,
         ledgers: tuple[Ledger, ...],
         now: Callable[[], float],
@@ -117,6 +120,7 @@ class Entry:
         self._owner = owner
         self._hop = hop
         self._hashes = hashes
+        self._lengths = lengths
         self._summaries = summaries
         self._ledgers = ledgers
         self._now = now
@@ -135,17 +139,20 @@ class Entry:
         route = self._table().routes.get(call.model)
         if route is None:
             raise Rejected(unknown_model(call.model))
+        canary = CANARY in request.headers
+        look = None if canary else await self._lengths.look(route, call, request.path)
         exchange = Exchange(
             now=self._now,
             route=route,
             serving_class=class_of(route, request.headers.get(CLASS, "")),
-            call=call,
+            call=with_limit(call, look.limit) if look is not None and look.limit else call,
             request_id=_request_id(request.headers.get("x-request-id", "")),
             tenant_hash=self._hashes.tenant(request.headers.get("authorization", "")),
             prefix_hashes=self._hashes.prefixes(call.value),
             node=self._node(),
-            canary=CANARY in request.headers,
+            canary=canary,
             arrival_s=arrival_s,
+            look=look,
         )
         outcome, reason = Outcome.CANCELLED, "the client went away"
         try:
@@ -159,6 +166,10 @@ class Entry:
             if not exchange.canary:
                 for ledger in self._ledgers:
                     ledger.add(record)
+            if look is not None:
+                self._lengths.ended(
+                    look, outcome, finish_reason=record.finish_reason, tokens=record.output_tokens
+                )
 
     async def _serve(
         self, request: web.BaseRequest, exchange: Exchange
@@ -177,7 +188,7 @@ class Entry:
         match got:
             case _Whole():
                 exchange.status = got.status
-                headers = {**got.headers, "x-request-id": exchange.request_id}
+                headers = {**got.headers, "x-request-id": exchange.request_id, **_told_limit(exchange)}
                 if got.status in {429, 503}:
                     headers.setdefault("retry-after", "1")
                 whole = web.Response(status=got.status, body=got.body, headers=headers)
@@ -317,7 +328,7 @@ class Entry:
         """Pass a stream on to its end."""
         exchange.status = 200
         response = web.StreamResponse(headers={
-            **returned(stream.answer.headers), "x-request-id": exchange.request_id,
+            **returned(stream.answer.headers), "x-request-id": exchange.request_id, **_told_limit(exchange),
             "cache-control": "no-cache", "x-accel-buffering": "no",
         })
         outcome, reason = Outcome.FINISHED, ""
@@ -373,6 +384,12 @@ def _count_of_body(body: bytes) -> tuple[Usage | None, str]:
         return None, ""
     finish = _FINISH_REASON.search(body)
     return usage_of_value(value), finish[1].decode() if finish else ""
+
+
+def _told_limit(exchange: Exchange) -> dict[str, str]:
+    """The header that tells of a limit which the client did not give."""
+    look = exchange.look
+    return {MAX_TOKENS: str(look.limit)} if look is not None and look.limit else {}
 
 
 def _request_id(given: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from enova_agent.core.model import Route, ServingClass
 from enova_agent.ingress.calls import Call, prefix_blocks
+from enova_agent.ingress.lengths import Look
 from enova_agent.ingress.sse import Usage
 from enova_agent.ingress.summaries import Key, Summaries
 from enova_common.records import Outcome, RequestRecord
@@ -84,6 +85,7 @@ class Exchange:
     last_s: float | None = None
     usage: Usage | None = None
     finish_reason: str = ""
+    look: Look | None = None  # what was kept of the prompt
     told_end: bool = False  # the client was handed its stream's end marker: it is served, whatever it does next
     _held: Key | None = field(default=None)
 

@@ -8,7 +8,9 @@ import dataclasses
 import json
 import logging
 import os
+import random
 import secrets
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,9 +30,11 @@ from enova_agent.core.openai_errors import (
 from enova_agent.core.routing import Router
 from enova_agent.ingress import tls
 from enova_agent.ingress.calls import Rejected
+from enova_agent.ingress.embedding import Embedder
 from enova_agent.ingress.entry import MODEL_PATHS, Entry, EntryLimits
 from enova_agent.ingress.exchange import Hashes
 from enova_agent.ingress.hop import PEER_PREFIX, SERVER, HopClient, HopServer, error_response
+from enova_agent.ingress.lengths import Lengths
 from enova_agent.ingress.link import AgentLink
 from enova_agent.ingress.listener import Handler, Listener
 from enova_agent.ingress.metrics import Metrics
@@ -76,6 +80,7 @@ class Ingress:
         self._router = Router()
         self._owner = Owner(self._upstream, edge=self._send_held)
         self._summaries = Summaries(start_s=self._clock.now())
+        self._lengths = Lengths(monotonic_s=time.monotonic, draw=random.random, embedder=self._embedder())
         self._records = RecordFiles(
             settings.data_dir / "records", file_bytes_max=settings.record_file_bytes_max,
             files_max=settings.record_files_max,
@@ -92,6 +97,7 @@ class Ingress:
             owner=self._owner,
             hop=HopClient(self._upstream, self._router, endpoint=self._hop_endpoint),
             hashes=Hashes(_hash_key(settings.data_dir / "hash_key")),
+            lengths=self._lengths,
             summaries=self._summaries,
             ledgers=(self._records, self._metrics),
             now=self._clock.now,
@@ -107,6 +113,13 @@ class Ingress:
         self._hop_listener = self._listener(guarded(self._hop))
         self._metrics_listener = self._listener(self._serve_metrics)
         self._link = AgentLink(settings.socket, hello=self._hello, events=self)
+
+    def _embedder(self) -> Embedder | None:
+        settings = self._settings
+        if not settings.embeddings_address:
+            return None
+        endpoint = endpoint_of_url(f"http://{settings.embeddings_address}")
+        return Embedder(self._upstream, endpoint=endpoint, model=settings.embeddings_model)
 
     def _listener(self, handler: Handler) -> Listener:
         settings = self._settings
@@ -225,8 +238,12 @@ class Ingress:
 
     def _report(self) -> None:
         self._metrics.retain(route.deployment for route in self._state.routes)
+        self._lengths.retain({route.deployment for route in self._state.routes if route.lengths is not None})
         if self._link.listening:
             self._link.send(self._summaries.take(end_s=self._clock.now()))
+            lengths = self._lengths.take()
+            if lengths is not None:
+                self._link.send(lengths)
 
     def _send_held(self) -> None:
         held = self._owner.held()
@@ -255,6 +272,7 @@ class Ingress:
             "agent_connected": float(self._link.listening),
             "ejected_replicas": len(self._router.ejected(now_s=asyncio.get_running_loop().time())),
             "dropped_records": self._records.dropped,
+            "skipped_prompts": self._lengths.skipped.total(),
         }
 
     # The listeners

@@ -114,6 +114,13 @@ class IngressSettings:
     record_file_bytes_max: int = field(default=16 << 20, metadata=between(4096, 1 << 30))
     """Of one file of request records."""
 
+    embeddings_address: str = ""
+    """host:port, on the loopback, of an own model behind /v1/embeddings that makes prompts' vectors, where deployments
+    learn limits on answers (max_tokens_policy); empty: hashed n-grams. The same model on all nodes."""
+
+    embeddings_model: str = ""
+    """The model's name there; `embeddings_address` and it are given together."""
+
     record_files_max: int = field(default=8, metadata=between(1, 10_000))
     """The oldest file goes when there are more."""
 
@@ -130,6 +137,12 @@ class IngressSettings:
                 f"{self.hop_listen} is not on the loopback and there is no certificate", field="hop_listen",
                 remedy="add a table [hop_tls] with the files of `enova certs issue`",
             )
+        if bool(self.embeddings_address) != bool(self.embeddings_model):
+            raise InvalidField("is given together with embeddings_address", field="embeddings_model")
+        if self.embeddings_address:
+            host_and_port(self.embeddings_address, field="embeddings_address")
+            if not is_loopback(self.embeddings_address):
+                raise InvalidField("prompts leave this host for no model", field="embeddings_address")
         if not is_loopback(self.metrics_listen):
             raise InvalidField("metrics are served on the loopback only", field="metrics_listen")
 

@@ -26,7 +26,7 @@ def engine_model(variant: Variant, config: Mapping[str, object] | None) -> Engin
     gpu = find_gpu(variant.gpu_type)
     if gpu is None:
         return f"no data sheet is known of GPU type {variant.gpu_type or '(none yet)'}: the steps are not modelled"
-    shape = _shape(variant.model, config)
+    shape = shape_of(variant.model, config)
     if isinstance(shape, str):
         return shape
     flags = variant.configuration
@@ -52,7 +52,8 @@ def _size(flags: Configuration, name: str) -> int:
     return int(flags.get(name, 1))
 
 
-def _shape(model: str, config: Mapping[str, object] | None) -> ModelShape | str:
+def shape_of(model: str, config: Mapping[str, object] | None) -> ModelShape | str:
+    """The shape of a model, by its config.json or the catalogue, or why nobody can say."""
     try:
         return parse_shape(config or {}, name=model)
     except ShapeError as error:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from enova_coordinator.core.advice import words
+from enova_coordinator.core.lengths import LengthState, length_sentences
 from enova_coordinator.core.model import Deployment, Intent, NodeView, Replica, ReplicaState, Snapshot
 from enova_coordinator.core.verdicts import Verdict
 
@@ -20,10 +22,19 @@ class Explanation:
     deployment: str = ""
 
 
-def explain(snapshot: Snapshot, name: str, *, verdicts: Mapping[str, Verdict]) -> Explanation | None:
+def explain(
+    snapshot: Snapshot,
+    name: str,
+    *,
+    verdicts: Mapping[str, Verdict],
+    lengths: Mapping[str, LengthState] = MappingProxyType({}),
+) -> Explanation | None:
     """What is known of the object; None if there is none of that name."""
     if (deployment := snapshot.deployments.get(name)) is not None:
-        sentences = tuple(_deployment(snapshot, deployment, verdicts.get(name)))
+        sentences = (
+            *_deployment(snapshot, deployment, verdicts.get(name)),
+            *length_sentences(deployment.spec.max_tokens_policy, lengths.get(name)),
+        )
         state = "DELETING" if deployment.deleting else deployment.status.state.value
         return Explanation(state=state, sentences=sentences, deployment=name)
     if (replica := snapshot.replicas.get(name)) is not None:

@@ -88,6 +88,14 @@ class Reconfiguration(StrEnum):
     OFF = "OFF"          # no advice at all
 
 
+class MaxTokensMode(StrEnum):
+    """Whether limits on answers are learned, and used."""
+
+    OFF = "OFF"
+    OBSERVE = "OBSERVE"  # learned and shown; no request is changed
+    APPLY = "APPLY"
+
+
 class Severity(StrEnum):
     """Whether an event asks for attention."""
 
@@ -149,6 +157,14 @@ class Hardware:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MaxTokensPolicy:
+    """Limits on the length of answers for requests that give none. `cut_share` is of each kind's answers."""
+
+    mode: MaxTokensMode = MaxTokensMode.OFF
+    cut_share: float = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentSpec:
     """What the user wants served. `replicas` means min = max = replicas: no policy acts."""
 
@@ -165,6 +181,7 @@ class DeploymentSpec:
     priority: int = 0              # deployments with a lower number are placed first
     autoscaling_paused: bool = False
     reconfiguration: Reconfiguration = Reconfiguration.PROPOSE
+    max_tokens_policy: MaxTokensPolicy = MaxTokensPolicy()
 
     @property
     def bounds(self) -> tuple[int, int]:

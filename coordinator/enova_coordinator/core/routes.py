@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from enova_coordinator.core.model import (
     Intent,
@@ -31,6 +32,28 @@ class RouteTarget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LengthRule:
+    """One kind of prompt and the limit of its answers."""
+
+    centroid: bytes                # a signed byte an entry
+    reach: float                   # the smallest cosine of a prompt that belongs
+    limit_tokens: int = 0          # 0: none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthRules:
+    """How an ingress turns prompts into vectors, and which limits on answers follow from them."""
+
+    method: int
+    seed: int
+    dimension: int
+    apply: bool = False            # False: answers are observed, no request is changed
+    context_tokens: int = 0        # that every engine accepts, prompt and answer together; 0: not known
+    limit_tokens: int = 0          # of prompts of no kind; 0: none
+    kinds: tuple[LengthRule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """Where one served name leads; without targets the deployment exists and nothing answers yet."""
 
@@ -38,6 +61,7 @@ class Route:
     deployment: str
     targets: tuple[RouteTarget, ...] = ()
     classes: tuple[ServingClass, ...] = ()
+    lengths: LengthRules | None = None  # None: prompts are not looked at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +96,11 @@ class RouteTable:
         )
 
 
-def next_table(before: RouteTable, snapshot: Snapshot) -> RouteTable:
-    """The table of a snapshot; the same object as before if no route differs."""
-    routes = _routes(snapshot)
+def next_table(
+    before: RouteTable, snapshot: Snapshot, lengths: Mapping[str, LengthRules] = MappingProxyType({})
+) -> RouteTable:
+    """The table of a snapshot and of rules by deployment; the same object as before if no route differs."""
+    routes = _routes(snapshot, lengths)
     if before.revision and routes == before.routes:
         return before
     revision = max(before.revision + 1, snapshot.revision)
@@ -96,7 +122,7 @@ def routed(table: RouteTable, reports: Iterable[NodeReport]) -> frozenset[str]:
     return frozenset(replica for replica, since in table.since.items() if since <= oldest)
 
 
-def _routes(snapshot: Snapshot) -> dict[str, Route]:
+def _routes(snapshot: Snapshot, lengths: Mapping[str, LengthRules]) -> dict[str, Route]:
     targets: dict[str, list[tuple[Variant, Replica]]] = {}
     for replica in snapshot.replicas.values():
         variant = snapshot.variants.get(replica.variant)
@@ -112,6 +138,7 @@ def _routes(snapshot: Snapshot) -> dict[str, Route]:
                 deployment=deployment.name,
                 targets=_targets(served_name, serving, snapshot),
                 classes=deployment.spec.classes,
+                lengths=lengths.get(deployment.name),
             ))
     return routes
 

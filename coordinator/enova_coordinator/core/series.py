@@ -97,6 +97,16 @@ class RequestFigures(NamedTuple):
     sketches: tuple[SketchCounts | None, ...]  # in the order of REQUEST_SKETCHES
 
 
+class LengthFigures(NamedTuple):
+    """How long the answer to one prompt became; the prompt is a vector of signed bytes."""
+
+    deployment: str
+    method: int
+    vector: bytes
+    tokens: int
+    stopped: bool
+
+
 @dataclass(frozen=True, slots=True)
 class NodeFrame:
     """One telemetry interval of one node, decoded; times in model seconds. `rejected` counts by reason."""
@@ -110,6 +120,7 @@ class NodeFrame:
     replicas: Sequence[ObjectFigures]
     requests: Sequence[RequestFigures]
     dropped_samples: int = 0
+    lengths: Sequence[LengthFigures] = ()
     rejected: dict[str, int] = field(default_factory=dict)
 
     @property

@@ -10,13 +10,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from enova_common.vllm import FLAGS
-from enova_coordinator.core.model import Configuration, Deployment, DeploymentSpec, Hardware, ServingClass
+from enova_coordinator.core.model import (
+    Configuration,
+    Deployment,
+    DeploymentSpec,
+    Hardware,
+    MaxTokensPolicy,
+    ServingClass,
+)
 
 ENGINES = ("vllm", "simulated")
 MAX_REPLICAS = 8000                # 1,000 nodes of 8 GPUs: what one coordinator is made for
 MAX_SERVED_NAMES = 64
 MAX_CLASSES = 16
 MAX_TEXT = 512
+MAX_CUT_SHARE = 0.5
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,199}")
@@ -52,6 +60,7 @@ def spec_problems(spec: DeploymentSpec, *, policies: Iterable[str]) -> tuple[Fie
         *_hardware(spec.hardware),
         *_configuration(spec.configuration),
         *_known("policy", spec.policy, tuple(policies)),
+        *_max_tokens(spec.max_tokens_policy),
     )
 
 
@@ -204,6 +213,13 @@ def _configuration(configuration: Configuration) -> Iterator[FieldProblem]:
             message="more than 1 is not supported yet",
             remedy="ask for more replicas instead",
         )
+
+
+def _max_tokens(policy: MaxTokensPolicy) -> Iterator[FieldProblem]:
+    if not 0 < policy.cut_share <= MAX_CUT_SHARE:
+        message = f"must be a share above 0 and up to {MAX_CUT_SHARE}, not {policy.cut_share}"
+        remedy = "0.05 lets the limit cut 5 % of the answers"
+        yield FieldProblem(field="max_tokens_policy.cut_share", message=message, remedy=remedy)
 
 
 def _known(field: str, value: str, known: tuple[str, ...]) -> Iterator[FieldProblem]:

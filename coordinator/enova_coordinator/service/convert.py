@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from enova.v1 import agent_service_pb2, cluster_pb2, decision_service_pb2
+from enova_coordinator.core.lengths import LengthState
 from enova_coordinator.core.model import (
     AssignedMember,
     Assignment,
@@ -19,6 +20,8 @@ from enova_coordinator.core.model import (
     FlagValue,
     Gpu,
     Hardware,
+    MaxTokensMode,
+    MaxTokensPolicy,
     Member,
     Node,
     NodeReport,
@@ -30,7 +33,7 @@ from enova_coordinator.core.model import (
     ServingClass,
     Variant,
 )
-from enova_coordinator.core.routes import Route, RoutesDelta
+from enova_coordinator.core.routes import LengthRules, Route, RoutesDelta
 
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
@@ -50,6 +53,7 @@ DESIRED_FIELDS = (
     "priority",
     "autoscaling_paused",
     "reconfiguration",
+    "max_tokens_policy",
 )
 
 
@@ -117,6 +121,45 @@ def spec(message: cluster_pb2.Deployment) -> DeploymentSpec:
         priority=message.priority,
         autoscaling_paused=message.autoscaling_paused,
         reconfiguration=_reconfiguration(message.reconfiguration),
+        max_tokens_policy=_max_tokens_policy(message.max_tokens_policy),
+    )
+
+
+def _max_tokens_policy(message: cluster_pb2.MaxTokensPolicy) -> MaxTokensPolicy:
+    """The policy; a mode that a newer release knows is off here."""
+    words = {cluster_pb2.MaxTokensPolicy.Mode.Value(f"MODE_{each}"): each for each in MaxTokensMode}
+    mode = words.get(message.mode, MaxTokensMode.OFF)
+    return MaxTokensPolicy(mode=mode, cut_share=message.cut_share) if message.HasField("cut_share") else (
+        MaxTokensPolicy(mode=mode)
+    )
+
+
+def _max_tokens_message(value: MaxTokensPolicy) -> cluster_pb2.MaxTokensPolicy | None:
+    if value == MaxTokensPolicy():
+        return None
+    return cluster_pb2.MaxTokensPolicy(mode=_enum("MODE", value.mode), cut_share=value.cut_share)  # type: ignore[arg-type]
+
+
+def _length_limits(value: LengthState | None) -> cluster_pb2.LengthLimits | None:
+    if value is None:
+        return None
+    limits = value.limits
+    return cluster_pb2.LengthLimits(
+        answers=limits.answers,
+        cut_share=limits.cut_share,
+        limit_tokens=limits.overall,
+        kinds=[
+            cluster_pb2.LengthKind(
+                answers=kind.answers,
+                stopped=kind.stopped,
+                median_tokens=kind.median,
+                limit_tokens=kind.limit,
+                reason="" if kind.no_limit is None else kind.no_limit.value,
+            )
+            for kind in limits.kinds
+        ],
+        drifts=limits.drifts,
+        reason=value.reason,
     )
 
 
@@ -142,7 +185,9 @@ def _advice_message(value: DeploymentAdvice | None) -> cluster_pb2.DeploymentAdv
     return message
 
 
-def deployment_message(value: Deployment, variants: Iterable[str] = ()) -> cluster_pb2.Deployment:
+def deployment_message(
+    value: Deployment, variants: Iterable[str] = (), *, lengths: LengthState | None = None
+) -> cluster_pb2.Deployment:
     """A deployment, for the wire."""
     wanted, status = value.spec, value.status
     message = cluster_pb2.Deployment(
@@ -171,6 +216,8 @@ def deployment_message(value: Deployment, variants: Iterable[str] = ()) -> clust
         ready_replicas=status.ready_replicas,
         variants=variants,
         reconfiguration=_enum("RECONFIGURATION", wanted.reconfiguration),  # type: ignore[arg-type]
+        max_tokens_policy=_max_tokens_message(wanted.max_tokens_policy),
+        length_limits=_length_limits(lengths),
         advice=_advice_message(value.advice),
         proposal=_advice_message(value.proposal),
     )
@@ -388,6 +435,24 @@ def _route_message(value: Route) -> agent_service_pb2.Route:
             for target in value.targets
         ],
         classes=[serving_class_message(each) for each in value.classes],
+        lengths=_length_rules_message(value.lengths) if value.lengths is not None else None,
+    )
+
+
+def _length_rules_message(value: LengthRules) -> agent_service_pb2.LengthRules:
+    return agent_service_pb2.LengthRules(
+        method=value.method,
+        seed=value.seed,
+        dimension=value.dimension,
+        apply=value.apply,
+        context_tokens=value.context_tokens,
+        limit_tokens=value.limit_tokens,
+        kinds=[
+            agent_service_pb2.LengthRule(
+                centroid=kind.centroid, reach=kind.reach, limit_tokens=kind.limit_tokens
+            )
+            for kind in value.kinds
+        ],
     )
 
 

@@ -14,6 +14,7 @@ from google.protobuf.empty_pb2 import Empty
 from enova.v1 import cluster_pb2, deployment_service_pb2, deployment_service_pb2_grpc
 from enova_common.errors import AlreadyExists, Conflict, InvalidField, NotFound, RetryableError
 from enova_coordinator.core.advice import is_asked, kept
+from enova_coordinator.core.lengths import LengthState
 from enova_coordinator.core.model import (
     Decision,
     DecisionAction,
@@ -87,7 +88,10 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         token = paging.encode_token("deployments", entries[size - 1].key) if len(entries) > size else ""
         variants = await self._variant_names()
         return deployment_service_pb2.ListDeploymentsResponse(
-            deployments=[convert.deployment_message(value, variants.get(value.name, ())) for value in values],
+            deployments=[
+                convert.deployment_message(value, variants.get(value.name, ()), lengths=self._lengths(value.name))
+                for value in values
+            ],
             next_page_token=token,
         )
 
@@ -283,7 +287,13 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
 
     async def _message(self, value: Deployment) -> cluster_pb2.Deployment:
         entries, _ = await self._store.range(codec.prefix("variants", value.name))
-        return convert.deployment_message(value, [codec.name(entry.key) for entry in entries])
+        variants = [codec.name(entry.key) for entry in entries]
+        return convert.deployment_message(value, variants, lengths=self._lengths(value.name))
+
+    def _lengths(self, name: str) -> LengthState | None:
+        """What the leader learned of a deployment's answers; whoever does not lead does not know."""
+        leading = self._chair.current
+        return leading.lengths.get(name) if leading is not None else None
 
     async def _variant_names(self) -> dict[str, list[str]]:
         entries, _ = await self._store.range(codec.prefix("variants"))

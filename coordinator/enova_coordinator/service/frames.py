@@ -18,6 +18,7 @@ from enova_coordinator.core.series import (
     REPLICA_GAUGES,
     REQUEST_COUNTS,
     REQUEST_SKETCHES,
+    LengthFigures,
     NodeFrame,
     ObjectFigures,
     RequestFigures,
@@ -29,6 +30,7 @@ from enova_coordinator.telemetry import RequestTotals
 
 SAMPLE_AGE_S_MAX = 5.0     # real time: an older reading is no measurement of this interval
 NAME_LENGTH_MAX = 256
+LENGTHS_MAX = 1024         # answers of one frame: agents send a quarter of it
 
 HISTOGRAM_BOUNDS: Mapping[str, tuple[float, ...]] = {each.name: each.buckets for each in METRICS if each.buckets}
 
@@ -64,7 +66,16 @@ def frame(message: telemetry_pb2.Frame) -> NodeFrame:
         replicas=[_replica(sample, rejected) for sample in message.replicas],
         requests=[_request(summary) for summary in message.requests],
         dropped_samples=message.dropped_samples,
+        lengths=[_length(sample, rejected) for sample in message.lengths[:LENGTHS_MAX]],
         rejected=rejected,
+    )
+
+
+def _length(sample: telemetry_pb2.LengthSample, rejected: dict[str, int]) -> LengthFigures:
+    if sample.tokens < 0:
+        _refused(sample.tokens, rejected)
+    return LengthFigures(
+        sample.deployment[:NAME_LENGTH_MAX], sample.method, sample.vector, sample.tokens, sample.stopped
     )
 
 

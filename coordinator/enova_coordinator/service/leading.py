@@ -14,6 +14,7 @@ from enova_common.rpc.peer import CallContext
 from enova_coordinator.advisor import Advisor
 from enova_coordinator.agents import Agents
 from enova_coordinator.calibration_loop import CalibrationLoop
+from enova_coordinator.core.lengths import LengthState
 from enova_coordinator.core.model import Decision, Event, RequestRecord, Snapshot
 from enova_coordinator.core.routes import RouteTable
 from enova_coordinator.core.verdicts import Verdict
@@ -93,6 +94,7 @@ class Leading:
     advisor: Advisor
     calibration: CalibrationLoop | None = None
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+    lengths: Mapping[str, LengthState] = field(default_factory=dict)
     models: KnownModels = field(default_factory=lambda: KnownModels(now_s=time.monotonic))
 
 

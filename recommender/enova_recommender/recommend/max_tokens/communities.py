@@ -24,6 +24,7 @@ MEMBERS_MIN = 20           # of a community; smaller ones are none
 KINDS_MAX = 16             # that an ingress compares a prompt with
 REACH_SHARE = 0.01         # of a community's members that its reach leaves out
 _ROWS = 512                # of the table of cosines that are in memory at once
+_BYTE = 127.0              # the largest entry of a vector of signed bytes
 NOWHERE = -1               # of a prompt that belongs to no community
 
 
@@ -78,7 +79,7 @@ def centres_of(vectors: Vectors, members: Sequence[Ints]) -> Centres:
     """The centroids and reaches of given groups."""
     points = unit(vectors)
     middle = np.array([points[each].mean(axis=0) for each in members]).reshape(-1, vectors.shape[1])
-    centroids = unit(middle)
+    centroids = unit(np.round(unit(middle) * _BYTE))  # as they are sent: what is fitted is what is applied
     reaches = [
         float(np.quantile(points[each] @ centroid, REACH_SHARE))
         for each, centroid in zip(members, centroids, strict=True)

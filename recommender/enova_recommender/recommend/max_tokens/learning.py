@@ -75,6 +75,30 @@ def grouped(known: Knowledge, *, seed: int) -> Knowledge:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """What was known, the answers that came, and the share that limits may cut."""
+
+    known: Knowledge
+    answers: LengthSamples
+    cut_share: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taught:
+    """What is known after a lesson, and the limits that follow."""
+
+    known: Knowledge
+    limits: Limits
+
+
+def taught(lesson: Lesson) -> Taught:
+    """One step of learning, as one call."""
+    known = learned(lesson.known, lesson.answers, seed=lesson.seed)
+    return Taught(known=known, limits=limits(known, cut_share=lesson.cut_share))
+
+
 def limits(known: Knowledge, *, cut_share: float) -> Limits:
     """The limits that cut this share of each kind's answers."""
     everything = np.ones(len(known.samples), np.bool_)
