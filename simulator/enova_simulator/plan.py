@@ -16,6 +16,7 @@ from dataclasses import asdict
 from enova_recommender import catalog
 from enova_recommender.memory import weight_bytes
 from enova_recommender.recommend.respond import Problem, respond
+from enova_recommender.shape import write_shape
 
 
 def gpu_facts() -> list[dict[str, object]]:
@@ -24,9 +25,9 @@ def gpu_facts() -> list[dict[str, object]]:
 
 
 def model_facts() -> list[dict[str, object]]:
-    """Every model of the catalogue with its shape and size."""
+    """Every model of the catalogue with its size and its shape, as `parse_shape` reads it back."""
     return [
-        {**asdict(shape), "parameters": shape.parameters, "weight_bytes": weight_bytes(shape)}
+        {**write_shape(shape), "parameters": shape.parameters, "weight_bytes": weight_bytes(shape)}
         for shape in catalog.models().values()
     ]
 
