@@ -6,11 +6,12 @@ is not carried, why, and what is missing. Its answer can be checked by `check`, 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import replace
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 
 from enova_recommender.recommend.allocation_check import check
-from enova_recommender.recommend.allocation_groups import Fleet, domain_of, fleet_of, is_spread
+from enova_recommender.recommend.allocation_greedy import fill_up, worth
+from enova_recommender.recommend.allocation_groups import Domain, Fleet, domain_of, fleet_of, is_spread
 from enova_recommender.recommend.allocation_model import Counts, FleetModel, Outcome, pools
 from enova_recommender.recommend.allocation_place import place
 from enova_recommender.recommend.allocation_types import (
@@ -31,7 +32,8 @@ from enova_recommender.recommend.allocation_validation import validate
 
 __all__ = ["allocate", "check"]
 
-SPREAD_TIME_SHARE = 0.6   # of the time for equal domains together, where domains matter; the rest for each alone
+SPREAD_TIME_SHARE = 0.8   # of the time for equal domains together, where domains matter; the rest for each alone
+SPLIT_VARIABLES_MAX = 4000  # beyond it the programme with each domain alone finds nothing in useful time
 MISSING_TIME_SHARE = 0.2  # of the time once more, to find what is missing
 RATE_SLACK = 1e-6         # relative: rates are sums
 
@@ -40,66 +42,90 @@ def allocate(request: AllocationRequest, limits: SolveLimits | None = None) -> A
     """The cheapest allocation that carries all demand with headroom, or the one that carries the most."""
     limits = limits or SolveLimits()
     validate(request, limits)
-    fleet, outcome, placed = _settled(request, limits)
+    settled = _settled(request, limits)
+    fleet, outcome, placed = settled.fleet, settled.outcome, settled.placed
     options = {(d.name, option.name): option for d in request.deployments for option in d.options}
     capacity: dict[str, float] = defaultdict(float)
     for replica in placed:
         capacity[replica.deployment] += options[replica.deployment, replica.option].capacity_rps
     cost, objective = _costs(request, options, placed)
-    bound = outcome.bound_per_hour if fleet.exact else _relaxed_bound(fleet, outcome)
-    lacking = unmet(fleet, placed, capacity, proven=outcome.carried_proven)
-    missing = _missing(fleet, replace(limits, time_limit_s=limits.time_limit_s * MISSING_TIME_SHARE)) if lacking else ()
-    kept = {_place(replica) for replica in placed if replica.kept}
+    bound = outcome.bound_per_hour if fleet.keeps_exact else 0.0
+    if bound == 0.0:
+        bound = _relaxed_bound(fleet, outcome)
+    lacking = unmet(fleet, placed, capacity, proven=settled.carried_proven)
+    missing = _missing(fleet, _part(limits, MISSING_TIME_SHARE)) if lacking else ()
     return Allocation(
         replicas=placed, variants=_variants(request, placed), cost_per_hour=cost, objective_per_hour=objective,
         classes=tuple(item for d in request.deployments for item in _carried(d, capacity[d.name])),
         bound_per_hour=min(bound, objective), gap=max(objective - bound, 0.0) / objective if objective > 0 else 0.0,
-        complete=not lacking, carried_proven=outcome.carried_proven and fleet.exact, unmet=lacking, missing=missing,
+        complete=not lacking, carried_proven=settled.carried_proven, unmet=lacking, missing=missing,
         resources=_resources(fleet, outcome, placed),
-        stopped=tuple(replica for replica in request.running if _place(replica) not in kept),
+        stopped=_stopped(request, placed),
     )
 
 
-def _settled(request: AllocationRequest, limits: SolveLimits) -> tuple[Fleet, Outcome, tuple[PlacedReplica, ...]]:
-    """A solution and its placing: over equal domains together, or if that cannot be placed, over each one alone."""
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """A solution on its GPUs."""
+
+    fleet: Fleet
+    outcome: Outcome
+    placed: tuple[PlacedReplica, ...]
+    carried_proven: bool
+
+
+def _settled(request: AllocationRequest, limits: SolveLimits) -> _Settled:
+    """A solution and its placing: over equal domains together, or if that cannot be placed, over each one alone.
+
+    What neither places in time is filled up replica by replica.
+    """
     spread = any(is_spread(deployment) for deployment in request.deployments)
-    first = replace(limits, time_limit_s=limits.time_limit_s * SPREAD_TIME_SHARE) if spread else limits
-    fleet, outcome, placed = _solved(request, first, split=False)
-    if placed is None or not _is_spread_over_enough(request, placed):
-        rest = replace(limits, time_limit_s=limits.time_limit_s * (1 - SPREAD_TIME_SHARE))
-        fleet, outcome, placed = _solved(request, rest, split=True)
-    assert placed is not None, "a domain that is alone in its class has room for what the programme counted there"
-    return fleet, outcome, placed
+    fleet = fleet_of(request)
+    outcome = _solved(fleet, _part(limits, SPREAD_TIME_SHARE) if spread else limits)
+    placed, all_placed = place(fleet, outcome.counts)
+    good = all_placed and _is_spread_over_enough(request, placed)
+    if not good:
+        alone = fleet_of(request, split=True)
+        if alone.variables <= SPLIT_VARIABLES_MAX:
+            apart = _solved(alone, _part(limits, 1 - SPREAD_TIME_SHARE))
+            if apart.carried_proven:
+                return _Settled(alone, apart, place(alone, apart.counts)[0], apart.carried_proven and alone.exact)
+    if good and outcome.carried_proven:
+        return _Settled(fleet, outcome, placed, fleet.exact)
+    ways = (placed if good else (), fill_up(fleet, placed), fill_up(fleet))
+    return _Settled(fleet, outcome, max(ways, key=lambda way: worth(request, way)), carried_proven=False)
 
 
-def _solved(
-    request: AllocationRequest, limits: SolveLimits, *, split: bool
-) -> tuple[Fleet, Outcome, tuple[PlacedReplica, ...] | None]:
-    fleet = fleet_of(request, split=split)
-    outcome = FleetModel(fleet).solve(limits) if request.deployments else None
-    if outcome is None:
-        levels = [(d, level) for d, item in enumerate(request.deployments) for level in pools(item)]
-        nothing = Counts(replicas={}, kept={}, columns={}, fillings={})
-        outcome = Outcome(
-            counts=nothing, bound_per_hour=0.0, carried_proven=not request.deployments, complete=False,
-            carried=dict.fromkeys(levels, 0.0), headroom=dict.fromkeys(levels, 0.0),
-            shortfall={d: float(item.min_replicas) for d, item in enumerate(request.deployments)},
-        )
-    return fleet, outcome, place(fleet, outcome.counts)
+def _solved(fleet: Fleet, limits: SolveLimits) -> Outcome:
+    outcome = FleetModel(fleet).solve(limits) if fleet.request.deployments else None
+    if outcome is not None:
+        return outcome
+    deployments = fleet.request.deployments
+    levels = [(d, level) for d, item in enumerate(deployments) for level in pools(item)]
+    return Outcome(
+        counts=Counts(replicas={}, kept={}, columns={}, fillings={}), bound_per_hour=0.0,
+        carried_proven=not deployments, complete=False,
+        carried=dict.fromkeys(levels, 0.0), headroom=dict.fromkeys(levels, 0.0),
+        shortfall={d: float(item.min_replicas) for d, item in enumerate(deployments)},
+    )
 
 
 def _is_spread_over_enough(request: AllocationRequest, placed: tuple[PlacedReplica, ...]) -> bool:
     """Whether every deployment that runs at all is in as many domains as it asks for."""
     domains = {node.name: domain_of(node) for node in request.nodes}
-    used: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    used: dict[str, set[Domain]] = defaultdict(set)
     for replica in placed:
         used[replica.deployment].add(domains[replica.node])
     return all(len(used[d.name]) >= d.spread.domains for d in request.deployments if d.name in used)
 
 
+def _part(limits: SolveLimits, share: float) -> SolveLimits:
+    return replace(limits, time_limit_s=limits.time_limit_s * share)
+
+
 def _relaxed_bound(fleet: Fleet, outcome: Outcome) -> float:
-    """A bound where some patterns are left out: sums that every packing holds, and fractions."""
-    model = FleetModel(fleet, patterns=False)
+    """A bound where some patterns are left out or HiGHS gave none: fractions, and replicas that stay in any pattern."""
+    model = FleetModel(fleet, patterns=fleet.exact, pinned=False)
     model.demand_as_carried(outcome)
     relaxed = model.programme.relax(model.costs(), ())
     return relaxed[0] if relaxed is not None else 0.0
@@ -218,6 +244,19 @@ def _per_gpu(model: FleetModel, objective: list[tuple[int, float]]) -> dict[str,
         group = model.fleet.groups[g]
         found[group.gpu] = max(found[group.gpu], float(value) / group.gpus)
     return {name: value for name, value in found.items() if value > RATE_SLACK}
+
+
+def _stopped(request: AllocationRequest, placed: tuple[PlacedReplica, ...]) -> tuple[PlacedReplica, ...]:
+    """What runs and does not stay; equal replicas that share a GPU are counted."""
+    kept = Counter(_place(replica) for replica in placed if replica.kept)
+    found = []
+    for replica in request.running:
+        key = _place(replica)
+        if kept[key]:
+            kept[key] -= 1
+        else:
+            found.append(replica)
+    return tuple(found)
 
 
 def _place(replica: PlacedReplica) -> tuple[str, str, str, tuple[int, ...]]:

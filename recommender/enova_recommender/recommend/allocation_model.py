@@ -19,14 +19,16 @@ from typing import TypeVar
 
 import numpy as np
 
-from enova_recommender.recommend.allocation_groups import Choice, Fleet, Group, is_spread
+from enova_recommender.recommend.allocation_groups import ANY_STATE, Choice, Fleet, Group, is_spread
 from enova_recommender.recommend.allocation_programme import Floats, Programme, Solution
 from enova_recommender.recommend.allocation_types import FleetDeployment, SolveLimits, gpu_price
 
-LEVEL_SLACK = 1e-6       # by which a reached level may be missed later: HiGHS holds rows to as much
+LEVEL_SLACK = 1e-5       # by which a reached level may be missed later: HiGHS holds rows to a tenth of it
 STAY_SHARE = 1e-6        # of a replica's price that a start costs at least here: what is equal stays where it is
 SHARE_SLACK = 1e-6       # a third of three replicas is one
-CARRIED_GAP_SHARE = 0.1  # what is carried is settled more exactly than what it costs
+WHOLE_TIME_SHARE = 0.7   # of the time for carrying everything, where fractions could; the rest for the most of it
+FIRST_TIME_SHARE = 0.5   # of that for the first stage that is solved
+FILLED_TIME_SHARE = 0.7  # of that for the guess that what fractions fill can be filled
 
 Terms = list[tuple[int, float]]
 Key = TypeVar("Key")
@@ -59,15 +61,17 @@ class FleetModel:
     """One programme over all groups.
 
     With `beyond`, GPUs that the fleet does not have may be used as well (whole nodes elsewhere): that programme tells
-    what is missing.
+    what is missing. Without `patterns`, or with nothing `pinned`, it is a relaxation, for bounds.
     """
 
-    def __init__(self, fleet: Fleet, *, beyond: bool = False, patterns: bool = True) -> None:
+    def __init__(
+        self, fleet: Fleet, *, beyond: bool = False, patterns: bool = True, pinned: bool = True
+    ) -> None:
         self.fleet = fleet
         self.programme = Programme()
         self.extra_gpus: dict[str, int] = {}
         self.node_rows: dict[int, int] = {}
-        self._patterns = patterns
+        self._pinned = pinned
         self._replicas: dict[tuple[int, int], int] = {}
         self._kept: dict[tuple[int, int], int] = {}
         self._columns: dict[tuple[int, int], int] = {}
@@ -90,10 +94,14 @@ class FleetModel:
 
     def solve(self, limits: SolveLimits) -> Outcome | None:
         """The best allocation that was found within the limits; None if not even an empty one was."""
-        whole = self._complete(replace(limits, time_limit_s=limits.time_limit_s * 0.6))
-        if whole is not None:
-            return self._outcome(whole, bound=whole.bound, carried_proven=True, complete=True)
-        return self._by_priority(replace(limits, time_limit_s=limits.time_limit_s * 0.4))
+        whole = FleetModel(self.fleet)
+        whole.demand_all()
+        if whole.programme.relax(whole.costs(), ()) is not None:
+            solution = whole.programme.solve(whole.costs(), _part(limits, WHOLE_TIME_SHARE))
+            if solution is not None:
+                return self._outcome(solution, bound=solution.bound, carried_proven=True, complete=True)
+            limits = _part(limits, 1 - WHOLE_TIME_SHARE)
+        return self._by_priority(limits)
 
     def missing(self, limits: SolveLimits) -> dict[str, int] | None:
         """The cheapest GPUs by type, beyond those of the fleet, with which everything is carried; None: with none."""
@@ -147,36 +155,72 @@ class FleetModel:
         """Requests/s of one priority, negative since programmes minimise."""
         return [(variable, -1.0) for (_, level), variable in self._carried.items() if level == priority]
 
-    def _complete(self, limits: SolveLimits) -> Solution | None:
-        whole = FleetModel(self.fleet, patterns=self._patterns)
-        whole.demand_all()
-        return whole.programme.solve(whole.costs(), limits)
-
     def _by_priority(self, limits: SolveLimits) -> Outcome | None:
-        deployments = self.fleet.request.deployments
-        levels = {level for _, level in self._carried} | {top_priority(item) for item in deployments}
-        priorities = sorted(levels, reverse=True)
-        each = replace(limits, time_limit_s=limits.time_limit_s / (2 * len(priorities) + 1))
-        exact = replace(each, gap=limits.gap * CARRIED_GAP_SHARE)
+        """First with those stages filled at once that fractions would fill; if that is too much, stage by stage."""
+        filled = FleetModel(self.fleet)._fillable_stages()
+        if filled:
+            found = FleetModel(self.fleet)._stage_by_stage(_part(limits, FILLED_TIME_SHARE), filled)
+            if found is not None:
+                return found
+            limits = _part(limits, 1 - FILLED_TIME_SHARE)
+        return self._stage_by_stage(limits, 0)
+
+    def _fillable_stages(self) -> int:
+        """How many stages from the first the linear relaxation fills."""
+        stages = self._stages()
+        for index, stage in enumerate(stages):
+            relaxed = self.programme.relax(stage, ())
+            if relaxed is None or relaxed[0] > self._filled(stage) + LEVEL_SLACK:
+                return index
+            self._fill(stage)
+        return len(stages)
+
+    def _stage_by_stage(self, limits: SolveLimits, filled: int) -> Outcome | None:
+        """The lexicographic order, from the stage after those that are to be filled."""
+        stages = self._stages()
+        for stage in stages[:filled]:
+            self._fill(stage)
+        # The first one has to find out what fits together with all that is filled: it is the hard one.
+        first = _part(limits, FIRST_TIME_SHARE)
+        each = _part(limits, (1 - FIRST_TIME_SHARE) / max(len(stages) - filled, 1))
         best: Solution | None = None
         proven = True
-        for priority in priorities:
-            for objective in (self._demand_shares(priority), self._headroom_shares(priority)):
-                if not objective:
-                    continue
-                found = self.programme.solve(objective, exact)
-                proven = proven and found is not None and found.proven
-                if found is not None:
-                    best = found
-                if best is not None:
-                    reached = float(sum(coefficient * best.values[variable] for variable, coefficient in objective))
-                    self.programme.row(objective, high=reached + LEVEL_SLACK * max(1.0, abs(reached)))
+        for index, stage in enumerate(stages[filled:]):
+            found = self.programme.solve(stage, each if index else first)
+            if found is None and filled and not index:
+                return None
+            proven = proven and found is not None and found.proven
+            best = found or best
+            if best is not None:
+                reached = float(sum(coefficient * best.values[variable] for variable, coefficient in stage))
+                slack = 0.0 if reached <= self._filled(stage) + LEVEL_SLACK else limits.gap * abs(reached)
+                self.programme.row(stage, high=reached + slack + LEVEL_SLACK * max(1.0, abs(reached)))
         cheapest = self.programme.solve(self.costs(), each)
         chosen = cheapest or best
         if chosen is None:
             return None
         bound = cheapest.bound if cheapest is not None else 0.0
         return self._outcome(chosen, bound=bound, carried_proven=proven, complete=False)
+
+    def _stages(self) -> list[Terms]:
+        """What is made as small as it can be, one after the other."""
+        deployments = self.fleet.request.deployments
+        levels = {level for _, level in self._carried} | {top_priority(item) for item in deployments}
+        stages = [stage for level in sorted(levels, reverse=True)
+                  for stage in (self._demand_shares(level), self._headroom_shares(level))]
+        return [stage for stage in stages if stage]
+
+    def _filled(self, stage: Terms) -> float:
+        """The least that a stage can come to: all is carried, nothing is short."""
+        return float(sum(min(0.0, coefficient * self.programme.upper(variable)) for variable, coefficient in stage))
+
+    def _fill(self, stage: Terms) -> None:
+        """Let nothing pass that does not bring a stage to its least."""
+        for variable, coefficient in stage:
+            if coefficient < 0:
+                self.programme.at_least(variable, self.programme.upper(variable))
+            else:
+                self.programme.row([(variable, 1)], high=0)
 
     def _outcome(self, solution: Solution, *, bound: float, carried_proven: bool, complete: bool) -> Outcome:
         values = solution.values
@@ -231,7 +275,10 @@ class FleetModel:
 
     def _fill_nodes(self, g: int, group: Group) -> None:
         """Nodes by pattern, their slots, and what lies in the shared ones."""
-        columns = {i: self.programme.variable(len(group.nodes)) for i in range(len(group.columns))}
+        columns = {
+            i: self.programme.variable(len(group.nodes))
+            for i, column in enumerate(group.columns) if self._pinned or column.state == ANY_STATE
+        }
         self._columns.update({(g, i): variable for i, variable in columns.items()})
         self.node_rows[g] = self.programme.row([(v, 1) for v in columns.values()], high=len(group.nodes))
         for s, shape in enumerate(group.shapes):
@@ -241,28 +288,29 @@ class FleetModel:
                 self._fillings.update({(g, s, f): variable for f, variable in here.items()})
                 self.programme.row([*((v, 1) for v in here.values()), *slots], high=0)
             else:
-                self.programme.row([*self._new(g, group, s), *slots], high=0)
+                held = [(self._replicas[c, g], 1) for c, needs in group.shape_of.items() if needs == s]
+                self.programme.row([*held, *slots], high=0)
         for index in range(len(group.claims)):
-            held: Terms = [(self._replicas[c, g], 1) for c, claim in group.claim_of.items() if claim == index]
+            held = [(self._replicas[c, g], 1) for c, claim in group.claim_of.items() if claim == index]
             room = [
                 (self._fillings[g, s, f], -filling[index])
                 for s, fillings in group.fillings.items() for f, filling in enumerate(fillings) if filling[index]
             ]
             self.programme.row([*held, *room], high=0)
-        if self.fleet.fine:
-            for c in set(group.running) & set(group.shape_of):
-                staying = [(v, -dict(group.columns[i].kept).get(c, 0)) for i, v in columns.items()]
-                self.programme.row([(self._kept[c, g], 1), *((v, n) for v, n in staying if n)], high=0)
+        if self._pinned:
+            self._pin(g, group, columns)
 
-    def _new(self, g: int, group: Group, s: int) -> Terms:
-        """Replicas that need a slot of this shape: at fine detail those that stay have their place already."""
-        terms: Terms = []
-        for c, shape in group.shape_of.items():
-            if shape == s:
-                terms.append((self._replicas[c, g], 1))
-                if self.fleet.fine and (c, g) in self._kept:
-                    terms.append((self._kept[c, g], -1))
-        return terms
+    def _pin(self, g: int, group: Group, columns: Mapping[int, int]) -> None:
+        """Patterns of a state are for its nodes, and only what they pin stays."""
+        staying: dict[int, Terms] = defaultdict(list)
+        for state, nodes in enumerate(group.states):
+            here: Terms = [(v, 1) for i, v in columns.items() if group.columns[i].state == state]
+            self.programme.row(here, high=len(nodes))
+        for i, variable in columns.items():
+            for c, count in group.columns[i].pinned:
+                staying[c].append((variable, -count))
+        for c in set(group.running) & set(group.shape_of):
+            self.programme.row([(self._kept[c, g], 1), *staying[c]], high=0)
 
     def _fill_gpus(self, g: int, group: Group) -> None:
         """In place of patterns, sums that every packing holds: GPUs, claimed bytes, time. It bounds from below."""
@@ -354,6 +402,10 @@ class FleetModel:
             bound = self.programme.upper(variable)
             self.programme.row([(variable, 1), (running, -(bound if np.isfinite(bound) else 1e4))], high=0)
         self.programme.row([*occupied, (running, -deployment.spread.domains)], low=0)
+
+
+def _part(limits: SolveLimits, share: float) -> SolveLimits:
+    return replace(limits, time_limit_s=limits.time_limit_s * share)
 
 
 def replica_price(choice: Choice, group: Group) -> float:

@@ -1,20 +1,29 @@
 """From counts over groups of equal nodes to replicas on the GPUs of each node.
 
-Patterns are dealt to the nodes of their group: those that hold what runs there first, and in turn over the failure
-domains. What stays keeps its GPUs. New replicas go to free slots in the domain that holds the fewest of their
-deployment, and where the slots of a domain are gone, change places with others. Last, each node's replicas are packed
-on its GPUs, which cannot fail from empty since patterns are packings; at coarse detail a replica in the way of others
-is moved after all.
+Patterns are dealt to the nodes of their group: first those that pin what runs there, then the others, to nodes where
+the most can stay, and in turn over the failure domains. What stays keeps its GPUs. New replicas go to free slots in the
+domain that holds the least of their deployment, and where the slots of a domain are gone, change places with others.
+Last, each node's replicas are packed on its GPUs, which cannot fail from empty since patterns are packings: a replica
+that stays in the way of others is moved after all.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 
-from enova_recommender.recommend.allocation_groups import Domain, Fleet, Group, is_spread, islands_of
+from enova_recommender.recommend.allocation_groups import (
+    ANY_STATE,
+    Column,
+    Domain,
+    Fleet,
+    Group,
+    Running,
+    is_spread,
+    islands_of,
+)
 from enova_recommender.recommend.allocation_model import SHARE_SLACK, Counts
 from enova_recommender.recommend.allocation_patterns import Shape, pack
 from enova_recommender.recommend.allocation_types import PlacedReplica
@@ -39,7 +48,7 @@ class _Node:
     at: int
     group: int
     left: Counter[int] = field(default_factory=Counter)  # free slots by shape
-    kept: list[tuple[int, PlacedReplica]] = field(default_factory=list)
+    kept: list[Running] = field(default_factory=list)
     new: list[int] = field(default_factory=list)
     shared: list[_SharedGpu] = field(default_factory=list)
 
@@ -82,8 +91,8 @@ class _Node:
             yield from (choice for choice in held if group.claim_of[choice] == index)
 
 
-def place(fleet: Fleet, counts: Counts) -> tuple[PlacedReplica, ...] | None:
-    """Every replica on its GPUs; None if no way was found to spread them as their deployments ask."""
+def place(fleet: Fleet, counts: Counts) -> tuple[tuple[PlacedReplica, ...], bool]:
+    """The replicas on their GPUs, and whether all found a place: some may not if they are to be spread over domains."""
     return _Placing(fleet, counts).placed()
 
 
@@ -105,10 +114,9 @@ class _Placing:
         self._held = Counter[tuple[int, Domain]]()
         self._held_rate = defaultdict[tuple[int, Domain], float](float)
         self._wanted = Counter(counts.replicas)
-        self._may_stay = Counter(counts.kept)
         self._nodes: dict[int, list[_Node]] = {}
 
-    def placed(self) -> tuple[PlacedReplica, ...] | None:
+    def placed(self) -> tuple[tuple[PlacedReplica, ...], bool]:
         """See `place`."""
         for g, group in enumerate(self._fleet.groups):
             self._nodes[g] = self._deal(g, group)
@@ -118,42 +126,48 @@ class _Placing:
             self._wanted.items(),
             key=lambda item: (not is_spread(self._deployments[self._fleet.choices[item[0][0]].deployment]), -item[1]),
         )
-        for (c, g), count in rest:
-            if not all(self._put(c, g) for _ in range(count)):
-                return None
-        return tuple(replica for nodes in self._nodes.values() for node in nodes for replica in self._pack(node))
+        put = [self._put(c, g) for (c, g), count in rest for _ in range(count)]
+        packed = (replica for nodes in self._nodes.values() for node in nodes for replica in self._pack(node))
+        return tuple(packed), all(put)
 
     def _deal(self, g: int, group: Group) -> list[_Node]:
         """Patterns to nodes, and what stays there."""
         waiting = {i: count for (at, i), count in self._counts.columns.items() if at == g}
+        free = set(group.nodes)
+        nodes = []
+        for i in waiting:
+            column = group.columns[i]
+            if column.state == ANY_STATE:
+                continue
+            for at in self._in_turn(free.intersection(group.states[column.state]))[: waiting[i]]:
+                free.remove(at)
+                nodes.append(self._begin(g, group, i, at))
         by_state: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
-        for at in self._in_turn(group.nodes):
+        for at in self._in_turn(free):
             running = Counter(choice for choice, _ in self._fleet.keepable.get(at, ()))
             by_state[tuple(sorted(running.items()))].append(at)
+        unpinned = [i for i in waiting if group.columns[i].state == ANY_STATE]
         fits = sorted(
-            ((self._overlap(group, i, state), i, state) for i, state in product(waiting, by_state)),
+            ((self._overlap(group, i, state), i, state) for i, state in product(unpinned, by_state)),
             key=lambda item: (-item[0], item[1], item[2]),
         )
-        nodes = []
         for _, i, state in fits:
             while waiting[i] and by_state[state]:
                 waiting[i] -= 1
                 nodes.append(self._begin(g, group, i, by_state[state].pop(0)))
         return nodes
 
-    def _in_turn(self, nodes: Sequence[int]) -> list[int]:
+    def _in_turn(self, nodes: Collection[int]) -> list[int]:
         """One node of each domain, then the second of each, and so on."""
         seen: Counter[Domain] = Counter()
         turns = []
-        for at in nodes:
+        for at in sorted(nodes):
             turns.append((seen[self._fleet.domains[at]], at))
             seen[self._fleet.domains[at]] += 1
         return [at for _, at in sorted(turns)]
 
     def _overlap(self, group: Group, column: int, state: Sequence[tuple[int, int]]) -> int:
         """GPUs of what runs on a node in this state that could stay under this pattern."""
-        if self._fleet.fine:
-            return 0
         left = Counter(dict(enumerate(group.columns[column].slots)))
         total = 0
         for choice, count in state:
@@ -175,25 +189,22 @@ class _Placing:
             else:
                 node.left[s] = count
         running = [item for item in self._fleet.keepable.get(at, ()) if item[0] in group.shape_of]
-        if self._fleet.fine:
-            for item in self._staying(node, pattern.kept, running, group, pattern.slots):
-                self._keep(node, item)
-            return node
+        if pattern.pinned:
+            running = self._pinned(at, group, pattern, running)
         for choice, replica in sorted(running, key=lambda item: -len(item[1].gpus)):
             shape = group.shape_of[choice]
-            if node.left[shape] and self._may_stay[choice, g] and self._has_room(choice, at):
+            if node.left[shape] and self._wanted[choice, g] and self._has_room(choice, at):
                 node.left[shape] -= 1
                 self._keep(node, (choice, replica))
         return node
 
-    def _keep(self, node: _Node, item: tuple[int, PlacedReplica]) -> None:
+    def _keep(self, node: _Node, item: Running) -> None:
         node.kept.append(item)
         self._count(item[0], node)
 
     def _count(self, choice: int, node: _Node) -> None:
         """Note that one of those wanted has its place."""
         self._wanted[choice, node.group] -= 1
-        self._may_stay[choice, node.group] -= 1
         self._add(choice, node, 1)
 
     def _add(self, choice: int, node: _Node, count: int) -> None:
@@ -208,18 +219,19 @@ class _Placing:
         rate = self._held_rate[key] + chosen.option.capacity_rps
         return self._held[key] < self._most[chosen.deployment] and rate <= self._most_rate[chosen.deployment]
 
-    def _staying(
-        self, node: _Node, kept: Sequence[tuple[int, int]], running: Sequence[tuple[int, PlacedReplica]], group: Group,
-        slots: Sequence[int],
-    ) -> tuple[tuple[int, PlacedReplica], ...]:
-        """So many of each choice as the pattern keeps, such that its slots fit beside them."""
-        ways = [combinations([item for item in running if item[0] == choice], count) for choice, count in kept]
-        shapes = [group.shapes[s] for s, count in enumerate(slots) for _ in range(count)]
+    def _pinned(self, at: int, group: Group, pattern: Column, running: Sequence[Running]) -> list[Running]:
+        """So many of each choice as the pattern pins, such that its other slots fit beside them."""
+        mine = {choice: [item for item in running if item[0] == choice] for choice, _ in pattern.pinned}
+        ways = [combinations(mine[choice], count) for choice, count in pattern.pinned]
+        rest = Counter(dict(enumerate(pattern.slots)))
+        for choice, count in pattern.pinned:
+            rest[group.shape_of[choice]] -= count
+        shapes = [group.shapes[s] for s, count in rest.items() for _ in range(count)]
         for way in product(*ways):
-            stays = tuple(item for part in way for item in part)
-            held = {gpu for _, replica in stays for gpu in replica.gpus}
-            if pack(self._free(node.at, group, held), shapes) is not None:
-                return stays
+            pinned = [item for part in way for item in part]
+            held = {gpu for _, replica in pinned for gpu in replica.gpus}
+            if pack(self._free(at, group, held), shapes) is not None:
+                return pinned
         raise AssertionError("a pattern was made from a set of replicas that it fits beside")
 
     def _free(self, at: int, group: Group, held: set[int]) -> list[list[tuple[int, int]]]:
@@ -255,19 +267,19 @@ class _Placing:
 
     def _stays(
         self, node: _Node, slot: _SharedGpu, group: Group, filling: Mapping[int, int]
-    ) -> list[tuple[int, PlacedReplica]]:
+    ) -> list[Running]:
         """The most replicas on one GPU of this node that could stay in a slot with this filling."""
         held = {gpu for _, replica in node.kept for gpu in replica.gpus} | {gpu.gpu for gpu in node.shared}
         free = {gpu: level for island in self._free(node.at, group, set()) for level, gpu in island}
-        by_gpu: dict[int, list[tuple[int, PlacedReplica]]] = defaultdict(list)
+        by_gpu: dict[int, list[Running]] = defaultdict(list)
         for choice, replica in self._fleet.keepable.get(node.at, ()):
             if choice in group.claim_of:
                 by_gpu[replica.gpus[0]].append((choice, replica))
-        best: list[tuple[int, PlacedReplica]] = []
+        best: list[Running] = []
         for gpu, running in by_gpu.items():
             if gpu in held or free.get(gpu) != slot.shape.free_bytes:
                 continue
-            left, quota, found = Counter(filling), Counter(self._may_stay), list[tuple[int, PlacedReplica]]()
+            left, quota, found = Counter(filling), Counter(self._wanted), list[Running]()
             for choice, replica in running:
                 claim = group.claim_of[choice]
                 if left[claim] and quota[choice, node.group] and self._has_room(choice, node.at):
