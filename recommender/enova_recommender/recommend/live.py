@@ -32,6 +32,9 @@ FRAMES_MIN = 20              # measured intervals below which nothing is said
 FINISHED_MIN = 30            # requests below which a rate is a guess
 QUEUE_S_MIN = 10.0           # a shorter queue may be a burst
 QUEUE_SERVICE_TIMES_MIN = 0.5  # the same in times that a request takes
+# Within so many times what finishes still comes from the load before the queue. Then the rate by Little's law, of a
+# full batch and the time that requests took just before, is an estimate as good: the interval holds both.
+SETTLED_SERVICE_TIMES = 2.0
 # Below capacity queues come and go as well. Their length and what is served in them have exponential tails, of some 5
 # requests and some 100 requests at 80 % of the capacity (M/G/1 with lengths as they are met), so these many prove it.
 QUEUE_REQUESTS_MIN = 30      # waiting at the peak
@@ -307,6 +310,8 @@ def _capacity(
         rate = _quantiles(done / float(spans.sum()), rates)
         load = _quantiles(float(np.median(running)), np.median(running[draws], axis=1))
     before = _before_s(pairs, float(np.median(running))) or service_s
+    if float(spans.sum()) < SETTLED_SERVICE_TIMES * service_s * len(pairs):
+        rate = _including(rate, load.value / before)
     width = math.hypot(_half_width(rate), _half_width(load))
     time = Interval(value=before, low=before * max(0.0, 1 - width), high=before * (1 + width))
     return LiveCapacity(
@@ -336,6 +341,11 @@ def _before_s(pairs: Sequence[tuple[ReplicaFrames, Flags]], running: float) -> f
 class _Bounds:
     low: float
     high: float
+
+
+def _including(interval: Interval, other: float) -> Interval:
+    """The interval, wide enough to hold another estimate too."""
+    return Interval(value=interval.value, low=min(interval.low, other), high=max(interval.high, other))
 
 
 def _interval(value: float, factors: _Bounds) -> Interval:
