@@ -32,6 +32,7 @@ from enova_coordinator.policy_process import PolicyProcess
 from enova_coordinator.service_log import ServiceLog
 from enova_coordinator.store import Compare, Store, codec
 from enova_coordinator.store.changes import commit
+from enova_recommender.performance.correction import Correction
 from enova_recommender.performance.engine_model import EngineModel, Fit, Fitted, fitted
 from enova_recommender.performance.live_steps import ObservedStep
 
@@ -146,6 +147,11 @@ class CalibrationLoop:
         known = self._models.get(variant.model)
         config = json.loads(known.config_json) if known is not None and known.config_json else None
         return engine_model(variant, config)
+
+    def corrections(self) -> dict[str, Correction]:
+        """What is known of step times, by `EngineModel.key`: what `corrected_times` takes."""
+        found = ((name, restored(value)) for name, value in self.calibrations.items())
+        return {name.removeprefix("calibrations/"): each.correction for name, each in found if each is not None}
 
     def _work(self, snapshot: Snapshot, looks: list[EngineLook]) -> Mapping[str, _Work]:
         found: dict[str, _Work] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from enova_coordinator.core.model import Configuration, ReplicaState, StoredCalibration, Variant
@@ -95,7 +94,7 @@ def observed(look: EngineLook, *, batched_tokens_max: float) -> ObservedStep | N
 
 def calibration_name(model: EngineModel) -> str:
     """The name under which what is learnt of these engines is kept."""
-    return f"calibrations/{re.sub(r'[^A-Za-z0-9_-]+', '-', model.gpu.name)}.{model.identity}"
+    return f"calibrations/{model.key}"
 
 
 def stored(

@@ -9,16 +9,21 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import itemgetter
 
 from enova_recommender.performance.calibration import Calibration, learnt, prior
+from enova_recommender.performance.correction import Correction
 from enova_recommender.performance.kernel_times import KernelTimes
 from enova_recommender.performance.live_steps import ObservedStep
 from enova_recommender.types import AS_PUBLISHED, SINGLE_GPU, GpuModel, ModelShape, Parallelism, Precision
 
 MODELS_REMEMBERED = 64
+DIGEST_CHARACTERS = 12     # of a shape, and of a layout
+KIN_SPREAD = 0.10          # of the factors between two layouts of one model on one GPU type
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +38,53 @@ class EngineModel:
 
     @property
     def identity(self) -> str:
-        """The same for engines whose steps take equally long, whatever the model is called.
+        """The same for engines whose steps take equally long, whatever the model is called: shape first, then layout.
 
         Fields that have their default are left out, so that a field that is new tomorrow changes no identity of today.
         """
-        plain = [_plain(part) for part in (replace(self.shape, name=""), self.parallelism, self.precision, self.eager)]
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(replace(self.shape, name="")) + _digest(self.parallelism, self.precision, self.eager)
+
+    @property
+    def key(self) -> str:
+        """The identity with the GPU type."""
+        return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', self.gpu.name)}.{self.identity}"
+
+    @property
+    def kin(self) -> str:
+        """How the keys of this model on this GPU type begin, however it is cut and stored."""
+        return self.key[:-DIGEST_CHARACTERS]
+
+
+def corrected_times(
+    corrections: Mapping[str, Correction],
+) -> Callable[[ModelShape, GpuModel, Parallelism, Precision], KernelTimes]:
+    """Step times by what was learnt of engines, by key: of this very layout, else of the model's best known other one.
+
+    What holds for another layout holds less here: its spread grows by KIN_SPREAD.
+    """
+
+    def times_of(shape: ModelShape, gpu: GpuModel, parallelism: Parallelism, precision: Precision) -> KernelTimes:
+        model = EngineModel(shape=shape, gpu=gpu, parallelism=parallelism, precision=precision)
+        times = KernelTimes(shape, gpu, parallelism=parallelism, precision=precision)
+        exact = corrections.get(model.key)
+        if exact is not None:
+            return times.corrected(exact)
+        kin = [
+            (each.spread, key, each)
+            for key, each in corrections.items()
+            if key.startswith(model.kin) and each.spread is not None
+        ]
+        if not kin:
+            return times
+        spread, _, known = min(kin, key=itemgetter(0, 1))
+        return times.corrected(replace(known, spread=math.hypot(spread, KIN_SPREAD)))
+
+    return times_of
+
+
+def _digest(*parts: object) -> str:
+    plain = json.dumps([_plain(part) for part in parts], sort_keys=True)
+    return hashlib.sha256(plain.encode()).hexdigest()[:DIGEST_CHARACTERS]
 
 
 def _plain(value: object) -> object:
