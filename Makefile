@@ -54,8 +54,8 @@ check-proto: ## fail if the generated code is not what the .proto files give
 
 bench: setup ## one benchmark: make bench NAME=ingress ARGS=...; without a name it lists them
 	@if [ -z "$(NAME)" ]; then cd tests/benchmarks && ls -1 -- *.py | sed 's/\.py$$//'; \
-	else $(BIN)/python "tests/benchmarks/$(NAME).py" $(ARGS); fi
+	else PYTHONPATH=tests $(BIN)/python "tests/benchmarks/$(NAME).py" $(ARGS); fi
 
 clean: ## remove what make made: environments, caches, builds
-	rm -rf $(VENV) $(VLLM_VENV) .venv-proto .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .venv-proto .venv-detectors .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
