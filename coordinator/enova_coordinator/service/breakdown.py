@@ -10,7 +10,7 @@ from enova_common.errors import InvalidField, NotFound, Unavailable
 from enova_coordinator.calibration_loop import CalibrationLoop, VariantSteps
 from enova_coordinator.core.engine_facts import calibration_name, restored
 from enova_coordinator.core.model import StoredCalibration, Variant
-from enova_coordinator.core.service_times import Quantile, TimePart, service_times
+from enova_coordinator.core.service_times import Quantile, ServiceSums, TimePart, service_times
 from enova_coordinator.service import names, paging
 from enova_coordinator.service.frames import HISTOGRAM_BOUNDS
 from enova_coordinator.service.leading import Chair, Leading, actor
@@ -38,10 +38,9 @@ class BreakdownService(breakdown_service_pb2_grpc.BreakdownServiceServicer):
         if not 0 <= request.window_s <= WINDOW_S_MAX:
             raise InvalidField(f"must lie between 0 and {WINDOW_S_MAX:g} (model time)", field="window_s")
         learner = _learner(leading)
-        found = learner.services.since(name, window_s=request.window_s)
-        if found is None:
-            raise Unavailable(f"{name} is too new: nothing was counted yet", remedy="try again in some seconds")
-        start_s, sums = found
+        now_s = leading.telemetry.now_s
+        nothing = now_s, ServiceSums(time_s=now_s)  # before the first look at a new deployment
+        start_s, sums = learner.services.since(name, window_s=request.window_s) or nothing
         times = service_times(sums, bounds=HISTOGRAM_BOUNDS)
         answer = breakdown_service_pb2.Breakdown(
             name=name,
