@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def figures(coordinator: Coordinator) -> list[Figure]:
     """All of them, as they are now. Called from the metrics server's thread: it reads, and copies what may change."""
-    return [*_leadership(coordinator), *_telemetry(coordinator), *_policy(coordinator), *_calibration(coordinator)]
+    parts = (_leadership, _telemetry, _policy, _advice, _calibration)
+    return [figure for part in parts for figure in part(coordinator)]
 
 
 def _leadership(coordinator: Coordinator) -> list[Figure]:
@@ -60,6 +61,16 @@ def _policy(coordinator: Coordinator) -> list[Figure]:
         Figure(name="policy_timeouts", help="Killed as hung", values={"": float(process.timeouts)}, counter=True),
         Figure(name="policy_crashes", help="Ended by themselves", values={"": float(process.crashes)}, counter=True),
         Figure(name="decisions", help="Recorded", values=decisions, label="action", counter=True),
+    ]
+
+
+def _advice(coordinator: Coordinator) -> list[Figure]:
+    loop = coordinator.advice_figures
+    outcomes = {outcome: float(count) for outcome, count in dict(loop.outcomes).items()}
+    return [
+        Figure(name="advice_looks", help="At better configurations", values={"": float(loop.looks)}, counter=True),
+        Figure(name="advice_failures", help="Looks that failed", values={"": float(loop.failures)}, counter=True),
+        Figure(name="advice_outcomes", help="Of looks", values=outcomes, label="outcome", counter=True),
     ]
 
 

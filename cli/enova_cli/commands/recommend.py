@@ -50,6 +50,7 @@ Plain = dict[str, Any]
 @click.option("--ttft-p95", type=Duration(), help="Objective: time to first token, 500ms.")
 @click.option("--tpot-p95", type=Duration(), help="Objective: time per output token, 50ms.")
 @click.option("--max-gpus", type=int, help="Of all replicas together.")
+@click.option("--kv-cache-dtype", "kv_cache_dtypes", multiple=True, help="To try: auto, fp8; may be repeated.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write the Pareto picture to this .svg or .png.")
 @output_option
 @pass_context
@@ -64,6 +65,7 @@ def recommend(
     ttft_p95: float | None,
     tpot_p95: float | None,
     max_gpus: int | None,
+    kv_cache_dtypes: tuple[str, ...],
     plot: Path | None,
 ) -> None:
     """Say which GPUs, how many and which settings carry a workload within its objectives, and why.
@@ -78,6 +80,7 @@ def recommend(
             "gpus": [*parse_supply(gpus), *_described(gpu_file)],
             "workload": read_workload(workload, lengths=lengths, allow_gaps=allow_gaps),
             "objectives": {k: v for k, v in {"ttft_s": ttft_p95, "tpot_s": tpot_p95}.items() if v is not None},
+            "kv_cache_dtypes": list(kv_cache_dtypes),
             **({"max_gpus": max_gpus} if max_gpus is not None else {}),
         }
         if plot is not None and plot.suffix.lower() not in {".svg", ".png"}:
@@ -221,29 +224,20 @@ def _candidates(rows: Sequence[Plain], *, chosen: int) -> Table:
         table.add_column(heading, overflow="fold")
     for index, row in enumerate(rows):
         prediction = row.get("prediction") or {}
-        capacity = prediction.get("capacity_rps")
         table.add_row(
             "*" if index < chosen else "",
-            f"{row['gpu_type']} {_layout(row['configuration'])}",
+            f"{row['gpu_type']} {row['layout']}",
             str(row["replicas"]),
             str(row["gpus"]),
             f"{row['cost_per_hour']:.2f}" if "cost_per_hour" in row else "",
             _interval(prediction.get("ttft_s"), 1000, " ms"),
             _interval(prediction.get("tpot_s"), 1000, " ms"),
-            f"{row['replicas'] * capacity['value']:.3g}" if capacity else "",
+            f"{row['capacity_rps']:.3g}",
             output.cell(row["configuration"].get("max_num_seqs")),
             output.cell(prediction.get("kv_tokens")),
             "" if index < chosen else output.cell(row["constraint"]),
         )
     return table
-
-
-def _layout(configuration: Mapping[str, Any]) -> str:
-    """TP 2 PP 2: how one replica is cut."""
-    sizes = (("TP", "tensor"), ("PP", "pipeline"), ("DP", "data"))
-    given = [(word, configuration.get(f"{name}_parallel_size", 1)) for word, name in sizes]
-    words = [f"{word} {size}" for word, size in given if word == "TP" or size > 1]
-    return " ".join([*words, *(["EP"] if configuration.get("enable_expert_parallel") else [])])
 
 
 def _interval(interval: Plain | None, scale: float, unit: str) -> str:

@@ -412,6 +412,7 @@ class RecommendConfigurationRequest(_message.Message):
     WORKLOAD_FIELD_NUMBER: _builtins.int
     OBJECTIVES_FIELD_NUMBER: _builtins.int
     MAX_GPUS_FIELD_NUMBER: _builtins.int
+    KV_CACHE_DTYPES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """a path on the hosts, org/name, or a name of the catalogue"""
     config_json: _builtins.str
@@ -426,6 +427,10 @@ class RecommendConfigurationRequest(_message.Message):
     def workload(self) -> Global___ExpectedWorkload: ...
     @_builtins.property
     def objectives(self) -> Global___AdviceObjectives: ...
+    @_builtins.property
+    def kv_cache_dtypes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """to try: auto, fp8; empty: auto alone"""
+
     def __init__(
         self,
         *,
@@ -435,10 +440,11 @@ class RecommendConfigurationRequest(_message.Message):
         workload: Global___ExpectedWorkload | None = ...,
         objectives: Global___AdviceObjectives | None = ...,
         max_gpus: _builtins.int | None = ...,
+        kv_cache_dtypes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_gpus", b"_max_gpus", "max_gpus", b"max_gpus", "objectives", b"objectives", "workload", b"workload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_gpus", b"_max_gpus", "config_json", b"config_json", "gpus", b"gpus", "max_gpus", b"max_gpus", "model", b"model", "objectives", b"objectives", "workload", b"workload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_gpus", b"_max_gpus", "config_json", b"config_json", "gpus", b"gpus", "kv_cache_dtypes", b"kv_cache_dtypes", "max_gpus", b"max_gpus", "model", b"model", "objectives", b"objectives", "workload", b"workload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_gpus: _TypeAlias = _typing.Literal["max_gpus"]  # noqa: Y015
     _WhichOneofArgType__max_gpus: _TypeAlias = _typing.Literal["_max_gpus", b"_max_gpus"]  # noqa: Y015
@@ -750,6 +756,8 @@ class AdviceCandidate(_message.Message):
     PREDICTION_FIELD_NUMBER: _builtins.int
     CONSTRAINT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    CAPACITY_RPS_FIELD_NUMBER: _builtins.int
     gpu_type: _builtins.str
     gpus_per_replica: _builtins.int
     replicas: _builtins.int
@@ -762,6 +770,10 @@ class AdviceCandidate(_message.Message):
     """why it lost"""
     reason: _builtins.str
     """the same in words"""
+    layout: _builtins.str
+    """how a replica is cut: TP 2 PP 2"""
+    capacity_rps: _builtins.float
+    """of all replicas"""
     @_builtins.property
     def configuration(self) -> _cluster_pb2.Configuration: ...
     @_builtins.property
@@ -780,10 +792,12 @@ class AdviceCandidate(_message.Message):
         prediction: Global___AdvicePrediction | None = ...,
         constraint: Global___Constraint.ValueType = ...,
         reason: _builtins.str = ...,
+        layout: _builtins.str = ...,
+        capacity_rps: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour", "configuration", b"configuration", "cost_per_hour", b"cost_per_hour", "prediction", b"prediction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour", "configuration", b"configuration", "constraint", b"constraint", "cost_per_hour", b"cost_per_hour", "gpu_type", b"gpu_type", "gpus", b"gpus", "gpus_per_replica", b"gpus_per_replica", "prediction", b"prediction", "reason", b"reason", "replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour", "capacity_rps", b"capacity_rps", "configuration", b"configuration", "constraint", b"constraint", "cost_per_hour", b"cost_per_hour", "gpu_type", b"gpu_type", "gpus", b"gpus", "gpus_per_replica", b"gpus_per_replica", "layout", b"layout", "prediction", b"prediction", "reason", b"reason", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cost_per_hour: _TypeAlias = _typing.Literal["cost_per_hour"]  # noqa: Y015
     _WhichOneofArgType__cost_per_hour: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour"]  # noqa: Y015
@@ -800,22 +814,28 @@ class AdviceSensitivity(_message.Message):
     CHANGE_FIELD_NUMBER: _builtins.int
     COST_PER_HOUR_FIELD_NUMBER: _builtins.int
     CAPACITY_RPS_FIELD_NUMBER: _builtins.int
+    LIMIT_S_FIELD_NUMBER: _builtins.int
     change: _builtins.str
     cost_per_hour: _builtins.float
     capacity_rps: _builtins.float
     """of all replicas"""
+    limit_s: _builtins.float
+    """the looser objective"""
     def __init__(
         self,
         *,
         change: _builtins.str = ...,
         cost_per_hour: _builtins.float = ...,
         capacity_rps: _builtins.float = ...,
+        limit_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit_s", b"_limit_s", "limit_s", b"limit_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_rps", b"capacity_rps", "change", b"change", "cost_per_hour", b"cost_per_hour"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit_s", b"_limit_s", "capacity_rps", b"capacity_rps", "change", b"change", "cost_per_hour", b"cost_per_hour", "limit_s", b"limit_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__limit_s: _TypeAlias = _typing.Literal["limit_s"]  # noqa: Y015
+    _WhichOneofArgType__limit_s: _TypeAlias = _typing.Literal["_limit_s", b"_limit_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__limit_s) -> _WhichOneofReturnType__limit_s | None: ...
 
 Global___AdviceSensitivity: _TypeAlias = AdviceSensitivity  # noqa: Y015
 

@@ -2,7 +2,9 @@
 
 The search counts on the lower bound of each capacity's interval; the finalists, the best settings of each of the
 cheapest layouts, are then run through the real scheduler in virtual time, and their replicas are counted anew from what
-that measured. So the numbers that are told are those of the scheduler, and the closed form only picks.
+that measured: the figures of the chosen one are the scheduler's. What other wishes would buy is told by the closed
+form, corrected by how far the two are apart for the chosen one. For a deployment, whose workload is an estimate and
+whose user waits, the closed form is enough.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from enova_recommender.recommend.types import (
 )
 from enova_recommender.recommend.verify import verify
 
-FINALISTS = 3              # layouts that are measured
+FINALISTS = 2              # layouts that are measured
 RECOUNTS = 3               # of the replicas of one finalist; each measures anew
 SEED = 20_240_709          # of the arrivals: the same question gets the same answer
 RUNNERS_UP = 6
@@ -42,8 +44,8 @@ ENDLESS_GPUS = 4096        # of a type, where the question is what would be enou
 def advise(request: AdviceRequest) -> Advice:
     """The cheapest configuration that carries the workload, and why. RecommendError says what cannot be answered."""
     result = _search(request)
-    finalists = result.finalists(1 if request.deployable else FINALISTS)
-    verified = [_verified(request, candidate, result) for candidate in finalists]
+    finalists = result.finalists(FINALISTS)
+    verified = finalists if request.deployable else [_verified(request, each, result) for each in finalists]
     feasible = sorted(
         (each for each in verified if each.constraint is not Constraint.INVENTORY),
         key=lambda each: (each.cost_per_hour, -_carried(each)),
@@ -56,7 +58,7 @@ def advise(request: AdviceRequest) -> Advice:
         explanation=(),
         runners_up=tuple(_runners_up(result, chosen, others)),
         pareto=result.pareto()[:PARETO_MAX],
-        sensitivities=tuple(_sensitivities(request, chosen)),
+        sensitivities=tuple(_sensitivities(request, chosen, result.best)),
         evaluated=len(result),
         rejected=result.rejected(),
     )
@@ -167,8 +169,9 @@ def _verified(request: AdviceRequest, candidate: Candidate, result: SearchResult
     if needed > room:
         reason = f"{_name(candidate, result)}: the scheduler says {needed} replicas, the inventory has room for {room}"
         return replace(
-            candidate, prediction=found, cost_per_hour=math.inf, constraint=Constraint.INVENTORY, reason=reason
-        )
+            candidate, prediction=found, replicas=needed, cost_per_hour=math.inf, constraint=Constraint.INVENTORY,
+            reason=reason,
+        )  # fmt: skip
     return replace(candidate, prediction=found, replicas=replicas, cost_per_hour=cost)
 
 
@@ -225,12 +228,13 @@ def _layout(candidate: Candidate) -> tuple[object, ...]:
     return settings.gpu.name, settings.parallelism, settings.precision
 
 
-def _sensitivities(request: AdviceRequest, chosen: Candidate | None) -> Iterator[Sensitivity]:
-    """What more GPUs, looser objectives or a smaller cache would buy."""
+def _sensitivities(
+    request: AdviceRequest, chosen: Candidate | None, estimated: Candidate | None
+) -> Iterator[Sensitivity]:
+    """What more GPUs, looser objectives or a smaller cache would buy; `estimated`: the search's own best."""
     if chosen is not None and chosen.prediction is not None:
-        size = chosen.settings.parallelism.gpus
         yield Sensitivity(
-            change="one more GPU" if size == 1 else f"one more replica ({size} GPUs)",
+            change="one more GPU" if chosen.settings.parallelism.gpus == 1 else "one more replica",
             cost_per_hour=chosen.cost_per_hour + chosen.settings.cost_per_hour,
             capacity_rps=_carried(chosen) + chosen.prediction.capacity_rps.value,
         )
@@ -238,27 +242,37 @@ def _sensitivities(request: AdviceRequest, chosen: Candidate | None) -> Iterator
         endless = replace(request, nodes=_endless(request.nodes), max_gpus=None)
         yield from _bought(endless, "as many GPUs as it takes", None)
     if request.deployable:
-        return                             # a user waits for it, and asks for more by RecommendConfiguration
+        return
+    factor = 1.0
+    if chosen is not None and estimated is not None and chosen.settings == estimated.settings:
+        factor = _each(chosen) / _each(estimated)
     objectives = request.objectives
-    for name, words in (("ttft_s", "first token"), ("tpot_s", "time between tokens")):
+    for name, change in (("ttft_s", "a looser first-token objective"), ("tpot_s", "a looser objective between tokens")):
         limit = getattr(objectives, name)
         if limit is not None:
-            change = f"{LOOSER:g} times the objective of the {words} ({limit * LOOSER:.4g} s)"
             looser: Objectives = replace(objectives, **{name: limit * LOOSER})
-            yield from _bought(replace(request, objectives=looser), change, chosen)
+            for bought in _bought(replace(request, objectives=looser), change, chosen, factor):
+                yield replace(bought, limit_s=limit * LOOSER)
     if "fp8" not in request.kv_cache_dtypes:
-        change = "an fp8 KV cache (which changes answers a little)"
-        yield from _bought(replace(request, kv_cache_dtypes=("auto", "fp8")), change, chosen)
+        change = "an fp8 KV cache, which changes answers a little"
+        yield from _bought(replace(request, kv_cache_dtypes=("auto", "fp8")), change, chosen, factor)
 
 
-def _bought(request: AdviceRequest, change: str, chosen: Candidate | None) -> Iterator[Sensitivity]:
+def _each(candidate: Candidate) -> float:
+    assert candidate.prediction is not None, "only feasible candidates are compared"
+    return candidate.prediction.capacity_rps.value
+
+
+def _bought(
+    request: AdviceRequest, change: str, chosen: Candidate | None, factor: float = 1.0
+) -> Iterator[Sensitivity]:
     """The best under an easier wish; what was chosen under the harder one is open to it as well."""
     try:
-        result = _search(request)
+        best = _search(request).best
     except RecommendError:
         return                             # the changed wish cannot be answered either
-    found = [] if result.best is None else [_verified(request, result.best, result)]
-    options = [each for each in (*found, chosen) if each is not None and each.constraint is not Constraint.INVENTORY]
+    options = [] if best is None else [(best.cost_per_hour, -_carried(best) * factor)]
+    options += [] if chosen is None else [(chosen.cost_per_hour, -_carried(chosen))]
     if options:
-        best = min(options, key=lambda each: (each.cost_per_hour, -_carried(each)))
-        yield Sensitivity(change=change, cost_per_hour=best.cost_per_hour, capacity_rps=_carried(best))
+        cost, carried = min(options)
+        yield Sensitivity(change=change, cost_per_hour=cost, capacity_rps=-carried)

@@ -21,8 +21,9 @@ from enova_recommender.recommend.types import (
     EngineSettings,
     Objectives,
     Prediction,
+    Sensitivity,
 )
-from enova_recommender.types import Interval, ModelShape
+from enova_recommender.types import Interval, ModelShape, Parallelism
 
 Answer = dict[str, object]
 Flags = dict[str, bool | int | float | str]
@@ -56,10 +57,7 @@ def answer(request: AdviceRequest, advice: Advice, current: Candidate | None = N
         **({"chosen": _candidate(chosen, shape)} if chosen is not None else {}),
         **({"current": _candidate(current, shape)} if current is not None else {}),
         "capacity_rps": capacity_rps(chosen),
-        "sensitivities": [
-            {"change": each.change, "cost_per_hour": each.cost_per_hour, "capacity_rps": each.capacity_rps}
-            for each in advice.sensitivities
-        ],
+        "sensitivities": [_sensitivity(each) for each in advice.sensitivities],
         "runners_up": [_candidate(each, shape) for each in advice.runners_up],
         "pareto": [_candidate(each, shape) for each in advice.pareto],
         "evaluated": advice.evaluated,
@@ -168,10 +166,11 @@ def _chosen(request: AdviceRequest, advice: Advice) -> Iterator[str]:
         "On average {chosen.prediction.mean_sequences|figure} requests are in the batch, and the cache holds "
         "{chosen.prediction.kv_tokens|count} tokens."
     )
-    for index in range(len(advice.sensitivities)):
+    for index, sensitivity in enumerate(advice.sensitivities):
         place = f"sensitivities.{index}"
+        limit = f" of {{{place}.limit_s|seconds}}" if sensitivity.limit_s is not None else ""
         yield (
-            f"With {{{place}.change}}: {{{place}.cost_per_hour|dollars}} an hour for "
+            f"With {{{place}.change}}{limit}: {{{place}.cost_per_hour|dollars}} an hour for "
             f"{{{place}.capacity_rps|figure}} requests a second."
         )
 
@@ -179,24 +178,64 @@ def _chosen(request: AdviceRequest, advice: Advice) -> Iterator[str]:
 def _nothing(advice: Advice) -> Iterator[str]:
     binding = f"; most of all it lacks {BINDING[advice.binding]}" if advice.binding is not None else ""
     yield f"Nothing of what there is carries {{requests_per_s|figure}} requests a second of {{model}}{binding}."
-    for index in range(len(advice.sensitivities)):
+    for index, sensitivity in enumerate(advice.sensitivities):
         place = f"sensitivities.{index}"
+        limit = f" of {{{place}.limit_s|seconds}}" if sensitivity.limit_s is not None else ""
         yield (
-            f"With {{{place}.change}} it would be {{{place}.capacity_rps|figure}} requests a second for "
+            f"With {{{place}.change}}{limit} it would be {{{place}.capacity_rps|figure}} requests a second for "
             f"{{{place}.cost_per_hour|dollars}} an hour."
         )
 
 
 def _others(advice: Advice) -> Iterator[str]:
-    for index in range(min(RUNNERS_UP_EXPLAINED, len(advice.runners_up))):
-        place = f"runners_up.{index}"
-        yield f"Not {{{place}.reason}}."
+    for index, candidate in enumerate(advice.runners_up[:RUNNERS_UP_EXPLAINED]):
+        yield _loser(f"runners_up.{index}", candidate)
     if advice.rejected:
         parts = (
             f"{{rejected.{index}.count|count}} to {BINDING[constraint]}"
             for index, (constraint, _) in enumerate(advice.rejected)
         )
         yield f"Of {{evaluated|count}} configurations fell {', '.join(parts)}."
+
+
+def _loser(place: str, candidate: Candidate) -> str:
+    """Why a runner-up lost, from its own figures where they say it."""
+    name = f"Not {{{place}.gpus_per_replica|count}} x {{{place}.gpu_type}} ({{{place}.layout}}):"
+    prediction = candidate.prediction
+    match candidate.constraint:
+        case Constraint.COST:
+            return (
+                f"{name} {{{place}.replicas|count}} of them cost {{{place}.cost_per_hour|dollars}} an hour and carry "
+                f"{{{place}.capacity_rps|figure}} requests a second."
+            )
+        case Constraint.INVENTORY if candidate.replicas:
+            return f"{name} {{{place}.replicas|count}} of them would be needed, more than there is room for."
+        case Constraint.TTFT if prediction is not None and math.isfinite(prediction.ttft_s.high):
+            took = f"the first token takes {{{place}.prediction.ttft_s.value|seconds}}"
+            return f"{name} {took} at best, {{objectives.ttft_s|seconds}} is asked for."
+        case Constraint.TPOT if prediction is not None and math.isfinite(prediction.tpot_s.high):
+            took = f"{{{place}.prediction.tpot_s.value|seconds}} pass between tokens"
+            return f"{name} {took} at best, {{objectives.tpot_s|seconds}} is asked for."
+        case _:
+            return f"Not {{{place}.reason}}."
+
+
+def _sensitivity(sensitivity: Sensitivity) -> Answer:
+    plain: Answer = {
+        "change": sensitivity.change,
+        "cost_per_hour": sensitivity.cost_per_hour,
+        "capacity_rps": sensitivity.capacity_rps,
+    }
+    if sensitivity.limit_s is not None:
+        plain["limit_s"] = sensitivity.limit_s
+    return plain
+
+
+def _layout(sizes: Parallelism) -> str:
+    """How a replica is cut, in vLLM's abbreviations."""
+    parts = [f"TP {sizes.tensor}"]
+    parts += [f"{word} {size}" for word, size in (("PP", sizes.pipeline), ("DP", sizes.data)) if size > 1]
+    return " ".join([*parts, *(["EP"] if sizes.expert else [])])
 
 
 def _objectives(objectives: Objectives) -> Answer:
@@ -213,6 +252,8 @@ def _candidate(candidate: Candidate, shape: ModelShape) -> Answer:
         "gpus": candidate.replicas * settings.parallelism.gpus,
         "configuration": flags(settings, shape),
         "reason": candidate.reason,
+        "layout": _layout(settings.parallelism),
+        "capacity_rps": capacity_rps(candidate),
     }
     if math.isfinite(candidate.cost_per_hour):
         plain["cost_per_hour"] = candidate.cost_per_hour

@@ -120,6 +120,7 @@ class Sensitivity:
     change: str
     cost_per_hour: float
     capacity_rps: float
+    limit_s: float | None = None  # the objective, where the change is a looser one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
