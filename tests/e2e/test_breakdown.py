@@ -82,6 +82,7 @@ def test_a_person_is_shown_the_same_figures(loaded: UpFleet) -> None:
     assert rows == [*(name.replace("_", " ") for name in PARTS), "end to end"]
     assert f"{found['end_to_end']['mean_s'] * 1e3:.3g} ms" in text or f"{found['end_to_end']['mean_s']:.3g} s" in text
     assert "times what the kernel tables say" in text
+    assert "v1: steps take" in loaded.enova("describe", "deployment/chat").out
 
 
 def test_prometheus_is_told_the_factor(loaded: UpFleet) -> None:

@@ -9,19 +9,19 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from enova.v1.breakdown_service_pb2 import Breakdown, Calibration, GetBreakdownRequest, StepBreakdown, TimePart
+from enova.v1.breakdown_service_pb2 import Breakdown, GetBreakdownRequest, TimePart
 from enova_cli import output
 from enova_cli.client import CALL_TIMEOUT_S, Client
 from enova_cli.commands.deployments import Duration
 from enova_cli.commands.resources import complete_kind, find, parse_kind
 from enova_cli.context import Context, output_option, pass_context
 from enova_cli.plain import to_plain
+from enova_cli.step_text import duration, step_lines
 
 WINDOW_S = 300.0
 _MEANING = {
     "remainder": "HTTP on both hops, tokenising, detokenising, streaming",
 }
-_FACTOR_SHOWN = 0.005              # factors nearer to 1 than this are not listed
 
 
 @click.command()
@@ -59,7 +59,7 @@ def _print(answer: Breakdown) -> None:
         table.add_row(*_row(part))
     Console(highlight=False, markup=False).print(table)
     for steps in answer.steps:
-        for line in _steps(steps, answer.end_s):
+        for line in step_lines(steps, answer.end_s):
             print(line)
     for note in answer.notes:
         print(f"note: {note}")
@@ -88,40 +88,4 @@ def _quantile(part: TimePart, percentile: str) -> str:
         return f">{duration(quantile.low_s)}"
     return f"<{duration(quantile.high_s)}" if not quantile.low_s else (
         f"{duration(quantile.low_s)} to {duration(quantile.high_s)}"
-    )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them: three figures, in ms below one second."""
-    if abs(seconds) < 1:
-        return f"{seconds * 1e3:.3g} ms"
-    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:.0f} s"
-
-
-def _steps(steps: StepBreakdown, now_s: float) -> Iterable[str]:
-    variant = steps.variant.rpartition("/")[2]
-    if steps.HasField("step_s"):
-        per_sequence = steps.context_tokens / steps.decode_sequences if steps.decode_sequences else 0.0
-        yield (
-            f"a step of {variant}, {now_s - steps.time_s:.0f} s ago: {duration(steps.step_s)} measured,"
-            f" {duration(steps.predicted_s)} predicted, for {steps.decode_sequences:.1f} sequences of"
-            f" {per_sequence:.0f} tokens and {steps.prefill_tokens:.1f} prompt tokens"
-        )
-    else:
-        yield f"a step of {variant}: not measured"
-    for each in steps.shares:
-        yield f"  {each.kernel.lower().replace('_', ' '):20} {duration(each.seconds):>9} {each.share:6.1%}"
-    if steps.HasField("calibration"):
-        yield _calibration(steps.calibration)
-
-
-def _calibration(value: Calibration) -> str:
-    factors = ", ".join(
-        f"{each.kernel.lower()} {each.factor:.2f} +- {each.deviation:.2f}"
-        for each in value.factors
-        if abs(each.factor - 1) > _FACTOR_SHOWN
-    )
-    return (
-        f"  steps take {value.factor:.2f} times what the kernel tables say, +- {value.spread:.1%}"
-        f" ({value.updates} measurements, {value.outliers} cut as outliers{': ' + factors if factors else ''})"
     )

@@ -14,6 +14,7 @@ from enova_cli import output
 from enova_cli.client import Client, Stubs
 from enova_cli.context import Context, output_option, pass_context
 from enova_cli.plain import to_plain
+from enova_cli.step_text import calibration_line
 from enova_common.errors import NotFound
 
 EVENTS_SHOWN_MAX = 4096  # remembered while following, so that none is shown twice after an outage
@@ -96,10 +97,24 @@ def describe(context: Context, what: str) -> None:
             output.print_object(kind, plain, context.form)
             return
         output.print_description(plain)
+        if kind == "deployments":
+            await _describe_steps(client, str(plain["name"]))
         events = [to_plain(event) for event in await client.list_events(str(plain.get("name", "")))]
         output.print_objects("events", events[:10], context.form)
 
     context.run(action)
+
+
+async def _describe_steps(client: Client, name: str) -> None:
+    """What live engines taught of the step times of a deployment's variants."""
+    from enova.v1.breakdown_service_pb2 import GetBreakdownRequest
+    from enova_cli.client import CALL_TIMEOUT_S
+
+    request = GetBreakdownRequest(name=name)
+    answer = await client.call(lambda s: s.breakdowns.GetBreakdown(request, timeout=CALL_TIMEOUT_S))
+    for steps in answer.steps:
+        if steps.HasField("calibration"):
+            print(f"{steps.variant.rpartition('/')[2]}: {calibration_line(steps.calibration)}")
 
 
 @click.command()
