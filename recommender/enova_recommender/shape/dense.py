@@ -79,43 +79,47 @@ class Dense:
     norms: int = 2                     # of the hidden size, in each layer
     norm_bias: bool = False            # LayerNorm has one, RMSNorm has none
     head_norm: HeadNorm = HeadNorm.NONE
-    asked_norm: HeadNorm = HeadNorm.NONE   # instead, where use_qk_norm is set
+    asked_norm: HeadNorm = HeadNorm.NONE   # instead, where use_qk_norm or qk_layernorm is set
+    head_dim: int | None = None        # where config.json does not say; None: the hidden size divided by the heads
+    grouped: bool = True               # heads may share keys
     sinks: bool = False                # a learnt weight a head that takes attention and gives nothing
     windows: Windows = Windows.NONE
     period: int = 1                    # of windows that are PERIODIC, where config.json does not say
     positions: int | None = None       # learnt positions: the context and so many more
     embedding_norm: bool = False
-    head_bias: bool = False
+    head_bias: Bias = NO
     intermediate_ratio: int | None = None  # of intermediate to hidden size, where config.json does not say
 
 
 _LLAMA = Dense(qkv=ASKED, output=ASKED, feed=if_said("mlp_bias"))
-_GPT = Dense(tied=True, qkv=YES, output=YES, feed=YES, gated=False, norm_bias=True, intermediate_ratio=4)
-_GPTJ = replace(_GPT, tied=False, qkv=NO, output=NO, norms=1, head_bias=True)
-_GEMMA = Dense(tied=True, qkv=ASKED, output=ASKED)
+_GPT = Dense(tied=True, qkv=YES, output=YES, feed=YES, gated=False, norm_bias=True, intermediate_ratio=4,
+             grouped=False)
+_GPTJ = replace(_GPT, tied=False, qkv=NO, output=NO, norms=1, head_bias=YES)
+_GEMMA = Dense(tied=True, qkv=ASKED, output=ASKED, head_dim=256)
 _GEMMA2 = replace(_GEMMA, norms=4, windows=Windows.PERIODIC, period=2)
 _COHERE = Dense(tied=True, qkv=ASKED, output=ASKED, norms=1, asked_norm=HeadNorm.ALL_HEADS)
-_GLM4 = Dense(qkv=ASKED, norms=4)
+_GLM4 = Dense(qkv=usually("attention_bias"), norms=4, head_dim=128)
 _OLMO2 = Dense(qkv=ASKED, output=ASKED, head_norm=HeadNorm.ALL_HEADS)
 _QWEN2 = Dense(qkv=YES, windows=Windows.LAST)
-_QWEN3 = Dense(qkv=ASKED, output=ASKED, head_norm=HeadNorm.PER_HEAD, windows=Windows.LAST)
+_QWEN3 = Dense(qkv=ASKED, output=ASKED, head_norm=HeadNorm.PER_HEAD, windows=Windows.LAST, head_dim=128)
 _EXAONE4 = Dense(head_norm=HeadNorm.PER_HEAD, windows=Windows.PERIODIC, period=4)
 FAMILIES: Mapping[str, Dense] = {
-    "llama": _LLAMA, "aquila": Dense(), "granite": replace(_LLAMA, tied=True), "smollm3": replace(_LLAMA, tied=True),
+    "llama": _LLAMA, "aquila": Dense(), "granite": _LLAMA, "smollm3": replace(_LLAMA, tied=True),
     "arcee": replace(_LLAMA, gated=False), "internlm2": Dense(qkv=if_said("bias"), output=if_said("bias")),
-    "seed_oss": replace(_LLAMA, qkv=usually("attention_bias"), output=if_said("attention_out_bias")),
-    "mistral": Dense(windows=Windows.ALL), "ministral": Dense(windows=Windows.ALL), "ministral3": Dense(),
+    "seed_oss": replace(_LLAMA, qkv=usually("attention_bias"), output=if_said("attention_out_bias"),
+                        head_dim=128),
+    "mistral": Dense(windows=Windows.ALL), "ministral": Dense(windows=Windows.ALL), "ministral3": Dense(head_dim=128),
     "qwen2": _QWEN2, "mimo": _QWEN2, "qwen3": _QWEN3, "qwen3_vl_text": _QWEN3,
     "phi3": Dense(windows=Windows.ALL),
-    "phi": Dense(qkv=YES, output=YES, feed=YES, gated=False, norms=1, norm_bias=True, head_bias=True),
+    "phi": Dense(qkv=YES, output=YES, feed=YES, gated=False, norms=1, norm_bias=True, head_bias=YES),
     "gemma": _GEMMA, "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, head_norm=HeadNorm.PER_HEAD, period=6),
-    "cohere": _COHERE, "cohere2": replace(_COHERE, windows=Windows.PERIODIC, period=4),
+    "cohere": _COHERE, "cohere2": replace(_COHERE, asked_norm=HeadNorm.NONE, windows=Windows.PERIODIC, period=4),
     "glm": replace(_GLM4, norms=2), "glm4": _GLM4,
     "olmo2": _OLMO2, "olmo3": replace(_OLMO2, windows=Windows.PERIODIC, period=4),
     "exaone4": _EXAONE4,
     "ernie4_5": Dense(tied=True, qkv=if_said("use_bias"), output=if_said("use_bias"),
-                      feed=if_said("use_bias")),
+                      feed=if_said("use_bias"), head_dim=128),
     "hunyuan_v1_dense": Dense(qkv=ASKED, output=ASKED, head_norm=HeadNorm.PER_HEAD),
     "stablelm": Dense(qkv=if_said("use_qkv_bias"), norm_bias=True, asked_norm=HeadNorm.ALL_HEADS),
     "starcoder2": Dense(tied=True, qkv=ALL, output=ALL, feed=ALL, gated=False, norm_bias=True, windows=Windows.ALL),
@@ -129,7 +133,13 @@ FAMILIES: Mapping[str, Dense] = {
 
 def read_dense(fields: Fields, family: Dense) -> Body:
     """A model of one of the families in the table."""
-    return _even(fields, family, read_sizes(fields))
+    return _even(fields, family, family_sizes(fields, family))
+
+
+def family_sizes(fields: Fields, family: Dense) -> Sizes:
+    """The widths, as the family reads them."""
+    said = fields if family.grouped else fields.without("num_key_value_heads", "head_dim")
+    return read_sizes(said, head_dim=family.head_dim)
 
 
 def dense_feed_forward(fields: Fields, family: Dense, hidden: int) -> Mlp:
@@ -164,7 +174,7 @@ def decoder(fields: Fields, family: Dense, sizes: Sizes, feed_forwards: Sequence
 
 def _surroundings(fields: Fields, family: Dense, hidden: int) -> int:
     positions = 0 if family.positions is None else hidden * (fields.count(*CONTEXT) + family.positions)
-    return positions + (fields.count("vocab_size") if family.head_bias else 0)
+    return positions + (fields.count("vocab_size") if family.head_bias.read(fields) else 0)
 
 
 def _kinds(fields: Fields, family: Dense, layers: int) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from enova_recommender.shape.body import Body, Reader
-from enova_recommender.shape.dense import ASKED, NO, YES, Bias, Dense, Windows, decoder, if_said, usually
+from enova_recommender.shape.dense import ASKED, NO, YES, Bias, Dense, Windows, decoder, family_sizes, if_said, usually
 from enova_recommender.shape.fields import Fields
 from enova_recommender.shape.parts import (
     CONTEXT,
@@ -35,6 +35,7 @@ class Mixture:
 
     attention: Dense
     width: tuple[str, ...] = ("intermediate_size",)   # the key of an expert's intermediate size
+    shared: bool = True                               # there may be shared experts
     shared_gate: bool = False                         # a learnt share of the shared expert
     correction: Bias = NO                             # a bias a routed expert that steers its choice
     biases: bool = False                              # of routers and experts
@@ -46,7 +47,7 @@ def read_experts(fields: Fields, hidden: int, family: Mixture) -> Experts:
     if per_token > experts:
         raise fields.error(PER_TOKEN[0], f"{per_token} is more than the {experts} experts")
     width = fields.count(*family.width)
-    shared = shared_width(fields, width)
+    shared = shared_width(fields, width) if family.shared else 0
     gate = hidden if family.shared_gate and shared else 0
     correction = experts if family.correction.read(fields) else 0
     return Experts(
@@ -83,11 +84,13 @@ def sparse_layers(fields: Fields, layers: int) -> list[bool]:
             raise fields.error("moe_layer_freq", f"has {len(listed)} entries for {layers} layers")
         return [bool(has_experts) for has_experts in listed]
     first = fields.count("first_k_dense_replace", "moe_layer_start_index", default=0, least=0)
-    step = fields.count("decoder_sparse_step", default=1, least=0)
-    every = fields.count("moe_layer_freq", "moe_layer_interval", default=1)
+    end = fields.count("moe_layer_end_index", default=-1, least=-1)
+    last = layers - 1 if end < 0 else end
+    step = fields.count("decoder_sparse_step", "moe_layer_interval", default=1, least=0)
+    every = fields.count("moe_layer_freq", default=1)
     dense = set(fields.counts("mlp_only_layers") or ())
     return [
-        index >= first and index % every == 0 and step > 0 and (index + 1) % step == 0 and index not in dense
+        first <= index <= last and index % every == 0 and step > 0 and (index + 1) % step == 0 and index not in dense
         for index in range(layers)
     ]
 
@@ -102,7 +105,7 @@ def feed_forwards(fields: Fields, hidden: int, sparse: Sequence[bool], family: M
 
 def read_mixture(fields: Fields, family: Mixture) -> Body:
     """A model of one of the families in the table."""
-    sizes = read_sizes(fields)
+    sizes = family_sizes(fields, family.attention)
     sparse = sparse_layers(fields, fields.layers())
     return decoder(fields, family.attention, sizes, feed_forwards(fields, sizes.hidden, sparse, family))
 
@@ -145,8 +148,9 @@ _QWEN2 = Mixture(
     attention=Dense(qkv=usually("qkv_bias"), windows=Windows.LAST), width=EXPERT_WIDTH, shared_gate=True
 )
 _QWEN3 = Mixture(
-    attention=Dense(qkv=ASKED, output=ASKED, head_norm=HeadNorm.PER_HEAD, windows=Windows.LAST), width=EXPERT_WIDTH
-)
+    attention=Dense(qkv=ASKED, output=ASKED, head_norm=HeadNorm.PER_HEAD, windows=Windows.LAST), width=EXPERT_WIDTH,
+    shared=False,
+)  # fmt: skip
 _GLM4 = Mixture(
     attention=Dense(qkv=ASKED, asked_norm=HeadNorm.PER_HEAD), width=EXPERT_WIDTH, correction=YES
 )
@@ -155,20 +159,20 @@ _GPT_OSS_ATTENTION = Dense(
     period=2,
 )  # fmt: skip
 FAMILIES: Mapping[str, Mixture] = {
-    "mixtral": Mixture(attention=Dense(windows=Windows.ALL)),
+    "mixtral": Mixture(attention=Dense(windows=Windows.ALL), shared=False),
     "qwen2_moe": _QWEN2, "qwen3_moe": _QWEN3, "qwen3_vl_moe_text": _QWEN3, "qwen3_omni_moe_text": _QWEN3,
     "olmoe": Mixture(attention=Dense(qkv=ASKED, output=ASKED, head_norm=HeadNorm.ALL_HEADS)),
     "phimoe": Mixture(attention=Dense(qkv=ASKED, output=ASKED, norm_bias=True, windows=Windows.ALL,
-                                      head_bias=True)),
-    "granitemoe": Mixture(attention=replace(_ROUTED, tied=True)),
-    "granitemoeshared": Mixture(attention=replace(_ROUTED, tied=True)),
+                                      head_bias=if_said("lm_head_bias")), shared=False),
+    "granitemoe": Mixture(attention=_ROUTED, shared=False),
+    "granitemoeshared": Mixture(attention=_ROUTED),
     "deepseek": Mixture(attention=_ROUTED, width=EXPERT_WIDTH),
     "ernie4_5_moe": Mixture(attention=Dense(tied=True, qkv=if_said("use_bias"), output=if_said("use_bias")),
                             width=EXPERT_WIDTH, correction=YES),
     "glm4_moe": _GLM4, "glm4v_moe_text": _GLM4,
-    "minimax_m2": Mixture(attention=Dense(asked_norm=HeadNorm.ALL_HEADS),
+    "minimax_m2": Mixture(attention=Dense(head_norm=HeadNorm.ALL_HEADS),
                           correction=usually("use_routing_bias")),
-    "gpt_oss": Mixture(attention=_GPT_OSS_ATTENTION, biases=True),
+    "gpt_oss": Mixture(attention=_GPT_OSS_ATTENTION, shared=False, biases=True),
 }  # fmt: skip
 READERS: Mapping[str, Reader] = {
     **{name: partial(read_mixture, family=family) for name, family in FAMILIES.items()},

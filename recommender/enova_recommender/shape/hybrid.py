@@ -78,14 +78,14 @@ def read_qwen_hybrid(fields: Fields, *, sparse: bool) -> Body:
     )
 
 
-def read_mamba2(fields: Fields, hidden: int) -> Recurrence:
-    """A Mamba-2 layer (arXiv 2405.21060)."""
+def read_mamba2(fields: Fields, hidden: int, *, bias: str) -> Recurrence:
+    """A Mamba-2 layer (arXiv 2405.21060); `bias` is the key of its projections' biases."""
     heads, dim = fields.count("mamba_num_heads", "mamba_n_heads"), fields.count("mamba_head_dim", "mamba_d_head")
     state, taps = fields.count("ssm_state_size", "mamba_d_state"), fields.count("conv_kernel", "mamba_d_conv")
     inner, groups = heads * dim, fields.count("n_groups", "mamba_n_groups", default=1)
     channels = inner + 2 * groups * state
     projected = inner + channels + heads
-    biases = projected + hidden if fields.flag("mamba_proj_bias", "use_bias") else 0
+    biases = projected + hidden if fields.flag(bias) else 0
     convolution = channels * (taps + fields.flag("use_conv_bias", "mamba_conv_bias", default=True))
     return Recurrence(
         heads=heads,
@@ -125,10 +125,9 @@ def _nemotron_layer(fields: Fields, sizes: Sizes, letter: str) -> Block:
     biased = fields.flag("mlp_bias")
     match letter:
         case "M":
-            mixer = read_mamba2(fields, sizes.hidden)
+            mixer = read_mamba2(fields, sizes.hidden, bias="use_bias")
         case "*":
-            asked = fields.flag("attention_bias")
-            mixer = attention(sizes, qkv_bias=asked, output_bias=asked)
+            mixer = attention(sizes)
         case "-":
             feed_forward = mlp(sizes.hidden, fields.count("intermediate_size"), gated=False, bias=biased)
         case "E":
@@ -141,7 +140,11 @@ def _nemotron_layer(fields: Fields, sizes: Sizes, letter: str) -> Block:
 def _nemotron_experts(fields: Fields, hidden: int) -> FeedForward:
     """Experts without gates; in the larger models they work on a projection of the token."""
     experts = read_experts(fields, hidden, Mixture(attention=Dense(), width=EXPERT_WIDTH, correction=YES))
-    return replace(experts, gated=False, latent_size=fields.optional_count("moe_latent_size"))
+    biases = experts.shared_intermediate_size + hidden if fields.flag("mlp_bias") else 0
+    return replace(
+        experts, gated=False, latent_size=fields.optional_count("moe_latent_size"),
+        extra_parameters=experts.extra_parameters + biases,
+    )  # fmt: skip
 
 
 def read_mamba2_hybrid(fields: Fields) -> Body:
@@ -149,7 +152,7 @@ def read_mamba2_hybrid(fields: Fields) -> Body:
     sizes, layers = read_sizes(fields), fields.layers()
     mixers: dict[str, Mixer] = {
         ATTENTION: attention(sizes, qkv_bias=fields.flag("attention_bias"), output_bias=fields.flag("attention_bias")),
-        MAMBA: read_mamba2(fields, sizes.hidden),
+        MAMBA: read_mamba2(fields, sizes.hidden, bias="mamba_proj_bias"),
     }
     indices = set(fields.counts("attn_layer_indices") or ())
     default = tuple(ATTENTION if index in indices else MAMBA for index in range(layers))
@@ -163,12 +166,11 @@ def read_mamba2_hybrid(fields: Fields) -> Body:
         part: FeedForward = read_experts(fields, sizes.hidden, Mixture(attention=Dense()))
     else:
         shared = fields.optional_count("shared_intermediate_size")
-        part = mlp(sizes.hidden, shared or fields.count("intermediate_size"))
+        part = mlp(sizes.hidden, shared or fields.count("intermediate_size"), bias=fields.flag("mlp_bias"))
     return Body(
         hidden_size=sizes.hidden,
         blocks=stack([mixers[kind] for kind in kinds], [part] * layers, 2 * sizes.hidden),
         extra_parameters=sizes.hidden,
-        tied_embeddings=fields.text("model_type") == "granitemoehybrid",
     )
 
 

@@ -37,12 +37,11 @@ class Sizes:
     head_dim: int
 
 
-def read_sizes(fields: Fields, *, kv_heads: int | None = None) -> Sizes:
-    """The widths; `kv_heads` stands in where config.json does not say (default: as many as query heads)."""
+def read_sizes(fields: Fields, *, kv_heads: int | None = None, head_dim: int | None = None) -> Sizes:
+    """The widths; what is given stands in where config.json does not say, else heads divide the hidden size evenly."""
     hidden, heads = fields.count(*HIDDEN), fields.count(*HEADS)
-    if fields.has("head_dim", "attention_head_dim") or fields.get("head_dim") is not None:
-        head_dim = fields.count("head_dim", "attention_head_dim")
-    else:
+    head_dim = fields.optional_count("head_dim", "attention_head_dim") or head_dim
+    if head_dim is None:
         if hidden % heads:
             raise fields.error("head_dim", f"is missing, and hidden_size {hidden} is no multiple of {heads} heads")
         head_dim = hidden // heads
