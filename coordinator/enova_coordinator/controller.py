@@ -39,8 +39,8 @@ from enova_coordinator.core.routes import LengthRules, RouteTable, next_table, r
 from enova_coordinator.election import Leadership
 from enova_coordinator.events import EventLog
 from enova_coordinator.snapshot import Mirror
-from enova_coordinator.store import OUTCOME_UNKNOWN, Store, codec
-from enova_coordinator.store.changes import commit
+from enova_coordinator.store import Store, codec
+from enova_coordinator.store.changes import commit, unknown_ends
 
 SELF = "coordinator"               # the object of events that are about no other
 LAG_PERIOD_S = 0.1
@@ -177,13 +177,12 @@ class Controller:
         try:
             async with asyncio.timeout(self._settings.reached_timeout_s):
                 await self._mirror.reached(self._written)
-            await self._step(leadership)
+            with unknown_ends(leadership):
+                await self._step(leadership)
             self.last_error = ""
         except TimeoutError:
             self._failed("the store's changes do not arrive: nothing is decided on a stale view")
         except EnovaError as error:
-            if error.reason == OUTCOME_UNKNOWN:
-                leadership.end(f"the outcome of a write is unknown: {error}")
             self._failed(str(error))
         except Exception as error:
             # A defect must cost a round, not the term: else the next leader meets it, and nobody leads.
@@ -316,7 +315,8 @@ class Controller:
             writes += self._variant_writes(after)
             if request is not None:
                 writes.append(Put(value=request, revision=0))
-            result = await commit(self._store, leadership.guard(), writes)
+            with unknown_ends(leadership):
+                result = await commit(self._store, leadership.guard(), writes)
             if result.succeeded:
                 self._recorded(full, result.revision)
                 return
@@ -330,7 +330,8 @@ class Controller:
         """Write a decision that changes nothing (the policy wanted to act and something forbade it)."""
         leadership = self._leading()
         full = self._completed(decision, leadership, None, None)
-        result = await commit(self._store, leadership.guard(), [Put(value=full, revision=0)])
+        with unknown_ends(leadership):
+            result = await commit(self._store, leadership.guard(), [Put(value=full, revision=0)])
         if not result.succeeded:
             raise Conflict(f"the decision {full.name} was not written", remedy="try again")
         self._recorded(full, result.revision)

@@ -347,6 +347,16 @@ async def test_a_write_of_unknown_outcome_ends_the_term_and_the_next_one_goes_on
     assert second.term > first.term
 
 
+async def test_a_target_of_unknown_outcome_ends_the_term_as_well(coordinator: Coordinator) -> None:
+    await coordinator.deploy(DeploymentSpec(model="m", replicas=1))
+    await coordinator.ready(1)
+    coordinator.store.fail_on = "decisions/"
+    coordinator.store.failure = TimedOut("no answer", reason=OUTCOME_UNKNOWN)
+    with pytest.raises(TimedOut):
+        await coordinator.controller.set_target("deployments/chat", 2, decision())
+    assert "outcome of a write is unknown" in coordinator.leaderships[0].reason
+
+
 async def test_a_change_that_the_store_refuses_does_not_keep_others_from_theirs(coordinator: Coordinator) -> None:
     coordinator.store.fail_on = "replicas/a/"
     coordinator.store.failure = Conflict("not today")

@@ -40,6 +40,10 @@ class Fence(Protocol):
         """Whether it may still act."""
         ...
 
+    def end(self, reason: str) -> None:
+        """End the term here and now."""
+        ...
+
 
 class Control(Protocol):
     """The leader's control loop."""

@@ -19,6 +19,7 @@ from enova_common.errors import Conflict, InvalidField, NotFound
 from enova_coordinator.core.model import Deployment, Node, Replica, RequestRecord
 from enova_coordinator.service.leading import Chair, Leading
 from enova_coordinator.store import Compare, Delete, ModRevisionIs, Operation, Put, Store, codec
+from enova_coordinator.store.changes import unknown_ends
 
 REQUEST_KEEP_S = 86_400.0
 ATTEMPTS_MAX = 10                  # the leader writes beside users; each attempt reads anew
@@ -114,7 +115,8 @@ class Writes:
             if (record := self.record(by, name)) is not None:
                 compares.append(ModRevisionIs(codec.key(record.name), 0))
                 operations.append(Put(codec.key(record.name), codec.encode(record)))
-            result = await self._store.transact(compares, operations)
+            with unknown_ends(leading.fence):
+                result = await self._store.transact(compares, operations)
             if result.succeeded:
                 await self._seen(leading, result.revision)
                 return after
