@@ -118,6 +118,7 @@ def _length_rules(message: agent_service_pb2.LengthRules) -> LengthRules:
         apply=message.apply,
         context_tokens=message.context_tokens,
         limit_tokens=message.limit_tokens,
+        samples_per_s=message.samples_per_s,
         kinds=tuple(
             LengthRule(
                 centroid=base64.b64encode(kind.centroid).decode("ascii"),

@@ -59,7 +59,7 @@ def vectorise_embedding(embedding: Sequence[float], projection: Projection) -> b
 def _projected(features: Iterable[tuple[str, float]], projection: Projection) -> bytes:
     dimension = projection.dimension
     sums = [0.0] * dimension
-    key = projection.seed.to_bytes(8, "big", signed=True) + projection.method.to_bytes(2, "big")
+    key = projection.seed.to_bytes(8, "big", signed=True) + projection.method.to_bytes(8, "big", signed=True)
     for name, weight in features:
         digest = hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=NONZEROS + 1, key=key).digest()
         signs = digest[NONZEROS]

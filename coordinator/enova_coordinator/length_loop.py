@@ -203,7 +203,11 @@ class LengthLoop:
             reason = why_unlimited(deployment, state.limits, context=context)
             self.states[deployment.name] = LengthState(limits=state.limits, reason=reason)
         limits = state.limits if state is not None else None
-        rules = rules_of(deployment, limits, method=learner.method, context_tokens=context)
+        reports = [view.report for view in snapshot.nodes.values() if view.report is not None]
+        ingresses = sum(report.ingress_connected for report in reports)
+        rules = rules_of(
+            deployment, limits, method=learner.method, context_tokens=context, ingresses=ingresses
+        )
         assert rules is not None, deployment.name
         return rules
 

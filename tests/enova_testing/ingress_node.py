@@ -21,7 +21,7 @@ from enova_agent.core.local import (
     decode,
     encode,
 )
-from enova_agent.core.model import LocalEngine, Route, RouteTarget, ServingClass
+from enova_agent.core.model import LengthRules, LocalEngine, Route, RouteTarget, ServingClass
 from enova_agent.ingress.server import Ingress
 from enova_agent.ingress.settings import IngressSettings
 from enova_common.clock import ModelClock
@@ -39,6 +39,7 @@ class TwinAgent:
         self.path = path
         self.node = node
         self.heard: list[Message] = []
+        self.lines: list[bytes] = []   # the same as they came
         self.routes = RoutesUpdate(revision=0)
         self.engines = EnginesUpdate()
         self._server: asyncio.Server | None = None
@@ -87,6 +88,7 @@ class TwinAgent:
         try:
             writer.write(encode(AgentHello(node=self.node)) + encode(self.engines) + encode(self.routes))
             while line := await reader.readline():
+                self.lines.append(line)
                 message = decode(line)
                 assert message is not None
                 self.heard.append(message)
@@ -180,11 +182,13 @@ def replica(number: int) -> str:
     return f"{DEPLOYMENT}/replicas/r{number}"
 
 
-def route(nodes: Sequence[tuple[int, IngressNode]], *, classes: tuple[ServingClass, ...] = (), model: str = MODEL
-          ) -> Route:
+def route(
+    nodes: Sequence[tuple[int, IngressNode]], *, classes: tuple[ServingClass, ...] = (), model: str = MODEL,
+    lengths: LengthRules | None = None,
+) -> Route:
     """A route to these replicas."""
     return Route(
-        served_name=model, deployment=DEPLOYMENT, classes=classes,
+        served_name=model, deployment=DEPLOYMENT, classes=classes, lengths=lengths,
         targets=tuple(
             RouteTarget(replica=replica(number), node=node.node, hop_address=node.hop_address)
             for number, node in nodes
@@ -201,11 +205,12 @@ async def settle(*nodes: IngressNode, revision: int) -> None:
 
 async def serve(
     nodes: Sequence[IngressNode], engines: Sequence[tuple[int, IngressNode, str]], *, revision: int = 1,
-    classes: tuple[ServingClass, ...] = (), **limits: int
+    classes: tuple[ServingClass, ...] = (), lengths: LengthRules | None = None, **limits: int
 ) -> None:
     """Tell the nodes of these engines and route the model to all of them."""
     table = RoutesUpdate(
-        revision=revision, routes=(route([(number, node) for number, node, _ in engines], classes=classes),)
+        revision=revision,
+        routes=(route([(number, node) for number, node, _ in engines], classes=classes, lengths=lengths),),
     )
     for node in nodes:
         mine = tuple(engine(number, url, **limits) for number, owner, url in engines if owner is node)  # type: ignore[arg-type]

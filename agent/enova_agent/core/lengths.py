@@ -55,10 +55,10 @@ class Kinds:
         return limit if 0 < limit <= room else 0
 
 
-def kinds_of(rules: LengthRules) -> Kinds | None:
-    """The rules made ready; None for rules that no vector can be made by."""
+def kinds_of(rules: LengthRules, *, method: int) -> Kinds | None:
+    """The rules made ready for vectors of this method; None for rules that no vector can be made by."""
     try:
-        projection = Projection(seed=rules.seed, dimension=rules.dimension, method=rules.method)
+        projection = Projection(seed=rules.seed, dimension=rules.dimension, method=method)
         kinds = tuple(
             Kind(_direction(base64.b64decode(kind.centroid), rules.dimension), kind.reach, kind.limit_tokens)
             for kind in rules.kinds

@@ -143,6 +143,7 @@ class LengthRules:
     context_tokens: int = 0    # that every engine accepts, prompt and answer together; 0: not known
     limit_tokens: int = 0      # of prompts of no kind; 0: none
     kinds: tuple[LengthRule, ...] = ()
+    samples_per_s: float = 1.0  # answers that are reported at most; real time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

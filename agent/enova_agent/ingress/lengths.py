@@ -30,7 +30,6 @@ from enova_common.prompt_vectors import (
 from enova_common.records import Outcome
 
 PROMPTS_PER_S = 500.0          # looked at: 0.3 ms each, so a seventh of one core
-SAMPLES_PER_S = 5.0            # answers of one deployment that are reported
 BURST_S = 4.0                  # seconds' worth that may come at once
 UNSENT_MAX = 256               # answers that wait for the next report
 OPEN_SHARE = 0.05              # of the answers that could be limited
@@ -49,6 +48,7 @@ class Look:
     method: int
     vector: bytes
     limit: int                 # tokens that its answer is given; 0: none
+    samples_per_s: float = 1.0
 
 
 class Lengths:
@@ -83,14 +83,16 @@ class Lengths:
         vector = await self._vector(text, kinds)
         if vector is None:
             return None
-        return Look(route.deployment, self._method, vector, self._limit(kinds, vector, call, path))
+        limit = self._limit(kinds, vector, call, path)
+        return Look(route.deployment, self._method, vector, limit, rules.samples_per_s)
 
     def ended(self, look: Look, outcome: Outcome, *, finish_reason: str, tokens: int | None) -> None:
         """An answer ended; it is reported if it says something about its length."""
         stopped = finish_reason == _STOPPED
         if outcome is not Outcome.FINISHED or tokens is None or not (stopped or finish_reason in _ENDED):
             return
-        bucket = self._buckets.setdefault(look.deployment, Bucket(SAMPLES_PER_S, SAMPLES_PER_S * BURST_S))
+        bucket = self._buckets.setdefault(look.deployment, Bucket(0.0, 1.0))
+        bucket.per_s, bucket.burst = look.samples_per_s, max(1.0, look.samples_per_s * BURST_S)
         if not bucket.take(now_s=self._monotonic_s()):
             self.skipped["samples"] += 1
             return
@@ -116,7 +118,7 @@ class Lengths:
     def _ready(self, deployment: str, rules: LengthRules) -> Kinds | None:
         known = self._kinds.get(deployment)
         if known is None or known[0] is not rules:
-            known = self._kinds[deployment] = (rules, kinds_of(rules))
+            known = self._kinds[deployment] = (rules, kinds_of(rules, method=self._method))
             if known[1] is None:
                 _log.warning("prompts of %s are not looked at: its rules are not understood", deployment)
         return known[1]

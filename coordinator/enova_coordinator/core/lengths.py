@@ -14,6 +14,8 @@ from enova_recommender.recommend.max_tokens import Kind, Limits, NoLimit
 
 DIMENSION = 128                    # of vectors: neighbours of one kind are found in 98 of 100 cases
 
+SAMPLES_PER_S = 20.0               # answers of one deployment that all ingresses report together: 3 kB a second
+SAMPLES_PER_S_MIN = 0.05           # of one ingress, however many there are
 LIMIT_STEP = 0.03                  # a limit that moved by less is not said anew
 
 _WHY_NONE = {
@@ -35,7 +37,9 @@ def projection_seed(deployment: Deployment) -> int:
     return int.from_bytes(hashlib.blake2b(deployment.uid.encode(), digest_size=7).digest(), "big")
 
 
-def rules_of(deployment: Deployment, limits: Limits | None, *, method: int, context_tokens: int) -> LengthRules | None:
+def rules_of(
+    deployment: Deployment, limits: Limits | None, *, method: int, context_tokens: int, ingresses: int
+) -> LengthRules | None:
     """What the deployment's ingresses are told; None where it is off."""
     policy = deployment.spec.max_tokens_policy
     if policy.mode is MaxTokensMode.OFF:
@@ -48,6 +52,7 @@ def rules_of(deployment: Deployment, limits: Limits | None, *, method: int, cont
         dimension=DIMENSION,
         apply=apply,
         context_tokens=context_tokens,
+        samples_per_s=max(SAMPLES_PER_S_MIN, SAMPLES_PER_S / max(1, ingresses)),
         limit_tokens=(limits.overall or 0) if apply and limits is not None else 0,
         kinds=tuple(
             LengthRule(

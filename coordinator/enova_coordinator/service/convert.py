@@ -447,6 +447,7 @@ def _length_rules_message(value: LengthRules) -> agent_service_pb2.LengthRules:
         apply=value.apply,
         context_tokens=value.context_tokens,
         limit_tokens=value.limit_tokens,
+        samples_per_s=value.samples_per_s,
         kinds=[
             agent_service_pb2.LengthRule(
                 centroid=kind.centroid, reach=kind.reach, limit_tokens=kind.limit_tokens

@@ -407,6 +407,7 @@ class LengthRules(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     LIMIT_TOKENS_FIELD_NUMBER: _builtins.int
     KINDS_FIELD_NUMBER: _builtins.int
+    SAMPLES_PER_S_FIELD_NUMBER: _builtins.int
     method: _builtins.int
     """of making vectors; one that is not known here is left alone"""
     seed: _builtins.int
@@ -418,6 +419,8 @@ class LengthRules(_message.Message):
     """that every engine accepts, prompt and answer together; 0: not known"""
     limit_tokens: _builtins.int
     """of prompts of no kind; 0: none"""
+    samples_per_s: _builtins.float
+    """answers that one ingress reports at most; real time"""
     @_builtins.property
     def kinds(self) -> _containers.RepeatedCompositeFieldContainer[Global___LengthRule]: ...
     def __init__(
@@ -430,10 +433,11 @@ class LengthRules(_message.Message):
         context_tokens: _builtins.int = ...,
         limit_tokens: _builtins.int = ...,
         kinds: _abc.Iterable[Global___LengthRule] | None = ...,
+        samples_per_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply", b"apply", "context_tokens", b"context_tokens", "dimension", b"dimension", "kinds", b"kinds", "limit_tokens", b"limit_tokens", "method", b"method", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apply", b"apply", "context_tokens", b"context_tokens", "dimension", b"dimension", "kinds", b"kinds", "limit_tokens", b"limit_tokens", "method", b"method", "samples_per_s", b"samples_per_s", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,7 +12,7 @@ from enova_agent.core.lengths import NO_KIND, TEMPLATE_TOKENS, Bucket, Kinds, ki
 from enova_agent.core.local import LengthSample, LengthsUpdate, RoutesUpdate, decode, encode
 from enova_agent.core.model import LengthRule, LengthRules, Route
 from enova_agent.ingress.calls import call_of_body, prompt_ends, with_limit, with_priority
-from enova_agent.ingress.lengths import BURST_S, CHAT_PATH, OPEN_SHARE, SAMPLES_PER_S, UNSENT_MAX, Lengths, Look
+from enova_agent.ingress.lengths import BURST_S, CHAT_PATH, OPEN_SHARE, UNSENT_MAX, Lengths, Look
 from enova_common.prompt_vectors import METHOD, Projection, cosine, entries_of, quantised, vectorise
 from enova_common.records import Outcome
 
@@ -35,7 +35,7 @@ TWO = _rules(_rule(SUM, limit=100), _rule(CODE, limit=300), limit_tokens=700)
 
 
 def _kinds(rules: LengthRules = TWO) -> Kinds:
-    kinds = kinds_of(rules)
+    kinds = kinds_of(rules, method=METHOD)
     assert kinds is not None
     return kinds
 
@@ -92,7 +92,7 @@ def test_a_limit_that_might_not_fit_beside_the_prompt_is_none() -> None:
     _rules(LengthRule(centroid="no base64", reach=0.5)), _rules(LengthRule(centroid="A" * 86 + "==", reach=0.5)),
 ])  # fmt: skip
 def test_rules_that_are_not_understood_are_no_rules(rules: LengthRules) -> None:
-    assert kinds_of(rules) is None
+    assert kinds_of(rules, method=METHOD) is None
 
 
 def test_a_bucket_gives_its_burst_and_then_its_rate() -> None:
@@ -189,7 +189,7 @@ def test_prompts_over_the_bound_have_no_limit_and_are_counted() -> None:
     assert looks.count(None) == lengths.skipped["prompts"] == 100
 
 
-LOOK = Look("deployments/d", METHOD, b"\x01\xff", 0)
+LOOK = Look("deployments/d", METHOD, b"\x01\xff", 0, samples_per_s=5.0)
 
 
 @pytest.mark.parametrize(("outcome", "reason", "tokens", "kept"), [
@@ -226,8 +226,8 @@ def test_answers_over_the_bound_are_counted_and_not_kept() -> None:
         lengths.ended(LOOK, Outcome.FINISHED, finish_reason="stop", tokens=1)
     update = lengths.take()
     assert update is not None
-    assert len(update.samples) == SAMPLES_PER_S * BURST_S < UNSENT_MAX
-    assert lengths.skipped["samples"] == 100 - SAMPLES_PER_S * BURST_S
+    assert len(update.samples) == 5 * BURST_S < UNSENT_MAX
+    assert lengths.skipped["samples"] == 100 - 5 * BURST_S
 
 
 def test_deployments_that_are_gone_are_forgotten() -> None:

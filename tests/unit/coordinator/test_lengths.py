@@ -54,7 +54,7 @@ LIMITS = _limits(_kind(100), _kind(None, NoLimit.FEW_ANSWERS), _kind(None, NoLim
 
 
 def _rules(limits: Limits | None = LIMITS, mode: MaxTokensMode = MaxTokensMode.APPLY) -> LengthRules:
-    rules = rules_of(_deployment(mode), limits, method=1, context_tokens=4096)
+    rules = rules_of(_deployment(mode), limits, method=1, context_tokens=4096, ingresses=4)
     assert rules is not None
     return rules
 
@@ -71,7 +71,14 @@ def test_observing_sends_the_projection_and_no_limit() -> None:
     rules = _rules(mode=MaxTokensMode.OBSERVE)
     assert (rules.apply, rules.kinds, rules.limit_tokens, rules.dimension) == (False, (), 0, DIMENSION)
     assert not _rules(None).apply
-    assert rules_of(_deployment(MaxTokensMode.OFF), LIMITS, method=1, context_tokens=1) is None
+    assert rules_of(_deployment(MaxTokensMode.OFF), LIMITS, method=1, context_tokens=1, ingresses=1) is None
+
+
+def test_ingresses_share_what_may_be_reported() -> None:
+    assert _rules().samples_per_s == 5.0
+    many = rules_of(_deployment(), LIMITS, method=1, context_tokens=1, ingresses=10_000)
+    assert many is not None
+    assert many.samples_per_s == 0.05
 
 
 def test_every_deployment_has_a_projection_of_its_own_that_every_leader_knows() -> None:
