@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from enova_recommender import catalog
+from enova_recommender.memory import weight_bytes
 from enova_recommender.shape import ShapeError, parse_shape
 from enova_recommender.types import WEIGHT_FORMATS, Arithmetic, Part
 
@@ -167,6 +168,14 @@ def test_quantising_changes_no_count_of_the_catalogue() -> None:
     for name, config in catalog.model_configs().items():
         plain = {key: value for key, value in config.items() if key != "quantization_config"}
         assert parse_shape(plain, name=name).parameters == catalog.models()[name].parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("openai/gpt-oss-20b", 13_761_264_768), ("openai/gpt-oss-120b", 65_248_815_744)]
+)
+def test_a_checkpoint_weighs_what_its_index_says(name: str, size: int) -> None:
+    # metadata.total_size of model.safetensors.index.json
+    assert weight_bytes(catalog.models()[name]) == size
 
 
 def test_formats_weigh_their_bits_and_a_little_for_scales() -> None:
