@@ -15,6 +15,7 @@ from enova_coordinator.core import advice
 from enova_coordinator.core.advice import Observed
 from enova_coordinator.core.model import DeploymentAdvice, DeploymentSpec, Snapshot
 from enova_coordinator.policy_process import PolicyProcess
+from enova_recommender.performance import Correction
 from enova_recommender.recommend.respond import Problem, respond
 
 Plain = Mapping[str, Any]
@@ -26,6 +27,8 @@ class Advisor:
     """The recommender's door. `now_s` is the wall clock; `creation_wait_s` bounds what a user's write waits for."""
 
     def __init__(self, process: PolicyProcess, *, now_s: Callable[[], float], creation_wait_s: float) -> None:
+        self.corrections: Callable[[], Mapping[str, Correction]] = dict
+        """What live engines taught of step times, by engine; the leader sets it."""
         self._process = process
         self._now_s = now_s
         self._creation_wait_s = creation_wait_s
@@ -33,7 +36,7 @@ class Advisor:
 
     async def answer(self, request: Plain) -> Plain:
         """The answer to a request. Raises InvalidField, TimedOut, Unavailable, PolicyRaised."""
-        found = await self._process.run(respond, request)
+        found = await self._process.run(respond, {**request, "corrections": dict(self.corrections())})
         if isinstance(found, Problem):
             raise InvalidField(found.message, field=found.field, remedy=found.remedy)
         return found

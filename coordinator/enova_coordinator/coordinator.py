@@ -193,6 +193,7 @@ class Coordinator:
             lengths=length_loop.states,
             models=models,
         )
+        self.advisor.corrections = calibration.corrections
         advice_loop = self._advice_loop(leadership, models)
         works = (
             self.controller.run(leadership),

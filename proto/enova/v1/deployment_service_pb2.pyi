@@ -758,6 +758,7 @@ class AdviceCandidate(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     CAPACITY_RPS_FIELD_NUMBER: _builtins.int
+    RESTS_ON_FIELD_NUMBER: _builtins.int
     gpu_type: _builtins.str
     gpus_per_replica: _builtins.int
     replicas: _builtins.int
@@ -774,6 +775,8 @@ class AdviceCandidate(_message.Message):
     """how a replica is cut: TP 2 PP 2"""
     capacity_rps: _builtins.float
     """of all replicas"""
+    rests_on: _builtins.str
+    """where its step times come from"""
     @_builtins.property
     def configuration(self) -> _cluster_pb2.Configuration: ...
     @_builtins.property
@@ -794,10 +797,11 @@ class AdviceCandidate(_message.Message):
         reason: _builtins.str = ...,
         layout: _builtins.str = ...,
         capacity_rps: _builtins.float = ...,
+        rests_on: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour", "configuration", b"configuration", "cost_per_hour", b"cost_per_hour", "prediction", b"prediction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour", "capacity_rps", b"capacity_rps", "configuration", b"configuration", "constraint", b"constraint", "cost_per_hour", b"cost_per_hour", "gpu_type", b"gpu_type", "gpus", b"gpus", "gpus_per_replica", b"gpus_per_replica", "layout", b"layout", "prediction", b"prediction", "reason", b"reason", "replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour", "capacity_rps", b"capacity_rps", "configuration", b"configuration", "constraint", b"constraint", "cost_per_hour", b"cost_per_hour", "gpu_type", b"gpu_type", "gpus", b"gpus", "gpus_per_replica", b"gpus_per_replica", "layout", b"layout", "prediction", b"prediction", "reason", b"reason", "replicas", b"replicas", "rests_on", b"rests_on"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cost_per_hour: _TypeAlias = _typing.Literal["cost_per_hour"]  # noqa: Y015
     _WhichOneofArgType__cost_per_hour: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour"]  # noqa: Y015

@@ -10,13 +10,15 @@ whose user waits, the closed form is enough.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from enova_recommender.memory import fit
+from enova_recommender.performance import KernelTimes, Tier
+from enova_recommender.performance.engine_model import corrected_times
 from enova_recommender.recommend.errors import RecommendError
 from enova_recommender.recommend.request import AdviceRequest
-from enova_recommender.recommend.search import kernel_times, search
+from enova_recommender.recommend.search import search
 from enova_recommender.recommend.search_result import SearchResult
 from enova_recommender.recommend.search_space import SearchSpace, parallelisms, pools_of
 from enova_recommender.recommend.types import (
@@ -29,6 +31,7 @@ from enova_recommender.recommend.types import (
     Sensitivity,
 )
 from enova_recommender.recommend.verify import verify
+from enova_recommender.types import GpuModel, ModelShape, Parallelism, Precision
 
 FINALISTS = 2              # layouts that are measured
 RECOUNTS = 3               # of the replicas of one finalist; each measures anew
@@ -77,15 +80,26 @@ def evaluate(request: AdviceRequest, settings: EngineSettings) -> Candidate | No
     )
     nodes = _endless(tuple(node for node in request.nodes if node.gpu.name == settings.gpu.name) or _node_of(settings))
     found = search(
-        request.shape, nodes, request.workload, request.objectives, space=space, precision=settings.precision
-    )
+        request.shape, nodes, request.workload, request.objectives, space=space, precision=settings.precision,
+        times_of=times_of(request),
+    )  # fmt: skip
     return found.candidate(0) if len(found) else None
+
+
+def times_of(request: AdviceRequest) -> Callable[[ModelShape, GpuModel, Parallelism, Precision], KernelTimes]:
+    """Step times by measured kernels, corrected by what live engines taught where anything did."""
+    return corrected_times(request.corrections)
+
+
+def tier_of(request: AdviceRequest, settings: EngineSettings) -> Tier:
+    """On what the step times of a configuration rest."""
+    return times_of(request)(request.shape, settings.gpu, settings.parallelism, settings.precision).tier
 
 
 def _search(request: AdviceRequest) -> SearchResult:
     return search(
         request.shape, _within(request.nodes, request.max_gpus), request.workload, request.objectives,
-        space=_space(request),
+        space=_space(request), times_of=times_of(request),
     )  # fmt: skip
 
 
@@ -144,7 +158,7 @@ def _verified(request: AdviceRequest, candidate: Candidate, result: SearchResult
     """A finalist with the scheduler's figures, and the replicas that it takes by them."""
     settings, rate = candidate.settings, request.workload.requests_per_s
     assert candidate.prediction is not None, "finalists are feasible"
-    times = kernel_times(request.shape, settings.gpu, settings.parallelism, settings.precision)
+    times = times_of(request)(request.shape, settings.gpu, settings.parallelism, settings.precision)
     memory = fit(
         request.shape, settings.gpu, parallelism=settings.parallelism, precision=settings.precision,
         gpu_memory_utilization=settings.gpu_memory_utilization, max_num_seqs=settings.max_num_seqs,

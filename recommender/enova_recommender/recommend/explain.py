@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
+from enova_recommender.performance import Tier
 from enova_recommender.recommend.request import AdviceRequest
 from enova_recommender.recommend.types import (
     Advice,
@@ -43,10 +44,18 @@ BINDING = MappingProxyType({
     Constraint.INVENTORY: "the number of GPUs",
     Constraint.COST: "the price",
 })
+# What the step times of a configuration rest on.
+RESTS_ON = MappingProxyType({
+    Tier.MEASURED: "kernels that were measured on this type of GPU",
+    Tier.TRANSFERRED: "its data sheet and kernels that were measured on another type of GPU",
+    Tier.CALIBRATED: "the step times of live engines",
+})
 _PLACE = re.compile(r"\{([A-Za-z0-9_.]+)(?:\|([a-z]+))?\}")
 
 
-def answer(request: AdviceRequest, advice: Advice, current: Candidate | None = None) -> Answer:
+def answer(
+    request: AdviceRequest, advice: Advice, tier_of: Callable[[EngineSettings], Tier], current: Candidate | None = None
+) -> Answer:
     """The advice as plain values under the names of `RecommendConfigurationResponse`, with its explanation."""
     chosen, shape = advice.chosen, request.shape
     plain: Answer = {
@@ -54,7 +63,6 @@ def answer(request: AdviceRequest, advice: Advice, current: Candidate | None = N
         "parameters": request.shape.parameters,
         "requests_per_s": request.workload.requests_per_s,
         "objectives": _objectives(request.objectives),
-        **({"chosen": _candidate(chosen, shape)} if chosen is not None else {}),
         **({"current": _candidate(current, shape)} if current is not None else {}),
         "capacity_rps": capacity_rps(chosen),
         "sensitivities": [_sensitivity(each) for each in advice.sensitivities],
@@ -64,6 +72,8 @@ def answer(request: AdviceRequest, advice: Advice, current: Candidate | None = N
         "rejected": [{"constraint": constraint.value, "count": count} for constraint, count in advice.rejected],
         "not_modelled": list(request.shape.not_modelled),
     }
+    if chosen is not None:
+        plain["chosen"] = _candidate(chosen, shape) | {"rests_on": RESTS_ON[tier_of(chosen.settings)]}
     plain["explanation"] = [{"text": fill(each, plain), "template": each} for each in templates(request, advice)]
     return plain
 
@@ -164,7 +174,7 @@ def _chosen(request: AdviceRequest, advice: Advice) -> Iterator[str]:
     )
     yield (
         "On average {chosen.prediction.mean_sequences|figure} requests are in the batch, and the cache holds "
-        "{chosen.prediction.kv_tokens|count} tokens."
+        "{chosen.prediction.kv_tokens|count} tokens. The step times rest on {chosen.rests_on}."
     )
     for index, sensitivity in enumerate(advice.sensitivities):
         place = f"sensitivities.{index}"

@@ -10,10 +10,11 @@ import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 from enova_recommender import catalog
+from enova_recommender.performance import Correction
 from enova_recommender.recommend.errors import RecommendError
 from enova_recommender.recommend.types import LENGTHS_MAX, EngineSettings, InventoryNode, Objectives, Workload
 from enova_recommender.shape import ShapeError, parse_shape
@@ -29,7 +30,8 @@ LARGE_BYTES = 70 << 30    # of a GPU's memory, from which on vLLM's default batc
 KV_CACHE_DTYPES = ("auto", "fp8")
 
 _FIELDS = (
-    "model", "config_json", "gpus", "workload", "objectives", "max_gpus", "kv_cache_dtypes", "deployable", "current"
+    "model", "config_json", "gpus", "workload", "objectives", "max_gpus", "kv_cache_dtypes", "deployable", "current",
+    "corrections",
 )  # fmt: skip
 
 Plain = Mapping[str, object]
@@ -55,6 +57,7 @@ class AdviceRequest:
     kv_cache_dtypes: tuple[str, ...] = ("auto",)
     deployable: bool = False       # only what a deployment can be given: one data-parallel rank
     current: EngineSettings | None = None  # that runs now, to be judged beside
+    corrections: Mapping[str, Correction] = field(default_factory=dict)  # of step times, as live engines taught
 
 
 def request_from_plain(plain: Plain) -> AdviceRequest:
@@ -71,6 +74,7 @@ def request_from_plain(plain: Plain) -> AdviceRequest:
         max_gpus=None if max_gpus is None else int(max_gpus),
         kv_cache_dtypes=_kv_cache_dtypes(fields),
         current=_current(fields, shape) if fields.has("current") else None,
+        corrections=_corrections(plain.get("corrections")),
         deployable=bool(plain.get("deployable", False)),
     )
 
@@ -251,6 +255,15 @@ def _kv_cache_dtypes(fields: _Fields) -> tuple[str, ...]:
         if each not in KV_CACHE_DTYPES:
             raise RequestError(f"kv_cache_dtypes[{index}]", f"{each!r} is not one of {', '.join(KV_CACHE_DTYPES)}")
     return tuple(str(each) for each in given)
+
+
+def _corrections(given: object) -> Mapping[str, Correction]:
+    """Values that only our own processes hand over; no JSON says them."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(each, Correction) for each in given.values()):
+        raise RequestError("corrections", "are learnt, not given", "leave them out")
+    return given
 
 
 def _current(fields: _Fields, shape: ModelShape) -> EngineSettings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +19,7 @@ class Problem:
 def respond(plain: Mapping[str, object]) -> dict[str, object] | Problem:
     """The answer under the names of `RecommendConfigurationResponse`."""
     # The search brings scipy, which takes a second to import: who only names this function does without.
-    from enova_recommender.recommend.advise import advise, evaluate
+    from enova_recommender.recommend.advise import advise, evaluate, tier_of
     from enova_recommender.recommend.errors import RecommendError
     from enova_recommender.recommend.explain import answer
     from enova_recommender.recommend.request import RequestError, request_from_plain
@@ -26,7 +27,7 @@ def respond(plain: Mapping[str, object]) -> dict[str, object] | Problem:
     try:
         request = request_from_plain(plain)
         current = evaluate(request, request.current) if request.current is not None else None
-        return answer(request, advise(request), current)
+        return answer(request, advise(request), partial(tier_of, request), current)
     except RecommendError as error:
         remedy = error.remedy if isinstance(error, RequestError) else ""
         return Problem(field=error.field, message=error.message, remedy=remedy)
