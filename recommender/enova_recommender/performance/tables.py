@@ -171,14 +171,16 @@ class Kernels:
         kind, table, source = self._expert_table(weights, name)
         work = _ExpertWork(hidden, intermediate, chosen, experts, cut, spread)
         ratio = _expert_ratio(table, source.sheet, kind, work, tokens)
-        return np.exp2(ratio) * work.roofline_s(self.sheet, self._expert_rate(weights, name), weights.element_bytes,
-                                                matrices, tokens)
+        rate = "fp8" if kind == "w4a8_mxfp4_mxfp8" else self.multiplied_in(weights, name)
+        return np.exp2(ratio) * work.roofline_s(self.sheet, rate, weights.element_bytes, matrices, tokens)
 
     def _expert_table(self, weights: WeightFormat, name: str | None) -> tuple[str, ExpertTable, MeasuredGpu]:
         """The table that fits best: the format's own on the nearest GPU, else a like one."""
         wanted: tuple[str, ...]
         if name == "mxfp4":
             wanted = ("w4a16_mxfp4", "int4_wo", "bfloat16")
+            if self.sheet.fp4_flops > 0:  # there activations are brought to 8 bits
+                wanted = ("w4a8_mxfp4_mxfp8", *wanted)
         elif weights.element_bytes < 0.7:
             wanted = ("nvfp4", "int4_wo") if self.multiplied_in(weights, name) == "nvfp4" else ("int4_wo", "w4a16_mxfp4")
         else:
@@ -193,9 +195,6 @@ class Kernels:
                 if kind in source.experts:
                     return kind, source.experts[kind], source
         raise AssertionError("no experts were measured")
-
-    def _expert_rate(self, weights: WeightFormat, name: str | None) -> str:
-        return self.multiplied_in(weights, name)
 
     # Collectives.
 

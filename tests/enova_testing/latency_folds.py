@@ -1,0 +1,201 @@
+"""Who may learn from whom: predictions of each row by constants fitted without its family, or its GPU, or after a trial.
+
+Tier A: the row's family is left out of the fit. Tier B: its type of GPU as well, kernel tables included. Tier C: as A,
+then corrected by three measured configurations of the same model on the same GPU.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import least_squares
+
+from enova_recommender.catalog.kernels import MeasuredGpu, measured_gpus
+from enova_recommender.performance import GROUPS, Constants, Correction, KernelTimes
+from enova_recommender.performance.tables import LIKE, distance, sheet_of
+from enova_recommender.types import GpuModel
+from enova_testing.latency_fit import UNIT, Measured, constants, fitted, measured
+from enova_testing.latency_model import Figures, loop_of, predicted
+from enova_testing.latency_rows import Load, Row
+
+Floats = npt.NDArray[np.float64]
+Family = tuple[int, int, int]
+
+TRIAL = 3                # configurations that tier C has measured
+FACTOR_WIDTH = 0.25      # standard deviation of a correction's logarithm, against errors of ERROR_WIDTH
+ERROR_WIDTH = 0.05
+NORMAL_80 = 1.2815515594457
+
+
+@dataclass(slots=True)
+class Folds:
+    """Fits without one family, one GPU, or both; step times are made once for each."""
+
+    rows: Sequence[Row]      # closed loops of vLLM: what is learnt from
+    _times: dict[tuple[object, ...], KernelTimes] = field(default_factory=dict)
+    _fits: dict[tuple[object, ...], Constants] = field(default_factory=dict)
+    _data: dict[str, Measured] = field(default_factory=dict)
+
+    def times(
+        self, row: Row, made: Constants = UNIT, *, without: GpuModel | None = None, correction: Correction | None = None
+    ) -> KernelTimes:
+        """Step times of a row's server."""
+        key = (row.shape, row.gpu, row.parallelism, row.precision, made, without, correction)
+        if key not in self._times:
+            self._times[key] = KernelTimes(
+                row.shape, row.gpu, parallelism=row.parallelism, precision=row.precision, constants=made,
+                measured=tables_without(without), correction=correction or Correction(),
+            )  # fmt: skip
+        return self._times[key]
+
+    def fit(self, *families: Family, gpu: GpuModel | None = None) -> Constants:
+        """Constants from all rows but those of these families, and of this GPU."""
+        key = (*sorted(families), gpu)
+        if key not in self._fits:
+            if "all" not in self._data:
+                self._data["all"] = measured(self.rows, [self.times(row) for row in self.rows])
+            keep = np.array([row.family not in families and not alike(row.gpu, gpu) for row in self.rows])
+            if not keep.any():
+                self._fits[key] = UNIT
+                return UNIT
+            kept = [row for row, is_kept in zip(self.rows, keep, strict=True) if is_kept]
+            names = [(row.family, row.gpu.name, row.precision.quantization or "") for row in kept]
+            numbers = {name: index for index, name in enumerate(sorted(set(names)))}
+            groups = np.array([numbers[name] for name in names], dtype=np.intp)
+            self._fits[key] = constants(fitted(self._data["all"].only(keep), groups))
+        return self._fits[key]
+
+    def figures(self, row: Row, *, gpu_too: bool = False) -> Figures:
+        """What tier A (or B, without the GPU) predicts of a row."""
+        without = row.gpu if gpu_too else None
+        made = self.fit(row.family, gpu=without)
+        return predicted(row, self.times(row, made, without=without), made)
+
+    @property
+    def families(self) -> list[Family]:
+        """All families learnt from."""
+        return sorted({row.family for row in self.rows})
+
+    def spread(self, family: Family, *, gpu_too: bool = False) -> float:
+        """Spread of errors on families other than this one, each predicted by a fit without both."""
+        errors = []
+        for row in self.rows:
+            if row.family == family:
+                continue
+            without = row.gpu if gpu_too else None
+            made = self.fit(row.family, family, gpu=without)
+            found = predicted(row, self.times(row, made, without=without), made)
+            errors.append(abs(np.log(found.tpot_s / (row.tpot_s or np.nan))))
+        return float(np.quantile(errors, 0.8) / NORMAL_80) if errors else 0.5
+
+
+def alike(gpu: GpuModel, other: GpuModel | None) -> bool:
+    """Whether two GPUs count as one type."""
+    return other is not None and distance(sheet_of(gpu), sheet_of(other)) < LIKE
+
+
+def tables_without(gpu: GpuModel | None) -> tuple[MeasuredGpu, ...]:
+    """The shipped tables but those of this type of GPU."""
+    if gpu is None:
+        return measured_gpus()
+    return tuple(one for one in measured_gpus() if distance(one.sheet, sheet_of(gpu)) >= LIKE)
+
+
+def is_tabled(row: Row) -> bool:
+    """Whether the row's GPU was measured, with all its kinds of operations: tier A."""
+    kinds = {"latent": "latent_decode/", "recurrence": "gdn/"}
+    for one in measured_gpus():
+        if distance(one.sheet, sheet_of(row.gpu)) < LIKE:
+            has = {name for name, start in kinds.items() if any(table.startswith(start) for table in one.tables)}
+            return row.operations <= has | ({"experts"} if one.experts else set())
+    return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A group of rows of one model on one GPU, of which some were measured beforehand."""
+
+    known: tuple[Row, ...]
+    asked: tuple[Row, ...]
+
+
+def trials(rows: Sequence[Row], seed: int) -> list[Trial]:
+    """Each model and GPU with TRIAL rows drawn as known."""
+    groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.shape, row.gpu, row.precision].append(row)
+    draw = np.random.default_rng(seed)
+    found = []
+    for members in groups.values():
+        if len(members) >= 2 * TRIAL:
+            order = draw.permutation(len(members))
+            chosen = [members[index] for index in order]
+            found.append(Trial(known=tuple(chosen[:TRIAL]), asked=tuple(chosen[TRIAL:])))
+    return found
+
+
+def corrected(folds: Folds, trial: Trial) -> tuple[Constants, Correction]:
+    """Constants of the fold, and the correction that the known rows ask for."""
+    made = folds.fit(trial.known[0].family)
+    parts = [_by_group(folds.times(row, made), row) for row in trial.known]
+    measured_s = np.array([row.ttft_s + (row.output_tokens - 1) * row.tpot_s for row in trial.known  # type: ignore[operator]
+                           ])
+    seconds = np.array(parts)
+
+    def errors(logarithms: Floats) -> Floats:
+        missed = np.log(seconds @ np.exp(logarithms) / measured_s)
+        return np.concatenate([missed / ERROR_WIDTH, logarithms / FACTOR_WIDTH])
+
+    found = least_squares(errors, np.zeros(len(GROUPS)), loss="soft_l1")
+    return made, Correction.of(np.exp(found.x).tolist(), spread=ERROR_WIDTH)
+
+
+def _by_group(times: KernelTimes, row: Row) -> Floats:
+    """Seconds of a closed loop's cycle by group."""
+    loop = loop_of(row)
+    beside = times.features(loop.around) if loop.around else np.zeros(len(GROUPS))
+    prompt = sum((times.features(chunk) - beside for chunk in loop.chunks), np.zeros(len(GROUPS)))
+    return row.output_tokens * times.features(loop.decode) + loop.clients * prompt
+
+
+@dataclass(frozen=True)
+class Factors:
+    """For engines that are not vLLM: what they take against the prediction, by engine and GPU, from other families."""
+
+    rows: tuple[Row, ...]
+    figures: tuple[Figures, ...]
+
+    @cached_property
+    def _ratios(self) -> dict[tuple[str, GpuModel], list[tuple[Family, float, float, float]]]:
+        found: dict[tuple[str, GpuModel], list[tuple[Family, float, float, float]]] = defaultdict(list)
+        for row, cold in zip(self.rows, self.figures, strict=True):
+            found[row.engine, row.gpu].append((
+                row.family, (row.ttft_s or np.nan) / cold.ttft_s, (row.tpot_s or np.nan) / cold.tpot_s,
+                (row.tokens_per_s or np.nan) / cold.tokens_per_s,
+            ))  # fmt: skip
+        return found
+
+    def applied(self, row: Row, cold: Figures) -> Figures | None:
+        """The prediction with its factors; None if the engine served no other family on this GPU."""
+        others = [ratios for family, *ratios in self._ratios[row.engine, row.gpu] if family != row.family]
+        if not others:
+            return None
+        with np.errstate(all="ignore"):
+            ttft, tpot, rate = (_median(np.array(column)) for column in zip(*others, strict=True))
+        return Figures(ttft_s=cold.ttft_s * ttft, tpot_s=cold.tpot_s * tpot, tokens_per_s=cold.tokens_per_s * rate)
+
+
+def _median(values: Floats) -> float:
+    """The median of what is a number; one if nothing is."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if known.size else 1.0
+
+
+def is_closed_vllm(row: Row) -> bool:
+    """Rows to learn from."""
+    return row.load is Load.CLOSED and row.engine == "vllm"
