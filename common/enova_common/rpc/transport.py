@@ -21,7 +21,8 @@ STREAMS_PER_CONNECTION_MAX = 100
 RPCS_MAX = 4096                  # 1,000 agents' streams and as many calls; bounds what a flood of resets can hold
 KEEPALIVE_TIME_MS = 5_000        # a dead path is found in 8 s, on either end, instead of in TCP's quarter of an hour
 KEEPALIVE_TIMEOUT_MS = 3_000
-PING_INTERVAL_MIN_MS = 4_000     # under the clients' 5 s, so that their pings are never strikes
+PING_INTERVAL_MIN_MS = 4_000     # under the clients' 5 s, so that their pings are no strikes
+PING_STRIKES_MAX = 100           # on a busy host pings pile up and come together: no reason to cut a call
 RECONNECT_MIN_MS = 200
 RECONNECT_MAX_MS = 2_000         # leaders change within 5 s; gRPC's own 120 s would sleep through it
 
@@ -44,6 +45,7 @@ _CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
 _SERVER_OPTIONS: tuple[tuple[str, Any], ...] = (
     *_COMMON_OPTIONS,
     ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_INTERVAL_MIN_MS),
+    ("grpc.http2.max_ping_strikes", PING_STRIKES_MAX),
     ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
     ("grpc.http2.bdp_probe", 0),             # else each stream's window grows to megabytes that a flood would fill
     ("grpc.so_reuseport", 0),                # two servers on one port are a mistake, not a load balancer
