@@ -2,10 +2,12 @@
 
 Simulated frames: the scheduler of `enova_recommender.engine` serves Poisson arrivals at loads below, at and above what
 it carries, for several step-time models, batch limits and length mixes, with some frames missing. Its truth is a run
-that never lacks waiting requests. Recorded frames: part A of `vllm_runs` (truth: finished per second while requests
-waited, at the highest scale; scales of at most 200 are not overloaded) and part B (truth: the same of the run itself,
-over its whole queue, so only how soon the answer comes and how far its first one is off count). Part A has no licence
-and is never shipped: the default run uses the simulated frames and, where it lies in the samples, part B.
+that never lacks waiting requests. In closed loops the number of users grows step by step and nobody ever waits:
+overloaded are those that go on where the rate no longer grows (truth: the rate with the most users). Recorded frames:
+part A of `vllm_runs` (truth: finished per second while requests waited, at the highest scale; scales of at most 200
+are not overloaded) and part B (truth: the same of the run itself, over its whole queue, so only how soon the answer
+comes and how far it is off before the end count). Part A has no licence and is never shipped: the default run uses
+the simulated frames and one run of part B.
 
 Each run is looked at again and again while it grows, as a coordinator would; `frames_p50` is the median number of
 frames from the onset of overload until the first answer. `false_saturated_share` counts runs that are not overloaded
@@ -43,6 +45,9 @@ REQUESTS_MAX = 12_000    # of a run
 MISSING_SHARE = 0.03     # of frames
 LOOKS = 20               # at a run while it grows
 TRUTH_REQUESTS = 15_000  # that the truth is read from
+USERS_MAX, USER_STEPS = 400, 10
+STEP_REQUESTS, STEP_INTERVALS = 400, 20  # that a step of users lasts at least
+LOOKS_A_FRAME = 10       # moments at which users ask again
 OVERLOADED_SCALE_MIN = 400   # part A, as measure.md has it
 OVERLOADED_WAIT_S = 10.0
 
@@ -87,7 +92,7 @@ class Run:
     onset: int             # first frame of overload
     frames: ReplicaFrames
     true_rps: float
-    true_load: float
+    true_load: float | None  # None where the rate ends to grow little by little
 
 
 def worlds() -> list[World]:
@@ -182,6 +187,64 @@ def simulated(run: Benchmark) -> Iterator[Run]:
                 )  # fmt: skip
 
 
+def ramps() -> list[tuple[World, float]]:
+    """Closed loops of ever more users, and how far they go as a share of the most."""
+    models, gpus = catalog.models(), catalog.gpus()
+    small = models["meta-llama/Llama-3.1-8B-Instruct"]
+    many = Limits(num_blocks=1_000_000, max_num_seqs=1024)
+    plain = Affine(base_s=0.02, prefill_token_s=8e-5, sequence_s=2e-3, context_token_s=2e-7)
+    found = [
+        World(name="users on affine steps", times=plain, limits=many, prompt_tokens=200, output_tokens=100, sigma=0.5),
+        World(name="users on 8B, H100", times=Roofline(small, gpus["H100"]), limits=many, prompt_tokens=3000,
+              output_tokens=60, sigma=0.5),
+    ]  # fmt: skip
+    return [(world, share) for world in found for share in (0.03, 1.0)]
+
+
+def closed_loops(run: Benchmark) -> Iterator[Run]:
+    """Users that ask again as soon as they are answered, more of them step by step."""
+    for world, share in ramps():
+        steps = np.unique(np.geomspace(1, USERS_MAX * share, USER_STEPS).astype(int))
+        for seed in range(run.seed, run.seed + (FULL_SEEDS if run.full else SEEDS)):
+            frames = _ask(world, steps, seed=seed)
+            last = frames.measured & (np.arange(len(frames.finished)) >= len(frames.finished) * (1 - 0.5 / len(steps)))
+            yield Run(
+                source="closed loop", name=world.name, load=share, seed=seed, overloaded=share == 1.0, onset=0,
+                frames=frames, true_rps=float(frames.finished[last].mean() / frames.interval_s), true_load=None,
+            )  # fmt: skip
+
+
+def _ask(world: World, steps: npt.NDArray[np.int_], *, seed: int) -> ReplicaFrames:
+    """Frames while each step of users lasts for STEP_REQUESTS answers and at least STEP_INTERVALS."""
+    draw = np.random.default_rng(seed)
+    scheduler = Scheduler(world.limits, world.times)
+    arrived: dict[str, float] = {}
+    rows: list[tuple[float, float, float, float]] = []
+    now_s, answered = 0.0, 0
+    for users in steps.tolist():
+        done, intervals = 0, 0
+        while done < STEP_REQUESTS or intervals < STEP_INTERVALS:
+            latencies: list[float] = []
+            for _ in range(LOOKS_A_FRAME):
+                for _ in range(users - (len(arrived) - answered)):
+                    prompt, output = world.lengths(draw)
+                    name = str(len(arrived))
+                    arrived[name] = now_s
+                    scheduler.submit(Request(id=name, prompt_tokens=prompt, output_tokens=output), now_s)
+                now_s += world.interval_s / LOOKS_A_FRAME
+                ended = [one for one in scheduler.advance(now_s) if isinstance(one, Finished)]
+                answered += len(ended)
+                latencies += [one.at_s - arrived[one.request.id] for one in ended]
+            mean = float(np.mean(latencies)) if latencies else float("nan")
+            rows.append((len(latencies), scheduler.running, scheduler.waiting, mean))
+            done, intervals = done + len(latencies), intervals + 1
+    columns = np.array(rows, dtype=np.float64).T
+    columns[:, draw.random(columns.shape[1]) < MISSING_SHARE] = np.nan
+    return ReplicaFrames(
+        interval_s=world.interval_s, finished=columns[0], running=columns[1], waiting=columns[2], latency_s=columns[3]
+    )
+
+
 def recorded_a(run: Benchmark) -> Iterator[Run]:
     """Part A: one run for each scale; the highest one is the truth of the others."""
     for path in run.files("vllm_runs", "*_engine.csv.gz"):
@@ -274,7 +337,7 @@ class Look:
     saturation_load: float | None
     max_num_seqs: int | None
     true_rps: float
-    true_load: float
+    true_load: float | None  # None where the rate ends to grow little by little
 
     @property
     def whole(self) -> tuple[str, str, float, int]:
@@ -319,7 +382,7 @@ def figures_of(rows: Sequence[Look]) -> dict[str, object]:
         if row.overloaded is True and row.saturated:
             first.setdefault(row.whole, row.frames - row.onset)
     errors = [_error(row.n_limit_rps, row.true_rps) for row in found]
-    loads = [_error(row.saturation_load, row.true_load) for row in found]
+    loads = [_error(row.saturation_load, row.true_load) for row in found if row.true_load is not None]
     inside = [row for row in found if (row.low or 0.0) <= row.true_rps <= (row.high or 0.0)]
     return {
         "n_limit_ape_p50": _quantile(errors, 0.5),
@@ -350,7 +413,8 @@ def _share(part: int, whole: int) -> float | None:
 def main() -> None:
     """Run it."""
     run = benchmark("recommender_live", __doc__)
-    rows = [row for source in (simulated, recorded_a, recorded_b) for one in source(run) for row in looks_at(one)]
+    sources = (simulated, closed_loops, recorded_a, recorded_b)
+    rows = [row for source in sources for one in source(run) for row in looks_at(one)]
     run.write("looks", [asdict(row) for row in rows])
     by_source = {name: figures_of([row for row in rows if row.source == name])
                  for name in sorted({row.source for row in rows})}

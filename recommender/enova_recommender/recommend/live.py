@@ -43,7 +43,9 @@ GAP_INTERVALS_MAX = 2        # missing intervals that do not break a queue
 WINDOWS_MIN = 12             # of the plateau
 WINDOW_SERVICE_TIMES = 3.0   # how long they are: shorter ones see the load before its effect
 WINDOW_FINISHED_MIN = 50     # in one on average: what fewer requests are like hides what the engine is like
-LOAD_SPREAD_MIN = 2.0        # load of every tenth window over the middling one, without which none can be seen
+PLATEAU_WINDOWS_MIN = 5      # of them on it
+PLATEAU_SHARES = (0.5, 0.65, 0.8)  # of the windows below the loads among which it is looked for
+LOAD_SPREAD_MIN = 2.0        # of the larger loads among these over the least, without which it cannot be seen
 ELASTICITY_MAX = 0.3         # per cent of rate for a per cent of load; 0 on a plateau, 1 below saturation
 CONFIDENCE = 0.95            # of the one-sided bound of the elasticity
 RESAMPLES = 400
@@ -255,17 +257,25 @@ def _on_plateau(replicas: Sequence[ReplicaFrames]) -> list[Flags]:
 
 def _plateau_load(loads: Floats, rates: Floats) -> float:
     """The load from which on the rate does not grow; infinite if it does, or if that cannot be seen."""
-    if len(loads) < WINDOWS_MIN or np.median(loads) <= 0:
+    if len(loads) < WINDOWS_MIN or loads.max() <= 0:
         return math.inf
-    middle = float(np.median(loads))
-    upper = (loads >= middle) & (rates > 0)
-    if upper.sum() < WINDOWS_MIN // 2 or np.quantile(loads, 0.9) < LOAD_SPREAD_MIN * middle:
-        return math.inf
+    for share in PLATEAU_SHARES:
+        level = float(np.quantile(loads, share))
+        if level > 0 and _is_flat_above(level, loads, rates):
+            return level
+    return math.inf
+
+
+def _is_flat_above(level: float, loads: Floats, rates: Floats) -> bool:
+    """Whether the rate hardly grows with loads of at least `level`, and is higher there than below."""
+    upper = (loads >= level) & (rates > 0)
+    lower = loads < level
+    if upper.sum() < PLATEAU_WINDOWS_MIN or not lower.any():
+        return False
+    if np.quantile(loads[upper], 0.8) < LOAD_SPREAD_MIN * level:
+        return False
     bound = _elasticity_bound(np.log(loads[upper]), np.log(rates[upper]))
-    # A plateau has a slope before it: the rate there must be above that of lower loads.
-    lower = loads < middle
-    rises = float(np.median(rates[upper])) > float(np.median(rates[lower])) if lower.any() else False
-    return middle if bound < ELASTICITY_MAX and rises else math.inf
+    return bound < ELASTICITY_MAX and float(np.median(rates[upper])) > float(np.median(rates[lower]))
 
 
 def _elasticity_bound(loads: Floats, rates: Floats) -> float:
