@@ -11,6 +11,7 @@ from enova_coordinator.core.explain import explain
 from enova_coordinator.core.model import Decision
 from enova_coordinator.service import convert, names, paging
 from enova_coordinator.service.leading import Chair, actor
+from enova_coordinator.service.live import live_words
 from enova_coordinator.service.watching import watch
 from enova_coordinator.store import Store, codec
 
@@ -116,10 +117,11 @@ class DecisionService(decision_service_pb2_grpc.DecisionServiceServicer):
         if explanation is None:
             raise NotFound(f"there is no {name[:120]}", field="name", remedy="enova get deployments, replicas, nodes")
         decisions = await self._decisions(explanation.deployment) if explanation.deployment else []
+        live = await live_words(leading, name) if name in snapshot.deployments else ()
         return decision_service_pb2.ExplainResponse(
             name=name,
             state=explanation.state,
-            sentences=explanation.sentences,
+            sentences=[*explanation.sentences, *live],
             decisions=[convert.decision_message(each) for each in decisions[:EXPLAIN_DECISIONS]],
             events=[convert.event_message(each) for each in leading.events.list(name)[:EXPLAIN_EVENTS]],
         )

@@ -1,0 +1,62 @@
+"""Rows of telemetry become frames: what an ingress holds is waiting, what was not measured stays so."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from enova_coordinator.core.live_frames import live_sentences, replica_frames
+from enova_coordinator.core.series import COLUMN, REPLICA_FEATURES
+
+
+def rows(count: int, **columns: float | npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """Rows of a replica with these columns; the rest was not measured."""
+    table = np.full((count, len(REPLICA_FEATURES)), np.nan, dtype=np.float32)
+    for name, values in columns.items():
+        table[:, COLUMN[name]] = values
+    return table
+
+
+def finished(count: int) -> npt.NDArray[np.float64]:
+    """Requests that ended, four a second on average."""
+    return np.random.default_rng(1).poisson(4.0, count).astype(np.float64)
+
+
+def words(*windows: npt.NDArray[np.float32]) -> str:
+    """What is said of these windows of 1 s steps."""
+    return " ".join(live_sentences(windows, step_s=1.0, max_num_seqs=64))
+
+
+def test_what_the_ingress_holds_back_is_waiting() -> None:
+    frames = replica_frames(rows(3, running=8, waiting=1, held=20, engine_finished=2), step_s=1.0)
+    assert frames.waiting.tolist() == [12, 12, 12]
+    assert replica_frames(rows(3, running=8, waiting=1, engine_finished=2), step_s=1.0).waiting.tolist() == [1, 1, 1]
+
+
+def test_the_engine_counts_what_finished_and_ingresses_where_it_does_not() -> None:
+    both = rows(2, running=1, waiting=0, engine_finished=3, finished=5)
+    assert replica_frames(both, step_s=1.0).finished.tolist() == [3, 3]
+    one = rows(2, running=1, waiting=0, finished=5)
+    assert replica_frames(one, step_s=1.0).finished.tolist() == [5, 5]
+
+
+def test_what_was_not_measured_stays_unmeasured() -> None:
+    assert not replica_frames(rows(4, running=1, waiting=0), step_s=1.0).measured.any()
+
+
+def test_a_saturated_replica_is_told_with_its_rate_and_batch() -> None:
+    told = words(rows(300, running=48.0, waiting=np.arange(300.0), engine_finished=finished(300)))
+    assert "one replica carries at most 4" in told or "one replica carries at most 3.9" in told
+    assert "48 in the batch" in told
+    assert "64 is set" in told
+
+
+def test_an_unsaturated_one_is_told_what_it_carried() -> None:
+    told = words(rows(300, running=9.0, waiting=0, engine_finished=finished(300)))
+    assert "not known: finished still follows the load" in told
+
+
+@pytest.mark.parametrize("windows", [(), (rows(300),)])
+def test_silence_is_no_capacity(windows: tuple[npt.NDArray[np.float32], ...]) -> None:
+    assert "carries" not in words(*windows)
