@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -163,6 +164,13 @@ def test_kinds_are_bounded_in_number() -> None:
     assert len(_found_among(*many).centres.reaches) == KINDS_MAX
 
 
+def test_prompts_that_are_all_alike_are_a_kind_that_they_belong_to() -> None:
+    same = np.repeat(kind_of_prompts(0, 1, draw_of(5)), 60, axis=0)
+    known = _found_among(same, kind_of_prompts(1, 60, draw_of(6)))
+    assert len(set(assign(same, known.centres).tolist()) - {NOWHERE}) == 1
+    assert (assign(same, known.centres) != NOWHERE).all()
+
+
 # Learning
 
 
@@ -250,10 +258,12 @@ def test_a_stopped_answer_is_no_sign_of_growth() -> None:
 
 def test_memory_is_bounded_and_keeps_the_newest() -> None:
     draw = draw_of(14)
-    known = nothing_known(DIMENSION)
-    for median in (50.0,) * 4:
-        known = learned(known, answers(0, 1500, median=median, draw=draw), seed=1)
+    known = dataclasses.replace(nothing_known(DIMENSION), grouped_at=1 << 40)  # communities are not sought
+    for median in (50.0, 60.0, 70.0, 80.0):
+        newest = answers(0, 1500, median=median, draw=draw)
+        known = learned(known, newest, seed=1)
     assert len(known.samples) == SAMPLES_MAX == len(known.kinds)
+    assert known.samples.tokens[-1500:].tolist() == newest.tokens.tolist()
 
 
 def test_communities_are_sought_again_when_half_as_many_answers_came_as_were_known() -> None:
@@ -277,6 +287,7 @@ def test_no_answers_teach_nothing() -> None:
 # Saving
 
 
+@functools.cache
 def _some() -> Knowledge:
     draw = draw_of(16)
     stream = mixed(answers(0, 300, median=40, draw=draw, cap=80), answers(1, 200, median=900, draw=draw), draw)

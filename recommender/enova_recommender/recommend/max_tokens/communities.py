@@ -23,6 +23,7 @@ GRAPH_MAX = 2048           # prompts in the graph: two seconds of one core; the 
 MEMBERS_MIN = 20           # of a community; smaller ones are none
 KINDS_MAX = 16             # that an ingress compares a prompt with
 REACH_SHARE = 0.01         # of a community's members that its reach leaves out
+REACH_SLACK = 0.02         # of the cosine: prompts made from one template are all alike, and the next is not quite
 _ROWS = 512                # of the table of cosines that are in memory at once
 _BYTE = 127.0              # the largest entry of a vector of signed bytes
 NOWHERE = -1               # of a prompt that belongs to no community
@@ -81,7 +82,7 @@ def centres_of(vectors: Vectors, members: Sequence[Ints]) -> Centres:
     middle = np.array([points[each].mean(axis=0) for each in members]).reshape(-1, vectors.shape[1])
     centroids = unit(np.round(unit(middle) * _BYTE))  # as they are sent: what is fitted is what is applied
     reaches = [
-        float(np.quantile(points[each] @ centroid, REACH_SHARE))
+        float(np.quantile(points[each] @ centroid, REACH_SHARE)) - REACH_SLACK
         for each, centroid in zip(members, centroids, strict=True)
     ]
     return Centres(centroids, np.array(reaches))
