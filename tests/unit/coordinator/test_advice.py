@@ -1,0 +1,219 @@
+"""What the recommender is asked about a deployment, and what its answer means for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from enova_coordinator.core import advice
+from enova_coordinator.core.advice import Observed
+from enova_coordinator.core.model import (
+    Claim,
+    Deployment,
+    DeploymentAdvice,
+    DeploymentSpec,
+    Gpu,
+    Hardware,
+    Member,
+    Node,
+    NodeState,
+    NodeView,
+    Reconfiguration,
+    Replica,
+    ServingClass,
+    Snapshot,
+    Variant,
+)
+from enova_coordinator.core.plan import Draft
+from enova_coordinator.core.variants import current_variant
+
+MODEL = "meta-llama/Llama-3.1-8B-Instruct"
+SPEC = DeploymentSpec(model=MODEL)
+ADVICE = DeploymentAdvice(gpu_type="H100", configuration={"max_num_seqs": 64}, reason="advised")
+
+
+def view(name: str, kind: str = "H100", count: int = 8, **fields: Any) -> NodeView:
+    gpus = tuple(Gpu(uuid=f"{name}-{index}", index=index, type=kind, memory_bytes=80 << 30) for index in range(count))
+    node = Node(name=f"nodes/{name}", uid=name, gpus=gpus, engine="simulated", cluster="here")
+    return NodeView(node=replace(node, **fields), state=NodeState.READY)
+
+
+def fleet(*views: NodeView, replicas: tuple[Replica, ...] = ()) -> Snapshot:
+    return Snapshot(
+        nodes={each.node.name: each for each in views}, replicas={each.name: each for each in replicas}
+    )
+
+
+def holding(deployment: str, *uuids: str) -> Replica:
+    member = Member(node="nodes/a", claims=tuple(Claim(gpu_uuid=uuid) for uuid in uuids))
+    return Replica(
+        name=f"deployments/{deployment}/replicas/v1-0", uid="u", deployment=f"deployments/{deployment}",
+        variant=f"deployments/{deployment}/variants/v1", members=(member,),
+    )  # fmt: skip
+
+
+def deployment(**fields: Any) -> Deployment:
+    return Deployment(name="deployments/d", uid="u", **{"spec": SPEC, **fields})
+
+
+def test_supply_is_what_is_free_by_type_and_node_size() -> None:
+    snapshot = fleet(
+        view("a"), view("b"), view("c", "L40S", 4), view("d", "CPU", 1), view("e", draining=True),
+        view("f", schedulable=False), replicas=(holding("other", "a-0", "a-1"), holding("d", "b-0")),
+    )  # fmt: skip
+    assert advice.fleet_supply(snapshot, SPEC, without="deployments/d") == [
+        {"type": "H100", "count": 8, "gpus_per_node": 8},
+        {"type": "H100", "count": 6, "gpus_per_node": 6},
+        {"type": "L40S", "count": 4, "gpus_per_node": 4},
+    ]
+
+
+def test_supply_keeps_to_what_the_spec_allows() -> None:
+    snapshot = fleet(view("a"), view("b", "L40S"), view("c", cluster="there"), view("d", engine="vllm"))
+    spec = replace(SPEC, hardware=Hardware(allow=("H100",), clusters=("here",)), engine="simulated")
+    assert advice.fleet_supply(snapshot, spec) == [{"type": "H100", "count": 8, "gpus_per_node": 8}]
+
+
+def test_a_node_that_is_not_ready_supplies_nothing() -> None:
+    lost = replace(view("a"), state=NodeState.LOST)
+    assert advice.fleet_supply(fleet(lost)) == []
+
+
+def test_a_request_has_the_strictest_objectives_and_the_bounds() -> None:
+    classes = (ServingClass(name="a", ttft_p95_s=0.5, tpot_p95_s=0.1), ServingClass(name="b", tpot_p95_s=0.05))
+    spec = replace(SPEC, classes=classes, hardware=Hardware(max_gpus=4))
+    request = advice.request_for(fleet(view("a")), "deployments/d", spec, config_json="{}")
+    assert not isinstance(request, str)
+    assert request["objectives"] == {"ttft_s": 0.5, "tpot_s": 0.05}
+    assert (request["max_gpus"], request["model"], request["deployable"]) == (4, MODEL, True)
+    assert request["workload"] is advice.ASSUMED_WORKLOAD
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "spec", "config_json", "says"),
+    [
+        (fleet(), SPEC, "", "no GPU is free"),
+        (fleet(view("a", "CPU")), SPEC, "", "does not know the GPUs of the fleet (CPU)"),
+        (fleet(view("a")), replace(SPEC, hardware=Hardware(allow=("L4",))), "", "no GPU of L4 is free"),
+        (fleet(view("a")), replace(SPEC, model="own/model"), "{}", "catalogue does not know it"),
+        (fleet(view("a")), replace(SPEC, model="own/model"), '{"model_type": "odd"}', "not understood"),
+        (fleet(view("a")), replace(SPEC, model="own/model"), "{", "not JSON"),
+    ],
+)
+def test_what_is_missing_for_a_request_is_told(
+    snapshot: Snapshot, spec: DeploymentSpec, config_json: str, says: str
+) -> None:
+    request = advice.request_for(snapshot, "deployments/d", spec, config_json=config_json)
+    assert isinstance(request, str)
+    assert says in request
+
+
+def test_counted_traffic_takes_the_place_of_the_assumed() -> None:
+    observed = Observed(requests_per_s=4.0, prompt_tokens=500, output_tokens=100, requests=1000)
+    found = advice.workload(observed)
+    assert found["requests_per_s"] == 4.0
+    assert found["prompt_tokens"]["p50"] == pytest.approx(500 / 2**0.5)
+    assert found["prompt_tokens"]["p95"] > 500 > found["prompt_tokens"]["p50"]
+
+
+def test_traffic_is_the_busiest_minute_and_the_mean_lengths() -> None:
+    found = advice.observed_of([60, 240, float("nan")], [(100, 50_000, 10_000), (100, 30_000, 10_000)])
+    assert found == Observed(requests_per_s=4.0, prompt_tokens=400.0, output_tokens=100.0, requests=200)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "totals"), [([], [(100, 1, 1)]), ([60.0], [(3, 30, 30)]), ([0.0], [(100, 1, 1)]), ([float("nan")], [])]
+)
+def test_too_little_traffic_is_none(minutes: list[float], totals: list[tuple[int, int, int]]) -> None:
+    assert advice.observed_of(minutes, totals) is None
+
+
+def test_advice_is_asked_on_creation_and_when_its_grounds_change() -> None:
+    made = deployment(advice=ADVICE)
+    assert advice.is_asked(None, SPEC)
+    assert not advice.is_asked(made, replace(SPEC, max=3, priority=2, autoscaling_paused=True))
+    for changed in (
+        replace(SPEC, model="other"),
+        replace(SPEC, hardware=Hardware(allow=("L4",))),
+        replace(SPEC, classes=(ServingClass(name="a", tpot_p95_s=0.1),)),
+    ):
+        assert advice.is_asked(made, changed)
+
+
+def test_an_explicit_configuration_is_never_asked_about_nor_advised() -> None:
+    explicit = replace(SPEC, configuration={"max_num_seqs": 8})
+    off = replace(SPEC, reconfiguration=Reconfiguration.OFF)
+    for spec in (explicit, off):
+        assert not advice.is_asked(None, spec)
+        assert advice.kept(deployment(advice=ADVICE), spec) is None
+    assert advice.is_asked(deployment(spec=explicit), SPEC)
+
+
+def test_advice_is_of_one_replica() -> None:
+    answer = {
+        "chosen": {
+            "gpu_type": "H100", "configuration": {"max_num_seqs": 64}, "cost_per_hour": 9.0, "replicas": 3,
+            "prediction": {"capacity_rps": {"value": 5.0}},
+        },
+        "explanation": [{"text": "Run it.", "template": "Run it."}],
+    }  # fmt: skip
+    found = advice.advice_of(answer, reason="why", now_s=7.0)
+    assert (found.cost_per_hour, found.capacity_rps, found.explanation) == (3.0, 5.0, ("Run it.",))
+
+
+def candidate(cost: float, capacity: float, replicas: int = 1) -> dict[str, Any]:
+    return {"cost_per_hour": cost, "replicas": replicas, "prediction": {"capacity_rps": {"value": capacity}}}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "current", "gain"),
+    [
+        (candidate(3, 10), candidate(6, 10), 0.5),
+        (candidate(3, 10), candidate(3, 10), 0.0),
+        (candidate(6, 20, 2), candidate(3, 10), 0.5),
+        (candidate(3, 5), candidate(3, 10), -1.0),
+        (candidate(3, 10), {"replicas": 0}, 1.0),
+        (None, candidate(3, 10), None),
+        (candidate(3, 10), None, None),
+    ],
+)
+def test_gain_is_what_a_request_costs_less(chosen: Any, current: Any, gain: float | None) -> None:
+    assert advice.gain_of({"chosen": chosen, "current": current}) == gain
+
+
+def test_engines_run_with_the_advice_and_a_change_of_it_makes_a_new_variant() -> None:
+    made = deployment(advice=ADVICE)
+    draft = Draft(Snapshot(deployments={made.name: made}))
+    first = current_variant(draft, made, target=1)
+    assert (first.gpu_type, dict(first.configuration)) == ("H100", {"max_num_seqs": 64})
+    again = current_variant(draft, made, target=1)
+    assert again.name == first.name
+    better = advice.applied(made, replace(ADVICE, configuration={"max_num_seqs": 256}), now_s=1.0)
+    second = current_variant(draft, better, target=1)
+    assert (second.name.rsplit("/")[-1], dict(second.configuration)) == ("v2", {"max_num_seqs": 256})
+    assert draft.variants[first.name].retired
+
+
+def test_a_variant_that_found_its_place_before_advice_came_is_kept_by_the_same_configuration() -> None:
+    variant = Variant(
+        name="deployments/d/variants/v1", deployment="deployments/d", model=MODEL, served_names=("d",), gpu_type="H100",
+        configuration={"max_num_seqs": 64},
+    )  # fmt: skip
+    made = deployment(advice=ADVICE)
+    draft = Draft(Snapshot(deployments={made.name: made}, variants={variant.name: variant}))
+    assert current_variant(draft, made, target=1).name == variant.name
+
+
+def test_an_explicit_configuration_wins_over_advice() -> None:
+    explicit = deployment(spec=replace(SPEC, configuration={"max_num_seqs": 8}), advice=ADVICE)
+    assert dict(explicit.configuration) == {"max_num_seqs": 8}
+    assert explicit.advised_gpu_type == ""
+
+
+def test_a_proposal_is_news_when_its_engines_or_its_gain_change() -> None:
+    assert advice.is_same(ADVICE, replace(ADVICE, gain=0.4, reason="else"))
+    assert not advice.is_same(ADVICE, replace(ADVICE, gpu_type="L4"))
+    assert advice.is_same(None, None)
+    assert not advice.is_same(None, ADVICE)
