@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,17 @@ import numpy as np
 from enova_recommender.catalog import find_gpu, find_model
 from enova_recommender.memory import fit
 from enova_recommender.performance import KernelTimes
-from enova_recommender.performance.calibration import learnt, prior
 from enova_recommender.performance.live_steps import ObservedStep
 from enova_recommender.recommend.capacity import lanes_of
 from enova_recommender.recommend.capacity_full import FullBatch, choose, full_batch
 from enova_recommender.recommend.capacity_lengths import Lengths, lengths_of
+from enova_recommender.recommend.surroundings import (
+    Surroundings,
+    Trial,
+    expected,
+    features_of,
+    learn,
+)
 from enova_recommender.recommend.types import Workload
 from enova_recommender.scaling.enova_007_model import GIB, TableRow, lay_out, max_num_seqs, one_sequence_bytes
 from enova_recommender.scaling.types import GpuFacts
@@ -31,9 +38,11 @@ from enova_testing.benchmark import read_rows
 BATCHED_TOKENS = 8192     # vLLM's default on these GPUs; neither set says otherwise
 TARGETS_S = (0.020, 0.030, 0.040, 0.050, 0.075, 0.100)
 MEASURED = 3              # settings that are known after a first trial
+FAMILIES_MIN = 2          # on one type of GPU, to learn from that type alone
 # Tokens of a prompt by task, for a set that does not say: conversations and questions are short, completions of code
 # bring the files around them. Assumed, not fitted.
 PROMPT_TOKENS = {"lm-arena-chat": 200, "gpqa": 300, "sourcegraph-fim": 3000}
+EIGHT_BIT_CACHE = ("fp8", "nvfp4")  # checkpoints of these formats (ModelOpt's) ask for an 8-bit cache as well
 LARGE_GPU_BYTES = 70 * GIB
 DEFAULT_SEQS = {True: 1024, False: 256}  # vLLM's default max_num_seqs on GPUs of 70 GiB or more, and on others
 
@@ -120,16 +129,19 @@ def silicon_groups(paths: Iterable[Path], unknown: set[str]) -> list[Group]:
 
 
 def _silicon_setting(row: dict[str, str], shape: ModelShape, gpu: GpuModel) -> Setting:
-    tensor, stages, ranks, expert = (
-        int(float(row[name] or 1)) for name in ("tp_size", "pp_size", "attention_dp_size", "moe_ep_size")
+    tensor, stages, ranks, cut, spread = (
+        int(float(row[name] or 1)) for name in ("tp_size", "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
     )
+    ranks = max(ranks, cut * spread // tensor)  # GPUs of the experts beyond those of attention hold it again
     prompt, output, sequences = float(row["isl"]), float(row["osl"]), int(float(row["concurrency"]))
     ttft, tpot = float(row["silicon_ttft_ms"]) / 1000, float(row["silicon_tpot_ms"]) / 1000
-    quantization = {"fp8": "fp8", "nvfp4": "nvfp4"}.get(row["gemm_quant_mode"])
+    quantization = row["gemm_quant_mode"] if row["gemm_quant_mode"] in EIGHT_BIT_CACHE else None
     own = shape.quantization is not None
+    cached = "fp8" if quantization and shape.quantization != "fp8_block" else "auto"
     return Setting(
-        shape=shape, gpu=gpu, precision=Precision(quantization=None if own else quantization),
-        parallelism=Parallelism(tensor=tensor, pipeline=stages, data=ranks, expert=expert > 1),
+        shape=shape, gpu=gpu,
+        precision=Precision(quantization=None if own else quantization, kv_cache_dtype=cached),
+        parallelism=Parallelism(tensor=tensor, pipeline=stages, data=ranks, expert=spread > 1),
         sequences=sequences, prompt_tokens=prompt, output_tokens=output, step_s=tpot,
         tokens_per_s=sequences * output / (ttft + tpot * (output - 1)), is_median=False,
     )  # fmt: skip
@@ -151,9 +163,12 @@ def lengths(group: Group) -> Lengths:
 
 def step_times(setting: Setting) -> KernelTimes:
     """Step times of a setting's layout."""
-    return KernelTimes(
-        setting.shape, setting.gpu, parallelism=setting.parallelism, precision=setting.precision
-    )
+    return _times(setting.shape, setting.gpu, setting.parallelism, setting.precision)
+
+
+@cache
+def _times(shape: ModelShape, gpu: GpuModel, parallelism: Parallelism, precision: Precision) -> KernelTimes:
+    return KernelTimes(shape, gpu, parallelism=parallelism, precision=precision)
 
 
 def predicted(setting: Setting, times: KernelTimes, load: Lengths) -> FullBatch:
@@ -183,39 +198,82 @@ def observed(setting: Setting, load: Lengths) -> ObservedStep:
     return ObservedStep(parts=parts, step_s=setting.step_s)
 
 
-# -- rules: the place of the chosen setting, None for no answer
+# -- what measured settings of other families teach, and rules: the place of the chosen setting, None for no answer
 
 Rule = Callable[[Group, float], int | None]
 
 
-def cold_rule(assurance: float) -> Rule:
-    """Ours, from model and GPU alone."""
+class Taught:
+    """Surroundings of each group, learnt from the other families of its set on its type of GPU, or on any."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._trials = {group.name: trials(group) for group in groups}
+        self._predicted: dict[str, list[FullBatch]] = {}
+        self._groups = groups
+        self._found: dict[tuple[object, ...], Surroundings] = {}
+
+    def trials(self, group: Group) -> list[Trial]:
+        """All settings of a group as trials."""
+        return self._trials[group.name]
+
+    def predicted(self, group: Group) -> list[FullBatch]:
+        """What the step model alone expects of each setting of a group."""
+        if group.name not in self._predicted:
+            load = lengths(group)
+            self._predicted[group.name] = [predicted(one, step_times(one), load) for one in group.settings]
+        return self._predicted[group.name]
+
+    def site(self, group: Group) -> Surroundings:
+        """What is known of a group before any of its own settings was tried."""
+        gpu = group.settings[0].gpu
+        others = [one for one in self._groups if one.data_set == group.data_set and one.family != group.family]
+        same = [one for one in others if one.settings[0].gpu == gpu]
+        taught = same if len({one.family for one in same}) >= FAMILIES_MIN else others
+        key = (group.data_set, *(one.name for one in taught))
+        if key not in self._found:
+            self._found[key] = learn([self._trials[one.name] for one in taught])
+        return self._found[key]
+
+
+def trials(group: Group) -> list[Trial]:
+    """All settings of a group as trials."""
+    load, layouts = lengths(group), {one.parallelism: number for number, one in enumerate(group.settings)}
+    return [
+        Trial(
+            features=features_of(step_times(one), one.shape, observed(one, load)), layout=layouts[one.parallelism],
+            sequences=one.sequences / lanes_of(one.parallelism), step_s=one.step_s,
+        )
+        for one in group.settings
+    ]  # fmt: skip
+
+
+def shipped_rule(taught: Taught, assurance: float) -> Rule:
+    """Ours, from model and GPU alone, by the constants that are shipped."""
 
     def rule(group: Group, target_s: float) -> int:
-        load = lengths(group)
-        options = [(predicted(one, step_times(one), load), float(one.parallelism.gpus)) for one in group.settings]
+        sizes = [float(one.parallelism.gpus) for one in group.settings]
+        options = list(zip(taught.predicted(group), sizes, strict=True))
         return choose(options, target_s=target_s, assurance=assurance)
 
     return rule
 
 
-def trial_rule(assurance: float, *, seed: int) -> Rule:
-    """Ours after three settings of the group were tried, drawn by the seed: they are known, the rest is corrected."""
+def taught_rule(taught: Taught, assurance: float, *, seed: int | None = None) -> Rule:
+    """Ours with what other families taught; with a seed, after three settings of the group were tried."""
 
     def rule(group: Group, target_s: float) -> int:
-        load = lengths(group)
-        draw = np.random.default_rng([seed, len(group.settings)])
-        known = draw.choice(len(group.settings), size=min(MEASURED, len(group.settings)), replace=False).tolist()
-        times = [step_times(one) for one in group.settings]
-        calibration = prior(times[0].spread)
-        for place in known:
-            calibration = learnt(calibration, times[place], [observed(group.settings[place], load)])
+        mine, known = taught.trials(group), []
+        if seed is not None:
+            draw = np.random.default_rng([seed, len(group.settings)])
+            known = draw.choice(len(mine), size=min(MEASURED, len(mine)), replace=False).tolist()
+        seconds, spreads = expected(taught.site(group), [mine[place] for place in known], mine)
         options = []
-        for place, setting in enumerate(group.settings):
-            found = predicted(setting, times[place].corrected(calibration.correction), load)
+        for place, (one, found) in enumerate(zip(group.settings, taught.predicted(group), strict=True)):
             if place in known:
-                found = found.measured(step_s=setting.step_s, tokens_per_s=setting.tokens_per_s)
-            options.append((found, float(setting.parallelism.gpus)))
+                judged = found.measured(step_s=one.step_s, tokens_per_s=one.tokens_per_s)
+            else:
+                judged = found.corrected(step_s=float(seconds[place]), spread=float(spreads[place]))
+            options.append((judged, float(one.parallelism.gpus)))
         return choose(options, target_s=target_s, assurance=assurance)
 
     return rule

@@ -44,6 +44,15 @@ class FullBatch:
         low, high = self.step_s.low * scale, self.step_s.high * scale
         return replace(self, step_s=Interval(value=self.mean_step_s, low=low, high=high))
 
+    def corrected(self, *, step_s: float, spread: float) -> FullBatch:
+        """The same with another time between tokens and its error; all other times in proportion."""
+        scale, outer = step_s / self.step_s.value, factor_of(spread, (1 + INTERVAL_SHARE) / 2)
+        return replace(
+            self, step_s=Interval(value=step_s, low=step_s / outer, high=step_s * outer), spread=spread,
+            mean_step_s=self.mean_step_s * scale, decode_s=self.decode_s * scale,
+            requests_per_s=self.requests_per_s / scale, tokens_per_s=self.tokens_per_s / scale,
+        )  # fmt: skip
+
     def measured(self, *, step_s: float, tokens_per_s: float) -> FullBatch:
         """The same as it was measured: no error is left."""
         return replace(
