@@ -14,6 +14,17 @@ ELEMENT_BYTES = {
 }  # fmt: skip
 
 
+class VerdictKind(StrEnum):
+    """What the detector says of a deployment or replica over a window."""
+
+    NORMAL = "NORMAL"
+    OVERLOADED = "OVERLOADED"
+    UNDERUSED = "UNDERUSED"
+    DEGRADED = "DEGRADED"
+    MISCONFIGURED = "MISCONFIGURED"
+    UNKNOWN = "UNKNOWN"
+
+
 class Arithmetic(StrEnum):
     """What the matrix products of a quantised model multiply in, where the GPU can."""
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from enova_recommender.types import VerdictKind as VerdictKind  # noqa: PLC0414  # part of what policies speak in
+
 
 class Feature(StrEnum):
     """The six series a replica that ENOVA 0.0.7 looks at, under its names. KV usage is in per cent."""
@@ -22,17 +24,6 @@ class Feature(StrEnum):
     NEW = "server_new_requests"
     SUCCESS = "server_success_requests"
     KV_USAGE = "gpu_kv_cache_usage"
-
-
-class VerdictKind(StrEnum):
-    """What the detector says of a deployment or replica over a window."""
-
-    NORMAL = "NORMAL"
-    OVERLOADED = "OVERLOADED"
-    UNDERUSED = "UNDERUSED"
-    DEGRADED = "DEGRADED"
-    MISCONFIGURED = "MISCONFIGURED"
-    UNKNOWN = "UNKNOWN"
 
 
 class Action(StrEnum):

@@ -1,0 +1,228 @@
+"""Episodes: verdicts that belong together, from when they begin until they are over.
+
+Theory of operation. One root, one episode. Verdicts of a step are gathered under the widest root that explains them: a
+node whose replicas are unknown or degraded together, a deployment most of whose replicas say the same, else the
+replica alone. When most nodes fall silent at once the coordinator itself is more likely cut off than they dead: that is
+one episode of the fleet, and nothing is to be done. An episode that is open takes in later verdicts of its root and
+kind; a narrower one that is explained by a new wider root becomes it. It closes when its members have been well for
+some time, so that what comes and goes stays one episode.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from enova_recommender.detection.causes import Cause, SuggestedAction
+from enova_recommender.detection.observation import Placement
+from enova_recommender.detection.verdicts import Contribution, Judgement, Verdict
+from enova_recommender.types import VerdictKind
+
+CLOSE_AFTER_S = 30.0     # without a verdict that belongs to it
+TOGETHER_SHARE = 0.5     # of a root's replicas: more than chance
+NODES_MIN = 2            # of which most are silent: fewer are nodes, not a fleet
+MEMBERS_MIN = 2          # of a root wider than a replica
+CONTRIBUTIONS_MAX = 8
+
+
+class Scope(StrEnum):
+    """How wide a root is."""
+
+    FLEET = "FLEET"
+    NODE = "NODE"
+    DEPLOYMENT = "DEPLOYMENT"
+    REPLICA = "REPLICA"
+
+
+_WIDTH = {Scope.REPLICA: 0, Scope.DEPLOYMENT: 1, Scope.NODE: 2, Scope.FLEET: 3}
+
+
+class Change(StrEnum):
+    """What became of an episode in a step."""
+
+    OPENED = "OPENED"
+    UPDATED = "UPDATED"
+    CLOSED = "CLOSED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Root:
+    """What an episode is about."""
+
+    scope: Scope
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """What befell a root. `since_s`: the first evidence; `opened_s`: when it was said; `causes` by how often."""
+
+    id: str
+    root: Root
+    kind: VerdictKind
+    causes: tuple[Cause, ...]
+    members: frozenset[str]
+    since_s: float
+    opened_s: float
+    seen_s: float
+    closed_s: float | None
+    score: float
+    confidence: float
+    action: SuggestedAction
+    contributions: tuple[Contribution, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpisodeChange:
+    """One change of one episode, as it is after it."""
+
+    change: Change
+    episode: Episode
+
+
+class EpisodeBook:
+    """The open episodes. Give it every step's judgement in order."""
+
+    def __init__(self, *, close_after_s: float = CLOSE_AFTER_S) -> None:
+        self._close_after_s = close_after_s
+        self._open: dict[str, Episode] = {}
+
+    @property
+    def open(self) -> tuple[Episode, ...]:
+        """Those that are not over, the oldest first."""
+        return tuple(self._open.values())
+
+    def update(self, judgement: Judgement, placements: Mapping[str, Placement]) -> list[EpisodeChange]:
+        """What the step changes."""
+        changes: list[EpisodeChange] = []
+        rest = dict(judgement.verdicts)
+        for root, verdicts in _gathered(rest, placements):
+            changes += self._take(root, verdicts, judgement.end_s)
+        for episode in list(self._open.values()):
+            if judgement.end_s - episode.seen_s >= self._close_after_s or judgement.end_s < episode.opened_s:
+                closed = replace(episode, closed_s=judgement.end_s)
+                del self._open[episode.id]
+                changes.append(EpisodeChange(change=Change.CLOSED, episode=closed))
+        return changes
+
+    def _take(self, root: Root, verdicts: list[Verdict], now_s: float) -> list[EpisodeChange]:
+        kind, members = verdicts[0].kind, frozenset(each.replica for each in verdicts)
+        # An episode that is as wide or wider and holds them goes on; narrower ones widen to this root.
+        mine = [
+            each for each in self._open.values()
+            if each.kind is kind and (each.root == root or each.members & members)
+        ]
+        if not mine:
+            episode = _new(root, verdicts, now_s)
+            self._open[episode.id] = episode
+            return [EpisodeChange(change=Change.OPENED, episode=episode)]
+        mine.sort(key=lambda each: (-_WIDTH[each.root.scope], each.opened_s))
+        first = mine[0]
+        wider = root if _WIDTH[root.scope] > _WIDTH[first.root.scope] else first.root
+        changes: list[EpisodeChange] = []
+        for other in mine[1:]:
+            if other.members <= members | first.members:
+                del self._open[other.id]
+                changes.append(EpisodeChange(change=Change.CLOSED, episode=replace(other, closed_s=now_s)))
+        updated = _updated(replace(first, root=wider), verdicts, now_s)
+        self._open[first.id] = updated
+        if _told(updated) != _told(first):
+            changes.append(EpisodeChange(change=Change.UPDATED, episode=updated))
+        return changes
+
+
+def _gathered(
+    verdicts: Mapping[str, Verdict], placements: Mapping[str, Placement]
+) -> list[tuple[Root, list[Verdict]]]:
+    """Verdicts under the widest root that explains them."""
+    rest = {name: verdict for name, verdict in verdicts.items() if name in placements}
+    groups: list[tuple[Root, list[Verdict]]] = []
+
+    def take(root: Root, names: list[str]) -> None:
+        groups.append((root, [rest.pop(name) for name in sorted(names)]))
+
+    silent = _silent_nodes(rest, placements)
+    nodes = {node for each in placements.values() for node in each.nodes}
+    if len(nodes) >= NODES_MIN and len(silent) > TOGETHER_SHARE * len(nodes) and len(silent) >= NODES_MIN:
+        take(Root(scope=Scope.FLEET, name="fleet"), [
+            name for name in rest if rest[name].cause is Cause.MISSING and set(placements[name].nodes) & silent
+        ])  # fmt: skip
+    for kind in (VerdictKind.UNKNOWN, VerdictKind.DEGRADED):
+        for node, names in _by_node(rest, placements, kind).items():
+            names = [name for name in names if name in rest]  # noqa: PLW2901  # an earlier node may have taken it
+            count = sum(node in each.nodes for each in placements.values())
+            if len(names) >= MEMBERS_MIN and len(names) > TOGETHER_SHARE * count:
+                take(Root(scope=Scope.NODE, name=node), names)
+    by_deployment: dict[tuple[str, VerdictKind], list[str]] = defaultdict(list)
+    for name, verdict in rest.items():
+        by_deployment[placements[name].deployment, verdict.kind].append(name)
+    sizes = Counter(each.deployment for each in placements.values())
+    for (deployment, _), names in sorted(by_deployment.items()):
+        if len(names) >= MEMBERS_MIN and len(names) > TOGETHER_SHARE * sizes[deployment]:
+            take(Root(scope=Scope.DEPLOYMENT, name=deployment), names)
+    for name in sorted(rest):
+        take(Root(scope=Scope.REPLICA, name=name), [name])
+    return groups
+
+
+def _silent_nodes(rest: Mapping[str, Verdict], placements: Mapping[str, Placement]) -> set[str]:
+    """Nodes of which no replica is heard."""
+    heard = {node for name, each in placements.items() for node in each.nodes
+             if name not in rest or rest[name].cause is not Cause.MISSING}
+    return {node for each in placements.values() for node in each.nodes} - heard
+
+
+def _by_node(
+    rest: Mapping[str, Verdict], placements: Mapping[str, Placement], kind: VerdictKind
+) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, verdict in rest.items():
+        if verdict.kind is kind:
+            for node in placements[name].nodes:
+                found[node].append(name)
+    return dict(sorted(found.items()))
+
+
+def _new(root: Root, verdicts: list[Verdict], now_s: float) -> Episode:
+    since_s = min(each.since_s for each in verdicts)
+    kind = verdicts[0].kind
+    empty = Episode(
+        id=f"{root.scope.lower()}/{root.name}/{kind.lower()}/{now_s:.0f}",
+        root=root, kind=kind, causes=(), members=frozenset(), since_s=since_s, opened_s=now_s, seen_s=now_s,
+        closed_s=None, score=0.0, confidence=0.0, action=SuggestedAction.NONE, contributions=(),
+    )  # fmt: skip
+    return _updated(empty, verdicts, now_s)
+
+
+def _updated(episode: Episode, verdicts: list[Verdict], now_s: float) -> Episode:
+    counted = Counter(each.cause for each in verdicts if each.cause is not None)
+    causes = tuple(cause for cause, _ in sorted(counted.items(), key=lambda each: (-each[1], each[0])))
+    worst = max(verdicts, key=lambda each: (each.score, each.replica))
+    return replace(
+        episode,
+        causes=causes,
+        members=episode.members | {each.replica for each in verdicts},
+        since_s=min([episode.since_s, *(each.since_s for each in verdicts)]),
+        seen_s=now_s,
+        score=max(episode.score, worst.score),
+        confidence=max(each.confidence for each in verdicts),
+        action=_action(episode.root, verdicts),
+        contributions=worst.contributions[:CONTRIBUTIONS_MAX],
+    )
+
+
+def _action(root: Root, verdicts: list[Verdict]) -> SuggestedAction:
+    if root.scope is Scope.FLEET:
+        return SuggestedAction.NONE
+    counted = Counter(each.action for each in verdicts)
+    return max(counted.items(), key=lambda each: (each[1], each[0]))[0]
+
+
+def _told(episode: Episode) -> tuple[object, ...]:
+    """What is worth telling when it changes."""
+    return (
+        episode.root, episode.causes, episode.members, episode.action, round(episode.score, 1),
+        round(episode.confidence, 1),
+    )  # fmt: skip

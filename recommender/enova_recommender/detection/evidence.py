@@ -1,0 +1,230 @@
+"""For and against each cause, in one step of every replica.
+
+Each function here answers 1 where the step speaks for the cause, -1 where it speaks against, and 0 where it says
+nothing: what is missing never counts, neither way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from enova_recommender.detection.causes import Cause
+from enova_recommender.detection.features import Feature, FeatureStep, Flags, Floats
+from enova_recommender.detection.observation import Placement
+from enova_recommender.detection.progress import Codes, Progress
+from enova_recommender.detection.residual import Slowness
+
+Votes = npt.NDArray[np.int8]
+
+PREEMPTION_TAU_S = 15.0      # memory of preemptions
+PREEMPTIONS_MIN = 0.1        # a second
+RESTART_TAU_S = 300.0        # memory of restarts: two within some 80 s, or three within 200 s, make a loop
+RESTARTS_MIN, RESTARTS_CLEAR = 1.75, 1.0
+FAILURE_TAU_S = 30.0
+FAILED_SHARE, FAILURES_MIN = 0.2, 0.1  # of requests, a second
+SLOW_RATIO = 1.3             # below it nobody is harmed
+SLOW_CLEAR = 1.15
+THROTTLED_RATIO = 1.1        # enough where the GPU itself says why
+PEER_SPREADS, PEER_CLEAR = 6.0, 3.0
+PEER_STEP = 0                # column of step times among the peers' figures
+QUEUE_MIN = 2.0              # requests that wait
+QUEUE_SHARE = 0.1            # of those that run
+HELD_SLACK = 2.0             # requests on their way between ingress and engine
+HELD_SHARE = 0.25
+KV_FULL = 0.85
+BATCH_FULL = 0.9             # of max_num_seqs
+BATCH_GAIN = 1.5             # throughput with twice the batch, over today's
+BATCH_KV_MAX = 0.45          # so that twice the batch fits
+LEAK_IDLE_USAGE = 0.2        # of the KV cache, with nothing running
+LEAK_FACTOR = 1.1            # times what the longest sequences could hold
+CUT_FACTOR, CUT_SLACK = 2.0, 0.05
+LOAD_TAU_S = 300.0
+LOAD_MAX = 0.6               # of what one replica fewer carries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signals:
+    """What detectors said of a step, by replica."""
+
+    progress: Codes
+    stalled_s: Floats
+    slowness: Slowness
+    peers: Floats                  # by replica and peer feature
+    batch_gain: Floats             # throughput with twice the batch, over today's; NaN unknown
+
+
+class Evidence:
+    """Votes for every cause; it remembers decaying counts of rare events."""
+
+    def __init__(self, *, series: int) -> None:
+        self._memory = np.zeros((5, series))   # preemptions, restarts, failed, answered, cut: by second but restarts
+        self._load = np.full(series, np.nan)
+
+    def update(
+        self, step: FeatureStep, signals: Signals, placements: Mapping[str, Placement], *, step_s: float
+    ) -> Votes:
+        """Votes by replica and cause."""
+        self._remember(step, step_s)
+        votes = np.zeros((len(step.values), len(Cause)), dtype=np.int8)
+        placed = np.array([name in placements for name in step.replicas], dtype=bool)
+        reported = ~np.isnan(step.of(Feature.AGE_S))
+        ready = step.of(Feature.READY) == 1.0
+        votes[:, Cause.MISSING] = np.where(reported | ~placed, -1, 1)
+        votes[:, Cause.CRASH_LOOP] = self._crash_loop(step, signals)
+        votes[:, Cause.HUNG] = _hung(signals.progress)
+        votes[:, Cause.LEAK] = _leak(step, placements)
+        votes[:, Cause.KV_THRASH] = self._kv_thrash(step)
+        votes[:, Cause.THROTTLED], votes[:, Cause.SLOW] = _slow(step, signals)
+        votes[:, Cause.FAILING] = self._failing()
+        queue = queued(step)
+        votes[:, Cause.BATCH_SLACK] = _batch_slack(step, signals, placements, queue)
+        votes[:, Cause.OVERLOAD] = _overload(step, queue)
+        votes[:, Cause.CUT] = self._cut(placements, step)
+        votes[:, Cause.IDLE] = np.select([signals.progress == Progress.IDLE, ~reported], [1, 0], -1)
+        votes[:, Cause.SURPLUS] = self._surplus(step, placements)
+        # A replica that starts, drains or stopped serves nobody: only what befell its process can be said.
+        votes[~ready & reported, Cause.HUNG :] = -1
+        votes[~reported, Cause.CRASH_LOOP :] = 0
+        return votes
+
+    @property
+    def preemptions(self) -> Floats:
+        """Preemptions a second of late."""
+        return np.array(self._memory[0])
+
+    @property
+    def restarts(self) -> Floats:
+        """Restarts of late, older ones counted for less."""
+        return np.array(self._memory[1])
+
+    @property
+    def failed(self) -> Floats:
+        """Failed requests a second of late."""
+        return np.array(self._memory[2])
+
+    def forget(self, row: int) -> None:
+        """Another replica has this row."""
+        self._memory[:, row] = 0.0
+        self._load[row] = np.nan
+
+    def _remember(self, step: FeatureStep, step_s: float) -> None:
+        more = len(step.values) - len(self._load)
+        if more > 0:
+            self._memory = np.pad(self._memory, ((0, 0), (0, more)))
+            self._load = np.pad(self._load, (0, more), constant_values=np.nan)
+        taus_s = (PREEMPTION_TAU_S, FAILURE_TAU_S, FAILURE_TAU_S, LOAD_TAU_S)
+        columns = (Feature.PREEMPTIONS, Feature.FAILED, Feature.ENGINE_FINISHED, Feature.CUT)
+        for row, tau_s, feature in zip((0, 2, 3, 4), taus_s, columns, strict=True):
+            now = step.of(feature)
+            keep = math.exp(-step_s / tau_s)
+            moved = keep * self._memory[row] + (1 - keep) * np.minimum(np.nan_to_num(now), 1e9)
+            self._memory[row] = np.where(np.isnan(now), self._memory[row], moved)
+        self._memory[1] *= math.exp(-step_s / RESTART_TAU_S)
+        self._memory[1] += np.nan_to_num(step.of(Feature.RESTARTS))
+        arrivals = step.of(Feature.ARRIVALS)
+        started = np.where(np.isnan(self._load), arrivals, self._load)
+        keep = math.exp(-step_s / LOAD_TAU_S)
+        self._load = np.where(np.isnan(arrivals), self._load, keep * started + (1 - keep) * arrivals)
+
+    def _crash_loop(self, step: FeatureStep, signals: Signals) -> Votes:
+        loops = (self._memory[1] >= RESTARTS_MIN) | (signals.progress == Progress.DOWN)
+        calm = (self._memory[1] < RESTARTS_CLEAR) & (step.of(Feature.READY) == 1.0)
+        return _votes(loops, calm)
+
+    def _kv_thrash(self, step: FeatureStep) -> Votes:
+        thrash = (self._memory[0] >= PREEMPTIONS_MIN) & (
+            (step.of(Feature.PREEMPTIONS) > 0) | (step.of(Feature.KV_USAGE) >= KV_FULL)
+        )
+        return _votes(thrash, self._memory[0] < PREEMPTIONS_MIN)
+
+    def _failing(self) -> Votes:
+        share = self._memory[2] / np.maximum(self._memory[2] + self._memory[3], 1e-9)
+        failing = (self._memory[2] >= FAILURES_MIN) & (share >= FAILED_SHARE)
+        return _votes(failing, ~failing)
+
+    def _cut(self, placements: Mapping[str, Placement], step: FeatureStep) -> Votes:
+        meant = _column(step, placements, "cut_share")
+        share = self._memory[4] / np.maximum(self._memory[3], 1e-9)
+        enough = self._memory[3] >= FAILURES_MIN
+        return _votes(enough & (share > CUT_FACTOR * meant + CUT_SLACK), enough & (share <= CUT_FACTOR * meant))
+
+    def _surplus(self, step: FeatureStep, placements: Mapping[str, Placement]) -> Votes:
+        """One replica fewer would hold: of a deployment of two or more that all are measured."""
+        capacity = _column(step, placements, "capacity_rps")
+        names = [placements[name].deployment if name in placements else "" for name in step.replicas]
+        _, index = np.unique(np.array(names, dtype=str), return_inverse=True)
+        known = np.isfinite(capacity) & np.isfinite(self._load)
+        count = np.bincount(index)
+        whole = np.bincount(index, weights=known) == count
+        load = np.bincount(index, weights=np.where(known, self._load, 0.0))
+        carried = np.bincount(index, weights=np.where(known, capacity, 0.0))
+        least = np.full(len(count), np.inf)
+        np.minimum.at(least, index, np.where(known, capacity, np.inf))
+        spare = whole & (count > 1) & (load <= LOAD_MAX * (carried - np.where(np.isfinite(least), least, 0.0)))
+        named = np.array([bool(name) for name in names])
+        return _votes(named & spare[index], named & whole[index] & ~spare[index])
+
+
+def queued(step: FeatureStep) -> Floats:
+    """Requests that wait, in the engine or before it."""
+    running, waiting = step.of(Feature.RUNNING), step.of(Feature.WAITING)
+    before = step.of(Feature.HELD) - running - HELD_SLACK - HELD_SHARE * running
+    return np.fmax(waiting, before)
+
+
+def _hung(progress: Codes) -> Votes:
+    stuck = (progress == Progress.SUSPECT) | (progress == Progress.HUNG)
+    return _votes(stuck, np.isin(progress, (Progress.BUSY, Progress.IDLE, Progress.LONG_PREFILL)))
+
+
+def _leak(step: FeatureStep, placements: Mapping[str, Placement]) -> Votes:
+    """More than the sequences that run could hold, were each as long as the context allows."""
+    usage, running = step.of(Feature.KV_USAGE), step.of(Feature.RUNNING)
+    most = running * _column(step, placements, "max_model_len") / _column(step, placements, "kv_tokens")
+    nothing = (running == 0) & (step.of(Feature.WAITING) == 0)
+    leaks = (usage > LEAK_FACTOR * most + 0.05) & (running > 0) | nothing & (usage > LEAK_IDLE_USAGE)
+    return _votes(leaks, nothing & (usage <= LEAK_IDLE_USAGE) | (usage <= most) & (most < 1.0))
+
+
+def _slow(step: FeatureStep, signals: Signals) -> tuple[Votes, Votes]:
+    ratio, peers = signals.slowness.ratio, signals.peers[:, PEER_STEP]
+    measured = step.of(Feature.STEP_S)
+    now = np.isfinite(measured) & np.isfinite(ratio)
+    # A sibling's load differs: where the model explains a long step, siblings do not make it slow.
+    odd = np.isfinite(measured) & (peers >= PEER_SPREADS) & (np.isnan(ratio) | (ratio >= SLOW_CLEAR))
+    slow = now & (ratio >= SLOW_RATIO) & signals.slowness.alarm | odd
+    well = now & (ratio < SLOW_CLEAR) & ~(peers >= PEER_SPREADS)
+    hot = step.of(Feature.GPU_THROTTLED)
+    throttled = (hot > 0) & (slow | now & (ratio >= THROTTLED_RATIO) | np.isnan(ratio) & (peers >= PEER_CLEAR))
+    return _votes(throttled, (hot == 0) | well), _votes(slow, well | np.isnan(ratio) & (peers < PEER_CLEAR))
+
+
+def _batch_slack(
+    step: FeatureStep, signals: Signals, placements: Mapping[str, Placement], queue: Floats
+) -> Votes:
+    limit = _column(step, placements, "max_num_seqs")
+    full = step.of(Feature.RUNNING) >= BATCH_FULL * limit
+    slack = full & (queue >= QUEUE_MIN) & (signals.batch_gain >= BATCH_GAIN) & (
+        step.of(Feature.KV_USAGE) <= BATCH_KV_MAX
+    )
+    return _votes(slack, np.isfinite(queue) & ~slack)
+
+
+def _overload(step: FeatureStep, queue: Floats) -> Votes:
+    long = queue >= np.maximum(QUEUE_MIN, QUEUE_SHARE * np.nan_to_num(step.of(Feature.RUNNING)))
+    return _votes(long, np.isfinite(queue) & ~long)
+
+
+def _column(step: FeatureStep, placements: Mapping[str, Placement], name: str) -> Floats:
+    return np.array(
+        [getattr(placements[each], name) if each in placements else math.nan for each in step.replicas], dtype=float
+    )
+
+
+def _votes(yes: Flags, no: Flags) -> Votes:
+    return np.where(yes, 1, np.where(no, -1, 0)).astype(np.int8)

@@ -1,0 +1,272 @@
+"""Whether an engine is slow for its load: observed step times beside those that its load should take.
+
+Theory of operation. The mean gap between two tokens of a sequence is the mean duration of a step, weighted by the
+sequences that decode in it (as `enova_recommender.performance.live_steps` explains). From the same counters follow the
+batches that those steps computed, so a model of step times says what they should have taken. The logarithm of the
+ratio is near a constant of the model's own error while hardware and software are well, whatever the load; the constant
+is taken off. Steps with preemptions are left out: their gaps are waiting, not computing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from scipy.optimize import nnls
+
+from enova_recommender.detection.extremes import DriftingThreshold
+from enova_recommender.detection.features import Feature, FeatureStep, Flags, Floats
+from enova_recommender.detection.observation import Placement
+from enova_recommender.performance import Affine, StepTimes
+from enova_recommender.types import Batch
+
+TOKENS_MIN = 8.0           # gaps below which a step says nothing
+BATCHED_TOKENS = 2048.0    # where the setting is not known
+RATIO_MAX = 50.0           # beyond it is a stall, not a step
+SMOOTHING = 0.5            # weight of the newest step: the mean lags by a step
+BIAS_STEPS = 24            # of known normal time, after which a model's own error is known
+BIAS_MAX = math.log(3.0)   # of a model; more is called slow from the start
+BIAS_KEEP = 1.0 - 1.0 / 720.0
+ROUNDS = 4                 # of the robust fit
+SPREAD_MIN = 0.02          # of log ratios: nothing is measured better
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatches:
+    """What the mean steps of each replica computed: two kinds of step by replica (2 x n), with a prompt and without."""
+
+    weights: Floats            # of each kind, adding up to 1; NaN where nothing is known
+    prefill_tokens: Floats
+    prefill_pairs: Floats
+    decode_sequences: Floats
+    context_tokens: Floats
+    observed_s: Floats         # n
+
+
+class Expectation(Protocol):
+    """Step times of each replica for the batches that it computed."""
+
+    def expected_s(self, batches: StepBatches) -> Floats:
+        """One mean duration a replica; NaN where unknown."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AffineExpectation:
+    """Affine step times, one row of coefficients a replica: base, prefill token, pair, sequence, context token."""
+
+    coefficients: Floats
+
+    @classmethod
+    def of(cls, times: Affine, *, series: int) -> AffineExpectation:
+        """The same times for every replica."""
+        row = (times.base_s, times.prefill_token_s, times.prefill_pair_s, times.sequence_s, times.context_token_s)
+        return cls(np.tile(np.array(row), (series, 1)))
+
+    def expected_s(self, batches: StepBatches) -> Floats:
+        """One mean duration a replica."""
+        base, token, pair, sequence, context = self.coefficients.T
+        steps_s = (
+            base + token * batches.prefill_tokens + pair * batches.prefill_pairs
+            + sequence * batches.decode_sequences + context * batches.context_tokens
+        )
+        return np.asarray((batches.weights * steps_s).sum(axis=0))
+
+
+@dataclass(frozen=True, slots=True)
+class MixedExpectation:
+    """Any model's step times, one for each replica that has one. Affine ones are computed all at once."""
+
+    affine: AffineExpectation
+    others: tuple[tuple[int, StepTimes], ...]
+
+    @classmethod
+    def of(cls, times: Sequence[StepTimes | None]) -> MixedExpectation:
+        """The times of each row; None where there is no model."""
+        table = np.full((len(times), 5), np.nan)
+        for row, each in enumerate(times):
+            if isinstance(each, Affine):
+                table[row] = AffineExpectation.of(each, series=1).coefficients[0]
+        others = tuple(
+            (row, each) for row, each in enumerate(times) if each is not None and not isinstance(each, Affine)
+        )
+        return cls(AffineExpectation(table), others)
+
+    def expected_s(self, batches: StepBatches) -> Floats:
+        """One mean duration a replica."""
+        found = self.affine.expected_s(batches)
+        for row, times in self.others:
+            if np.isfinite(batches.weights[:, row]).all():
+                found[row] = sum(
+                    float(batches.weights[kind, row]) * times.step_s(_batch(batches, kind, row))
+                    for kind in (0, 1) if batches.weights[kind, row] > 0
+                )
+        return found
+
+
+def step_batches(step: FeatureStep, placements: Mapping[str, Placement]) -> StepBatches:
+    """What the steps of each replica computed, from what its counters moved by."""
+    placed = [placements.get(name) for name in step.replicas]
+    limit = np.array([each.max_num_batched_tokens if each else math.nan for each in placed])
+    limit = np.where(np.isnan(limit), BATCHED_TOKENS, limit)
+    kv_tokens = np.array([each.kv_tokens if each else math.nan for each in placed])
+    span_s = step.of(Feature.SPAN_S)
+    steps = step.of(Feature.ITERATIONS) * span_s
+    prompts = np.maximum((step.of(Feature.PROMPT_TOKENS) - np.nan_to_num(step.of(Feature.PREFIX_HITS))) * span_s, 0.0)
+    first, gaps = step.of(Feature.FIRST_TOKENS) * span_s, step.of(Feature.DECODE_TOKENS) * span_s
+    known = (steps >= 1) & (gaps >= TOKENS_MIN) & (step.of(Feature.STEP_S) > 0)
+    known &= ~(step.of(Feature.PREEMPTIONS) > 0) & np.isfinite(prompts) & np.isfinite(first)
+    steps = np.where(known, steps, np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mixed = np.minimum(steps, np.maximum(first, prompts / limit))
+        running = (gaps + first) / steps
+        beside = np.maximum(0.0, running - np.where(mixed > 0, first / mixed, 0.0))
+        weights = np.array([mixed * beside, (steps - mixed) * running])
+        weights /= weights.sum(axis=0)
+        chunk = np.where(mixed > 0, prompts / mixed, 0.0)
+        whole = np.where(first > 0, prompts / first, chunk)
+        context = step.of(Feature.KV_USAGE) * kv_tokens / np.maximum(step.of(Feature.RUNNING), 1.0)
+        # Without the cache's size: a prompt and half of an answer.
+        context = np.where(np.isfinite(context) & (context > 0), context, np.nan_to_num(whole))
+    nothing = np.zeros(len(steps))
+    return StepBatches(
+        weights=weights,
+        prefill_tokens=np.array([chunk, nothing]),
+        prefill_pairs=np.array([chunk * whole / 2, nothing]),
+        decode_sequences=np.array([beside, running]),
+        context_tokens=np.array([beside * context, running * context]),
+        observed_s=np.where(known, step.of(Feature.STEP_S), np.nan),
+    )
+
+
+def fit_affine(batches: list[StepBatches]) -> Affine:
+    """The affine step times of normal steps, all of one configuration, robustly and without a negative part.
+
+    Raises ValueError for fewer than BIAS_STEPS known steps.
+    """
+    parts = [np.array([
+        np.ones_like(each.observed_s),
+        *((each.weights * values).sum(axis=0) for values in (
+            each.prefill_tokens, each.prefill_pairs, each.decode_sequences, each.context_tokens)),
+    ]) for each in batches]  # fmt: skip
+    table = np.concatenate(parts, axis=1).T
+    observed = np.concatenate([each.observed_s for each in batches])
+    sound = np.isfinite(table).all(axis=1) & np.isfinite(observed)
+    if sound.sum() < BIAS_STEPS:
+        raise ValueError(f"batches: at least {BIAS_STEPS} known steps are needed, not {int(sound.sum())}")
+    table, observed = table[sound], observed[sound]
+    units = np.maximum(np.abs(table).mean(axis=0), 1e-12)
+    weights = 1.0 / observed
+    found = np.zeros(table.shape[1])
+    for _ in range(ROUNDS):
+        found = nnls(table / units * weights[:, None], observed * weights)[0] / units
+        error = np.abs(table @ found / observed - 1.0)
+        spread = max(SPREAD_MIN, 1.4826 * float(np.median(error)))
+        weights = np.minimum(1.0, 1.5 * spread / np.maximum(error, 1e-9)) / observed
+    base, token, pair, sequence, context = found.tolist()
+    return Affine(
+        base_s=base, prefill_token_s=token, prefill_pair_s=pair, sequence_s=sequence, context_token_s=context
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slowness:
+    """How slow each replica is for its load: `ratio` of observed to expected, 1 if well, NaN if unknown."""
+
+    ratio: Floats
+    alarm: Flags               # beyond what chance does at the stated rate
+
+
+class ResidualWatch:
+    """Smooths each replica's log ratio, takes the model's own error off, and holds the rest against a threshold."""
+
+    def __init__(self, *, series: int, threshold: DriftingThreshold | None = None) -> None:
+        self._threshold = threshold
+        self._mean = np.full(series, np.nan)
+        self._bias = np.full(series, np.nan)
+        self._seen = np.zeros(series)
+
+    def fit(self, batches: list[StepBatches], expectation: Expectation, *, rate: float) -> None:
+        """Learn bias and threshold from normal time of the same replicas."""
+        logs = np.array([log_ratio(each, expectation) for each in batches])
+        with np.errstate(all="ignore"):
+            known = ~np.isnan(logs).all(axis=0)
+            self._bias[known] = np.nanmedian(logs[:, known], axis=0)
+        self._seen[known] = BIAS_STEPS
+        smooth = np.array([self._smooth(row - self._bias, np.isfinite(row)) for row in logs])
+        threshold = DriftingThreshold(rate=rate)
+        threshold.fit(smooth.reshape(-1))
+        self._threshold = threshold
+        self._mean[:] = np.nan
+
+    def update(self, batches: StepBatches, expectation: Expectation, *, learn: Flags | None = None) -> Slowness:
+        """One step; bias is learnt only where `learn` says that the replica is well."""
+        logs = log_ratio(batches, expectation)
+        self._grow(len(logs))
+        known = np.isfinite(logs)
+        fresh = known & (self._seen < BIAS_STEPS)
+        learnt = known & (self._seen >= BIAS_STEPS) & (np.zeros(len(logs), bool) if learn is None else learn)
+        start = np.clip(np.where(np.isnan(self._bias), logs, self._bias), -BIAS_MAX, BIAS_MAX)
+        moved = start + (np.clip(logs, -BIAS_MAX, BIAS_MAX) - start) / (self._seen + 1.0)
+        self._bias = np.where(fresh, moved, self._bias)
+        self._seen = np.where(known, self._seen + 1.0, self._seen)
+        self._bias = np.where(learnt, BIAS_KEEP * self._bias + (1.0 - BIAS_KEEP) * logs, self._bias)
+        residual = self._smooth(logs - self._bias, known)
+        ratio = np.where(self._seen > BIAS_STEPS, np.exp(np.clip(residual, -10.0, 10.0)), np.nan)
+        alarm = known & (ratio > 1.0)
+        if self._threshold is not None:
+            # One law for all, of which the level is used: each replica's own error is taken off already.
+            alarm &= residual > self._threshold.level
+        return Slowness(ratio=np.where(known | (self._seen > BIAS_STEPS), ratio, np.nan), alarm=alarm)
+
+    def forget(self, row: int) -> None:
+        """Another replica has this row, or its engine was restarted on other hardware."""
+        if row >= len(self._mean):
+            return
+        self._mean[row] = self._bias[row] = np.nan
+        self._seen[row] = 0.0
+
+    def _smooth(self, residual: Floats, known: Flags) -> Floats:
+        moved = self._mean + SMOOTHING * (residual - self._mean)
+        self._mean = np.where(known, np.where(np.isnan(self._mean), residual, moved), self._mean)
+        return self._mean
+
+    def _grow(self, series: int) -> None:
+        more = series - len(self._mean)
+        if more > 0:
+            self._mean = np.pad(self._mean, (0, more), constant_values=np.nan)
+            self._bias = np.pad(self._bias, (0, more), constant_values=np.nan)
+            self._seen = np.pad(self._seen, (0, more))
+
+
+def batch_gain(batches: StepBatches, expectation: Expectation) -> Floats:
+    """How much more a step of twice the work would make in the same time: 2 where steps cost the same however full."""
+    double = replace(
+        batches,
+        prefill_tokens=2 * batches.prefill_tokens,
+        prefill_pairs=2 * batches.prefill_pairs,
+        decode_sequences=2 * batches.decode_sequences,
+        context_tokens=2 * batches.context_tokens,
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return 2.0 * expectation.expected_s(batches) / expectation.expected_s(double)
+
+
+def log_ratio(batches: StepBatches, expectation: Expectation) -> Floats:
+    """The logarithm of observed over expected step time; NaN where either is unknown."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = batches.observed_s / expectation.expected_s(batches)
+        sound = (ratio > 1 / RATIO_MAX) & np.isfinite(ratio)
+        return np.where(sound, np.log(np.clip(ratio, 1 / RATIO_MAX, RATIO_MAX)), np.nan)
+
+
+def _batch(batches: StepBatches, kind: int, row: int) -> Batch:
+    return Batch(
+        prefill_tokens=round(float(batches.prefill_tokens[kind, row])),
+        prefill_pairs=round(float(batches.prefill_pairs[kind, row])),
+        decode_sequences=round(float(batches.decode_sequences[kind, row])),
+        context_tokens=round(float(batches.context_tokens[kind, row])),
+    )
