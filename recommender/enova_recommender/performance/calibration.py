@@ -5,23 +5,28 @@ factor theta_i, 1 before anything was measured, and a step that took t seconds i
 
     t / s = sum theta_i x_i + e,    s = sum theta_i g_i at the factors of before,  x_i = g_i / s
 
-so that errors are relative and one setting serves steps of a millisecond and of a second. Of it follow the usual
-steps of recursive least squares, with three guards:
+so that errors are relative and one setting serves steps of a millisecond and of a second. Live frames come by the
+thousand, and are learnt from one by one (`updated`) by recursive least squares with covariance P and three guards:
 
-- *Forgetting.* Before each update the information (the inverse P^-1 of the covariance) decays towards that of the
-  prior: P^-1 <- lambda P^-1 + (1 - lambda) P0^-1, lambda = 0.5^(1 / HALF_LIFE). What was learnt counts half after
-  HALF_LIFE updates, and P never exceeds P0: directions that no load excites do not wind up (Kulhavy's stabilised
-  forgetting). The factors themselves stay where they are. Idle frames are no updates.
+- *Forgetting.* Before each update what is known decays towards the prior: P^-1 <- lambda P^-1 + (1 - lambda) P0^-1, the
+  factors with it towards 1 as these informations weigh, lambda = 0.5^(1 / HALF_LIFE). What was learnt counts half after
+  HALF_LIFE updates, and P never exceeds P0: directions that no load excites neither wind up nor wander, while those
+  that are measured again and again stay (Kulhavy's stabilised forgetting). Idle frames are no updates.
 - *Outliers.* An error of more than HUBER standard deviations is cut to so many (Huber's score), and the covariance
   shrinks only by the share that was believed: one frame bends no factor by more than HUBER of its own deviations.
   After RUN errors in a row that were cut on the same side it is the world that changed: the covariance becomes that of
   the prior, around the factors as they are. One slow replica among healthy ones makes no such run.
-- *Range.* Factors stay within [FACTOR_MIN, FACTOR_MAX]; and the noise of a frame is what frames scattered by lately,
-  not less than NOISE_MIN.
+- *Range.* Factors stay within [FACTOR_MIN, FACTOR_MAX]: one that would leave it is known to lie at its bound, and the
+  others follow by their covariance with it. The noise of a frame is what frames scattered by lately, not less than
+  NOISE_MIN.
 
 The prior says that groups err together (a card that is slow is slow at everything) as well as each for itself; so the
 first measurement moves all factors, and later ones tell the groups apart as far as loads differ. It is as wide as the
 model itself says that it errs (`spread`): a model that is known to be good is not thrown over by one frame.
+
+A few measurements that were made on purpose are taken all at once instead (`measured`): the most probable logarithms of
+the factors where these, and the errors in ln t, are small but for a few, by Gauss-Newton steps. Twice as long then
+weighs as much as half as long, and one group may be far off alone: three measurements can correct a factor of two.
 """
 
 from __future__ import annotations
@@ -46,12 +51,14 @@ FACTOR_MIN, FACTOR_MAX = 0.2, 5.0
 RUN = 12
 SPREAD = 0.35              # relative error of a step that the prior allows for, where nobody says better
 SPREAD_MIN = 0.30          # what a model says of itself on known GPUs holds less for the host around them
-COMMON_SHARE = 0.8         # of that spread: what all factors share ...
-GROUP_SHARE = 0.9          # ... and what each has beside it
+COMMON_SHARE = 0.5         # of that spread: what all factors share ...
+GROUP_SHARE = 0.85         # ... and what each has beside it
 NOISE = 0.06               # relative error of a frame before any was seen: what the model cannot follow
 NOISE_MIN = 0.02
 NOISE_HALF_LIFE = 30.0     # updates over which the scatter of frames is taken
 STEP_S_MIN, STEP_S_MAX = 1e-9, 600.0  # less or more is no step
+BOUND_DEVIATION = 0.02     # of a factor that is known to lie at a bound
+ITERATIONS = 20
 
 
 class Correctable(Protocol):
@@ -122,8 +129,38 @@ def prior(spread: float = SPREAD) -> Calibration:
 
 
 def calibrated(times: T, steps: Iterable[ObservedStep]) -> T:
-    """The model corrected by steps that were measured in this order, from its own prior."""
-    return times.corrected(learnt(prior(times.spread), times, steps).correction)
+    """The model corrected by a few steps that were measured on purpose."""
+    known = [(seconds_of(times, step), step.step_s) for step in steps]
+    return times.corrected(measured(known, spread=times.spread).correction)
+
+
+def measured(steps: Iterable[tuple[Floats, float]], *, spread: float = SPREAD) -> Calibration:
+    """What a few measurements teach together: each is the seconds by group at factor 1, and how long it took."""
+    known = [(np.asarray(seconds), step_s) for seconds, step_s in steps if _is_step(np.asarray(seconds), step_s)]
+    before = prior(spread)
+    if not known:
+        return before
+    deviation = GROUP_SHARE * before.prior_spread
+    logarithms, matrix = np.zeros(len(GROUPS)), np.eye(len(GROUPS))
+    for _ in range(ITERATIONS):
+        matrix = np.diag(_trust(logarithms, deviation))
+        pull = -matrix @ logarithms
+        for seconds, step_s in known:
+            parts = np.exp(logarithms) * seconds
+            shares, error = parts / parts.sum(), math.log(step_s / parts.sum())
+            trust = float(_trust(error, NOISE))
+            matrix += trust * np.outer(shares, shares)
+            pull += trust * error * shares
+        logarithms = np.clip(logarithms + np.linalg.solve(matrix, pull), math.log(FACTOR_MIN), math.log(FACTOR_MAX))
+    factors = np.exp(logarithms)
+    total = np.sum([seconds / seconds.sum() for seconds, _ in known], axis=0)
+    return replace(
+        before,
+        factors=tuple(map(float, factors)),
+        covariance=_flat(np.linalg.inv(matrix) * np.outer(factors, factors)),
+        updates=len(known),
+        load=tuple(map(float, total / len(known))),
+    )
 
 
 def learnt(calibration: Calibration, times: Correctable, steps: Iterable[ObservedStep]) -> Calibration:
@@ -141,6 +178,11 @@ def seconds_of(times: Correctable, step: ObservedStep) -> Floats:
     return total
 
 
+def _trust(error: Floats | float, deviation: float) -> Floats:
+    """The weight of an error in least squares that counts large ones by their absolute value."""
+    return np.asarray(1 / (deviation**2 * np.hypot(1.0, np.asarray(error) / deviation)))
+
+
 def updated(
     calibration: Calibration,
     seconds: Floats,
@@ -155,29 +197,31 @@ def updated(
     """
     seconds = np.asarray(seconds, dtype=np.float64)
     assert seconds.shape == (len(GROUPS),), "one figure a group"
-    total = float(seconds.sum())
-    in_range = STEP_S_MIN < step_s < STEP_S_MAX and STEP_S_MIN < total < STEP_S_MAX
-    if not in_range or not steps > 0 or seconds.min() < 0:
+    if not _is_step(seconds, step_s) or not steps > 0:
         return calibration
-    factors = np.array(calibration.factors)
-    matrix = _forgotten(_square(calibration.covariance), _prior_matrix(calibration.prior_spread), half_life)
+    factors, matrix = _forgotten(calibration, half_life)
     predicted = float(factors @ seconds)
     x = seconds / predicted
     error = step_s / predicted - 1.0
     gain = matrix @ x
     variance = float(x @ gain) + calibration.noise**2 * max(1.0, FULL_STEPS / steps)
     believed = min(1.0, HUBER * math.sqrt(variance) / abs(error)) if error else 1.0
-    factors = np.clip(factors + gain * (believed * error / variance), FACTOR_MIN, FACTOR_MAX)
-    matrix = matrix - believed * np.outer(gain, gain) / variance
+    factors = factors + gain * (believed * error / variance)
+    factors, matrix = _in_range(factors, matrix - believed * np.outer(gain, gain) / variance)
     after = replace(
         calibration,
         factors=tuple(map(float, factors)),
         covariance=_flat((matrix + matrix.T) / 2),
         noise=_noise(calibration, step_s / float(factors @ seconds) - 1.0, variance),
         updates=calibration.updates + 1,
-        load=_load(calibration, seconds / total),
+        load=_load(calibration, seconds / seconds.sum()),
     )
     return after if believed == 1.0 and not calibration.run else _counted(after, error, cut=believed < 1.0)
+
+
+def _is_step(seconds: Floats, step_s: float) -> bool:
+    total = float(seconds.sum())
+    return STEP_S_MIN < step_s < STEP_S_MAX and STEP_S_MIN < total < STEP_S_MAX and float(seconds.min()) >= 0
 
 
 def _counted(calibration: Calibration, error: float, *, cut: bool) -> Calibration:
@@ -200,10 +244,24 @@ def _load(calibration: Calibration, shares: Floats) -> tuple[float, ...]:
     return tuple(map(float, shares))
 
 
-def _forgotten(matrix: Floats, before: Floats, half_life: float) -> Floats:
+def _forgotten(calibration: Calibration, half_life: float) -> tuple[Floats, Floats]:
+    """The factors and their covariance after one step of forgetting."""
     keep = 0.5 ** (1 / half_life)
-    result: Floats = np.linalg.inv(keep * np.linalg.inv(matrix) + (1 - keep) * np.linalg.inv(before))
-    return result
+    known = keep * np.linalg.inv(_square(calibration.covariance))
+    matrix = np.linalg.inv(known + (1 - keep) * np.linalg.inv(_prior_matrix(calibration.prior_spread)))
+    return 1.0 + matrix @ known @ (np.array(calibration.factors) - 1.0), matrix
+
+
+def _in_range(factors: Floats, matrix: Floats) -> tuple[Floats, Floats]:
+    """Each factor that left the range is measured to lie at its bound."""
+    for index in range(len(factors)):
+        bound = min(max(factors[index], FACTOR_MIN), FACTOR_MAX)
+        if bound != factors[index]:
+            gain = matrix[:, index].copy()
+            variance = gain[index] + BOUND_DEVIATION**2
+            factors = factors + gain * ((bound - factors[index]) / variance)
+            matrix = matrix - np.outer(gain, gain) / variance
+    return np.clip(factors, FACTOR_MIN, FACTOR_MAX), matrix
 
 
 def _noise(calibration: Calibration, left: float, variance: float) -> float:

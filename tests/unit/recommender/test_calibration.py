@@ -20,6 +20,7 @@ from enova_recommender.performance.calibration import (
     Calibration,
     calibrated,
     learnt,
+    measured,
     prior,
     seconds_of,
     updated,
@@ -77,6 +78,21 @@ def test_three_measured_batches_shrink_the_error_of_a_wrong_prior() -> None:
     assert abs(model.step_s(decoding(64)) / world.step_s(decoding(64)) - 1) < 0.05
     assert model.spread < 0.75 * TIMES.spread
     assert TIMES.correction.factors == (1.0,) * len(GROUPS)  # the prior itself is untouched
+
+
+def test_measurements_on_purpose_find_the_one_group_that_is_far_off_and_bear_a_wrong_one() -> None:
+    truth = np.array([1.0, 1.0, 1.0, 1.0, 3.5])  # the host alone
+    batches = [seconds(memory=m, attention=a, host=h) for m, a, h in ((6, 1, 1), (6, 4, 1.2), (6, 1, 6), (3, 1, 3))]
+    steps = [(parts * 1e-3, float(parts @ truth) * 1e-3) for parts in batches]
+    known = measured(steps)
+    assert np.abs(np.subtract(known.factors, truth) / truth)[-1] < 0.15
+    assert known.updates == 4
+    # One of them measured something else: the others still say what they said.
+    wrong = measured([*steps, (batches[0] * 1e-3, 40 * steps[0][1])])
+    for parts, step_s in steps:
+        assert relative(wrong, parts, step_s) == pytest.approx(0, abs=0.1)
+    assert measured([]) == prior()
+    assert measured([(seconds() * 0, 1.0), (seconds(), math.nan)]) == prior()
 
 
 def test_live_frames_correct_a_wrong_prior_within_minutes() -> None:
@@ -172,6 +188,18 @@ def test_a_slow_replica_among_healthy_ones_is_no_change() -> None:
     for index in range(120):
         calibration = updated(calibration, parts, (1.8 if index % 4 == 0 else 1.0) * parts.sum())
     assert relative(calibration, parts, parts.sum()) < 0.06
+
+
+def test_what_is_no_longer_measured_goes_back_to_the_prior() -> None:
+    calibration = prior(0.35)
+    for _ in range(100):
+        parts = seconds(compute=8e-3)
+        calibration = updated(calibration, parts, float(parts @ np.array([2.0, 1.0, 1.0, 1.0, 1.0])))
+    assert calibration.factors[0] > 1.3
+    rest = seconds(compute=0.0)
+    for _ in range(500):  # twenty-five half-lives without any prompt
+        calibration = updated(calibration, rest, float(rest.sum()), half_life=20.0)
+    assert calibration.factors == pytest.approx((1.0,) * len(GROUPS), abs=0.05)
 
 
 def test_directions_that_no_load_excites_do_not_wind_up() -> None:
