@@ -52,6 +52,19 @@ class MemoryFit:
     sequence_blocks: int    # that one sequence of max_model_len takes
     max_model_len: int
     layout: CacheLayout
+    block_size: int         # that was asked for; hybrid caches have their own
+
+    @property
+    def plain_blocks(self) -> int:
+        """Blocks of `block_size` tokens in an undivided cache that carries as much as this one."""
+        return self.kv_blocks if self.layout.is_plain else self.kv_tokens // self.block_size
+
+    @property
+    def plain_block_bytes(self) -> int:
+        """Bytes of one of these."""
+        if self.layout.is_plain or self.plain_blocks < 1:
+            return self.kv_block_bytes
+        return self.kv_blocks * self.kv_block_bytes // self.plain_blocks
 
     @property
     def fixed_bytes(self) -> int:
@@ -142,6 +155,7 @@ def fit(
         sequence_blocks=layout.blocks(context, in_flight_tokens=in_flight),
         max_model_len=context,
         layout=layout,
+        block_size=block_size,
     )
 
 
@@ -176,4 +190,5 @@ def fit_host(
         sequence_blocks=layout.blocks(context, in_flight_tokens=in_flight),
         max_model_len=context,
         layout=layout,
+        block_size=block_size,
     )

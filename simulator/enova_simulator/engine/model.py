@@ -65,6 +65,7 @@ def load(options: Options, environment: Mapping[str, str] = os.environ) -> Serve
         gpu_memory_utilization=float(options.configuration["gpu_memory_utilization"] or 0.92),
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_num_seqs=sizes.max_num_seqs,
+        max_model_len=sizes.max_model_len,
         block_size=sizes.block_size,
     )
     if options.step_times is None:
@@ -202,13 +203,13 @@ def _blocks(options: Options, gpu: GpuModel, memory: MemoryFit, sizes: _Sizes) -
             "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when "
             "initializing the engine."
         )
-    blocks = options.integer("num_gpu_blocks_override") or memory.kv_blocks
+    blocks = options.integer("num_gpu_blocks_override") or memory.plain_blocks
     if blocks * sizes.block_size < sizes.max_model_len:
-        needed = sizes.max_model_len / sizes.block_size * memory.kv_block_bytes
+        needed = sizes.max_model_len / sizes.block_size * memory.plain_block_bytes
         raise StartRefused(
             f"ValueError: To serve at least one request with the model's max seq len ({sizes.max_model_len}), "
             f"{needed / GIB:.2f} GiB KV cache is needed, which is larger than the available KV cache memory "
-            f"({blocks * memory.kv_block_bytes / GIB:.2f} GiB). Try increasing `gpu_memory_utilization` or "
+            f"({blocks * memory.plain_block_bytes / GIB:.2f} GiB). Try increasing `gpu_memory_utilization` or "
             "decreasing `max_model_len` when initializing the engine."
         )
     return blocks

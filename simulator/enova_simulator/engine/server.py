@@ -212,7 +212,7 @@ def _cache_config(options: Options, served: Served) -> dict[str, str]:
         "gpu_memory_utilization": str(options.configuration["gpu_memory_utilization"]),
         "kv_cache_dtype_skip_layers": "[]",
         "kv_cache_max_concurrency": str(round(tokens / served.max_model_len, 2)),
-        "kv_cache_memory_bytes": str(limits.num_blocks * served.memory.kv_block_bytes),
+        "kv_cache_memory_bytes": str(limits.num_blocks * served.memory.plain_block_bytes),
         "kv_cache_size_tokens": str(tokens),
         "kv_offloading_backend": "native",
         "mamba_cache_dtype": "auto",

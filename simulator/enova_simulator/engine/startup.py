@@ -48,7 +48,7 @@ def _phases(served: Served, *, eager: bool) -> Iterator[Phase]:
     )
     if not eager:
         yield Phase(duration_s=COMPILE_S, line=f"torch.compile takes {COMPILE_S:.2f} s in total")
-    kv_bytes = served.limits.num_blocks * memory.kv_block_bytes
+    kv_bytes = served.limits.num_blocks * memory.plain_block_bytes
     yield Phase(duration_s=PROFILE_S, line=f"Available KV cache memory: {kv_bytes / GIB:.2f} GiB")
     tokens = served.limits.num_blocks * served.limits.block_size
     yield Phase(duration_s=0.1, line=f"GPU KV cache size: {tokens:,} tokens")

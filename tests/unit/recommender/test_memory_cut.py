@@ -134,6 +134,15 @@ def test_a_model_that_keeps_only_states_counts_sequences() -> None:
     assert layout.blocks(1) == layout.blocks(4096) == 1
 
 
+def test_a_hybrid_cache_counts_as_many_plain_blocks_as_carry_the_same() -> None:
+    found = fit(HYBRID, H100, max_model_len=32768)
+    assert found.plain_blocks == found.kv_tokens // 16
+    held = found.kv_blocks * found.kv_block_bytes
+    assert found.plain_blocks * found.plain_block_bytes == pytest.approx(held, rel=1e-3)
+    plain = fit(SMALL, H100)
+    assert (plain.plain_blocks, plain.plain_block_bytes) == (plain.kv_blocks, plain.kv_block_bytes)
+
+
 def test_the_card_of_the_recorded_run_has_the_printed_tokens() -> None:
     # vllm_runs: Llama-3.1-8B on one RTX 4090, vLLM 0.19.0, printed 41,408.
     found = fit(SMALL, RTX4090, gpu_memory_utilization=0.9, max_num_batched_tokens=2048, max_num_seqs=256,
