@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def figures(coordinator: Coordinator) -> list[Figure]:
     """All of them, as they are now. Called from the metrics server's thread: it reads, and copies what may change."""
-    parts = (_leadership, _telemetry, _policy, _advice, _calibration)
+    parts = (_leadership, _telemetry, _policy, _advice, _calibration, _lengths)
     return [figure for part in parts for figure in part(coordinator)]
 
 
@@ -104,4 +104,18 @@ def _calibration(coordinator: Coordinator) -> list[Figure]:
         Figure(name="calibration_steps", help="Mean steps learnt from", values={"": steps}, counter=True),
         Figure(name="calibration_writes", help="Into the store", values={"": writes}, counter=True),
         Figure(name="calibration_failures", help="Rounds without effect", values={"": failures}, counter=True),
+    ]
+
+
+def _lengths(coordinator: Coordinator) -> list[Figure]:
+    loop = coordinator.learning_figures
+    return [
+        Figure(name="length_answers", help="Learned from", values={"": float(loop.answers)}, counter=True),
+        Figure(
+            name="length_other_methods",
+            help="Answers whose vectors were made otherwise",
+            values={"": float(loop.other_methods)},
+            counter=True,
+        ),
+        Figure(name="length_failures", help="Lessons that failed", values={"": float(loop.failures)}, counter=True),
     ]
