@@ -183,9 +183,11 @@ class CalibrationLoop:
         written = self._written.setdefault(name, _Written())
         due_s = written.time_s + WRITE_EVERY_S
         if value.updates >= WRITE_AFTER_FACTOR * written.updates or self._monotonic_s() >= due_s:
-            await self._write(value, written)
+            await self.keep(value)
 
-    async def _write(self, value: StoredCalibration, written: _Written) -> None:
+    async def keep(self, value: StoredCalibration) -> None:
+        """Write a calibration now, and let go of those that changed longest ago, over the bound."""
+        written = self._written.setdefault(value.name, _Written())
         writes: list[Write] = [Put(value=value, revision=written.revision), *self._surplus()]
         result = await commit(self._store, self._guard(), writes)
         if not result.succeeded:

@@ -39,7 +39,7 @@ from enova_common.clock import ModelClock
 from enova_coordinator import coordinator as coordinator_module
 from enova_coordinator.coordinator import Coordinator
 from enova_coordinator.core.liveness import LivenessLimits
-from enova_coordinator.core.model import Decision, DecisionAction, RequestRecord
+from enova_coordinator.core.model import Decision, DecisionAction, RequestRecord, StoredCalibration
 from enova_coordinator.election import LEADER_KEY
 from enova_coordinator.service.leading import Leading
 from enova_coordinator.service.register import SERVICES
@@ -140,6 +140,7 @@ READS = {
     *(f"DecisionService.{name}" for name in ("WatchEvents", "Explain")),
     *(f"DeploymentService.{name}" for name in ("GetDeployment", "ListDeployments", "WatchDeployments")),
     *(f"DeploymentService.{name}" for name in ("ListVariants", "InspectModel")),
+    "DeploymentService.RecommendConfiguration",
     *(f"NodeService.{name}" for name in ("GetNode", "ListNodes", "WatchNodes")),
     *(f"ReplicaService.{name}" for name in ("GetReplica", "ListReplicas", "WatchReplicas", "StreamLogs")),
     "ReplicaService.GetTelemetry",
@@ -267,6 +268,8 @@ async def test_every_write_compares_the_term_and_every_message_bears_it(
                 if act is scale:
                     await ask_for_logs(world)
             await world.writes("/enova/v1/decisions/chat/", world.leading.control.record_decision(held()))
+            assert world.leading.calibration is not None
+            await world.writes("/enova/v1/calibrations/H100.x", world.leading.calibration.keep(learnt()))
         recorded = list(world.store.recorded)
 
     assert "/enova/v1/requests/old" in {key for each in recorded for key in each.keys}, "housekeeping has been at work"
@@ -298,6 +301,13 @@ def held() -> Decision:
     return Decision(name="", deployment=DEPLOYMENT, action=DecisionAction.HOLD, actor="policy/test", reason="to see")
 
 
+def learnt() -> StoredCalibration:
+    return StoredCalibration(
+        name="calibrations/H100.x", gpu_type="H100", model=MODEL, configuration="", groups=(), factors=(),
+        covariance=(), noise=0.1, prior_spread=0.3,
+    )  # fmt: skip
+
+
 def test_every_method_of_the_api_is_known_as_a_read_or_a_write() -> None:
     pool = descriptor_pool.Default()
     services = [pool.FindServiceByName(name) for name in SERVICES]
@@ -309,7 +319,8 @@ def test_the_store_is_written_from_where_this_test_looked_and_from_nowhere_else(
     root = Path(enova_coordinator.__file__).parent
     writers = {str(path.relative_to(root)) for path in root.rglob("*.py") if writes(path)}
     inside = {writer for writer in writers if writer.startswith("store/")}
-    assert writers - inside == {"controller.py", "election.py", "housekeeping.py", "service/writes.py"}
+    loops = {"advice_loop.py", "calibration_loop.py", "controller.py", "housekeeping.py"}
+    assert writers - inside == {"election.py", "service/writes.py"} | loops
 
 
 def writes(path: Path) -> bool:
