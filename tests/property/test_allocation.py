@@ -81,13 +81,13 @@ def requests(draw: st.DrawFn) -> AllocationRequest:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(request=requests())
 def test_no_allocation_of_a_small_fleet_is_better(request: AllocationRequest) -> None:
     _is_best(request)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(request=requests(), changed=st.integers(1, 15), data=st.data())
 def test_nor_where_replicas_run_already(request: AllocationRequest, changed: int, data: st.DataObject) -> None:
     before = allocate(request, EXACT)
@@ -116,7 +116,7 @@ def _is_best(request: AllocationRequest) -> None:
     assert allocation.bound_per_hour <= best.objective_per_hour + 1e-4
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(counts=st.lists(st.integers(1, 5), min_size=2, max_size=4), demand=st.floats(5, 400), data=st.data())
 def test_a_larger_fleet_breaks_no_rule_and_keeps_what_runs_if_nothing_changes(
     counts: Sequence[int], demand: float, data: st.DataObject

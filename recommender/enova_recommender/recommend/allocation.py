@@ -33,6 +33,8 @@ from enova_recommender.recommend.allocation_validation import validate
 __all__ = ["allocate", "check"]
 
 SPREAD_TIME_SHARE = 0.8   # of the time for equal domains together, where domains matter; the rest for each alone
+SPLIT_FIRST_VARIABLES_MAX = 600  # up to here each domain alone is no harder, and always placed
+SPLIT_NODES_MAX = 300     # beyond so many nodes domains are never looked at alone
 SPLIT_VARIABLES_MAX = 4000  # beyond it the programme with each domain alone finds nothing in useful time
 MISSING_TIME_SHARE = 0.2  # of the time once more, to find what is missing
 RATE_SLACK = 1e-6         # relative: rates are sums
@@ -79,17 +81,19 @@ def _settled(request: AllocationRequest, limits: SolveLimits) -> _Settled:
 
     What neither places in time is filled up replica by replica.
     """
+    fleet, alone = fleet_of(request), None
     spread = any(is_spread(deployment) for deployment in request.deployments)
-    fleet = fleet_of(request)
-    outcome = _solved(fleet, _part(limits, SPREAD_TIME_SHARE) if spread else limits)
+    if spread and len(request.nodes) <= SPLIT_NODES_MAX:
+        alone = fleet_of(request, split=True)
+        if alone.variables <= SPLIT_FIRST_VARIABLES_MAX:
+            fleet, alone = alone, None
+    outcome = _solved(fleet, _part(limits, SPREAD_TIME_SHARE) if alone is not None else limits)
     placed, all_placed = place(fleet, outcome.counts)
     good = all_placed and _is_spread_over_enough(request, placed)
-    if not good:
-        alone = fleet_of(request, split=True)
-        if alone.variables <= SPLIT_VARIABLES_MAX:
-            apart = _solved(alone, _part(limits, 1 - SPREAD_TIME_SHARE))
-            if apart.carried_proven:
-                return _Settled(alone, apart, place(alone, apart.counts)[0], apart.carried_proven and alone.exact)
+    if not good and alone is not None and alone.variables <= SPLIT_VARIABLES_MAX:
+        apart = _solved(alone, _part(limits, 1 - SPREAD_TIME_SHARE))
+        if apart.carried_proven:
+            return _Settled(alone, apart, place(alone, apart.counts)[0], alone.exact)
     if good and outcome.carried_proven:
         return _Settled(fleet, outcome, placed, fleet.exact)
     ways = (placed if good else (), fill_up(fleet, placed), fill_up(fleet))

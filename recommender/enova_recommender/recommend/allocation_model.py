@@ -259,7 +259,7 @@ class FleetModel:
         """Replicas of each choice that fits, and how many of them stay."""
         for c in group.choices:
             most = len(group.nodes) * self._most_on_a_node(group, c) + group.running.get(c, 0)
-            self._replicas[c, g] = self.programme.variable(most)
+            self._replicas[c, g] = self.programme.variable(most, implied=True)
             if group.running.get(c, 0):
                 kept = self._kept[c, g] = self.programme.variable(group.running[c])
                 self.programme.row([(kept, 1), (self._replicas[c, g], -1)], high=0)
@@ -276,7 +276,7 @@ class FleetModel:
     def _fill_nodes(self, g: int, group: Group) -> None:
         """Nodes by pattern, their slots, and what lies in the shared ones."""
         columns = {
-            i: self.programme.variable(len(group.nodes))
+            i: self.programme.variable(len(group.nodes), implied=True)
             for i, column in enumerate(group.columns) if self._pinned or column.state == ANY_STATE
         }
         self._columns.update({(g, i): variable for i, variable in columns.items()})

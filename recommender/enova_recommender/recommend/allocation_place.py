@@ -10,7 +10,7 @@ that stays in the way of others is moved after all.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 
@@ -37,6 +37,7 @@ class _SharedGpu:
 
     shape: Shape
     left: Counter[int]
+    open: bool = False  # a filling was dealt to it
     holds: list[tuple[int, PlacedReplica | None]] = field(default_factory=list)  # choice, what it is if it stays
     gpu: int | None = None  # if what stays there fixes it
 
@@ -115,6 +116,7 @@ class _Placing:
         self._held_rate = defaultdict[tuple[int, Domain], float](float)
         self._wanted = Counter(counts.replicas)
         self._nodes: dict[int, list[_Node]] = {}
+        self._open: dict[tuple[int, Kind], dict[Domain, list[_Node]]] = {}
 
     def placed(self) -> tuple[tuple[PlacedReplica, ...], bool]:
         """See `place`."""
@@ -193,7 +195,7 @@ class _Placing:
             running = self._pinned(at, group, pattern, running)
         for choice, replica in sorted(running, key=lambda item: -len(item[1].gpus)):
             shape = group.shape_of[choice]
-            if node.left[shape] and self._wanted[choice, g] and self._has_room(choice, at):
+            if node.left[shape] and self._wanted[choice, g] and self._has_room(choice, self._fleet.domains[at]):
                 node.left[shape] -= 1
                 self._keep(node, (choice, replica))
         return node
@@ -205,17 +207,17 @@ class _Placing:
     def _count(self, choice: int, node: _Node) -> None:
         """Note that one of those wanted has its place."""
         self._wanted[choice, node.group] -= 1
-        self._add(choice, node, 1)
+        self._add(choice, self._fleet.domains[node.at], 1)
 
-    def _add(self, choice: int, node: _Node, count: int) -> None:
-        key = self._fleet.choices[choice].deployment, self._fleet.domains[node.at]
+    def _add(self, choice: int, domain: Domain, count: int) -> None:
+        key = self._fleet.choices[choice].deployment, domain
         self._held[key] += count
         self._held_rate[key] += count * self._fleet.choices[choice].option.capacity_rps
 
-    def _has_room(self, choice: int, at: int) -> bool:
-        """Whether the deployment may have one more in this node's domain."""
+    def _has_room(self, choice: int, domain: Domain) -> bool:
+        """Whether the deployment may have one more in this domain."""
         chosen = self._fleet.choices[choice]
-        key = chosen.deployment, self._fleet.domains[at]
+        key = chosen.deployment, domain
         rate = self._held_rate[key] + chosen.option.capacity_rps
         return self._held[key] < self._most[chosen.deployment] and rate <= self._most_rate[chosen.deployment]
 
@@ -244,81 +246,111 @@ class _Placing:
         ]
 
     def _share(self, g: int, group: Group) -> None:
-        """Fillings to shared GPUs: where the most of what runs already could stay."""
-        for (at, s, f), count in self._counts.fillings.items():
-            if at != g:
-                continue
-            filling = Counter({i: n for i, n in enumerate(group.fillings[s][f]) if n})
-            for _ in range(count):
-                open_gpus = [
-                    (node, gpu) for node in self._nodes[g] for gpu in node.shared
-                    if gpu.shape == group.shapes[s] and not gpu.left and not gpu.holds
-                ]
-                staying, node, gpu = max(
-                    ((self._stays(node, gpu, group, filling), node, gpu) for node, gpu in open_gpus),
-                    key=lambda item: len(item[0]),
-                )
-                gpu.left = Counter(filling)
+        """Fillings to shared GPUs: first to those where some of what runs can stay, whichever keeps the most there."""
+        waiting = Counter({(s, f): count for (at, s, f), count in self._counts.fillings.items() if at == g})
+        if not waiting:
+            return
+        for node in self._nodes[g]:
+            for gpu, level, running in self._sharing(node, group):
+                slot = next((slot for slot in node.shared if slot.shape.free_bytes == level and not slot.open), None)
+                keys = [key for key in +waiting if group.shapes[key[0]].free_bytes == level]
+                ways = [(self._stays(node, group, key, running), key) for key in keys]
+                staying, key = max(ways, key=lambda way: len(way[0]), default=((), (0, 0)))
+                if slot is None or not staying:
+                    continue
+                waiting[key] -= 1
+                self._open_gpu(slot, group, key)
+                slot.gpu = gpu
                 for choice, replica in staying:
-                    gpu.gpu = replica.gpus[0]
-                    gpu.left[group.claim_of[choice]] -= 1
-                    gpu.holds.append((choice, replica))
-                    self._count(choice, node)
+                    if self._has_room(choice, self._fleet.domains[node.at]):
+                        slot.left[group.claim_of[choice]] -= 1
+                        slot.holds.append((choice, replica))
+                        self._count(choice, node)
+        slots = [slot for node in self._nodes[g] for slot in node.shared if not slot.open]
+        for key in waiting.elements():
+            slot = next(slot for slot in slots if slot.shape == group.shapes[key[0]])
+            slots.remove(slot)
+            self._open_gpu(slot, group, key)
 
-    def _stays(
-        self, node: _Node, slot: _SharedGpu, group: Group, filling: Mapping[int, int]
-    ) -> list[Running]:
-        """The most replicas on one GPU of this node that could stay in a slot with this filling."""
-        held = {gpu for _, replica in node.kept for gpu in replica.gpus} | {gpu.gpu for gpu in node.shared}
-        free = {gpu: level for island in self._free(node.at, group, set()) for level, gpu in island}
+    def _open_gpu(self, slot: _SharedGpu, group: Group, key: tuple[int, int]) -> None:
+        filling = group.fillings[key[0]][key[1]]
+        slot.left, slot.open = Counter({claim: count for claim, count in enumerate(filling) if count}), True
+
+    def _sharing(self, node: _Node, group: Group) -> list[tuple[int, int, list[Running]]]:
+        """GPUs of a node that nothing else holds, their free bytes, and the shared replicas that run there."""
+        if not node.shared:
+            return []
         by_gpu: dict[int, list[Running]] = defaultdict(list)
         for choice, replica in self._fleet.keepable.get(node.at, ()):
             if choice in group.claim_of:
                 by_gpu[replica.gpus[0]].append((choice, replica))
-        best: list[Running] = []
-        for gpu, running in by_gpu.items():
-            if gpu in held or free.get(gpu) != slot.shape.free_bytes:
-                continue
-            left, quota, found = Counter(filling), Counter(self._wanted), list[Running]()
-            for choice, replica in running:
-                claim = group.claim_of[choice]
-                if left[claim] and quota[choice, node.group] and self._has_room(choice, node.at):
-                    left[claim] -= 1
-                    quota[choice, node.group] -= 1
-                    found.append((choice, replica))
-            best = max(best, found, key=len)
-        return best
+        held = {gpu for _, replica in node.kept for gpu in replica.gpus}
+        free = {gpu: level for island in self._free(node.at, group, held) for level, gpu in island}
+        return [(gpu, free[gpu], running) for gpu, running in by_gpu.items() if gpu in free]
+
+    def _stays(
+        self, node: _Node, group: Group, key: tuple[int, int], running: Sequence[Running]
+    ) -> list[Running]:
+        """Which replicas of one GPU could stay in a slot with this filling."""
+        left, taken = Counter(dict(enumerate(group.fillings[key[0]][key[1]]))), Counter[int]()
+        found = []
+        for choice, replica in running:
+            claim = group.claim_of[choice]
+            wanted = self._wanted[choice, node.group] - taken[choice]
+            if left[claim] and wanted > 0 and self._has_room(choice, self._fleet.domains[node.at]):
+                left[claim] -= 1
+                taken[choice] += 1
+                found.append((choice, replica))
+        return found
 
     def _put(self, c: int, g: int) -> bool:
         """One new replica in a free slot of its group; False if its domains are full."""
         group, deployment = self._fleet.groups[g], self._fleet.choices[c].deployment
         kind: Kind = ("shape", group.shape_of[c]) if c in group.shape_of else ("claim", group.claim_of[c])
-        open_nodes = [node for node in self._nodes[g] if node.free(kind)]
-        best = min(
-            (node for node in open_nodes if self._has_room(c, node.at)),
-            key=lambda node: self._held_rate[deployment, self._fleet.domains[node.at]], default=None,
+        nodes = self._open_nodes(g, kind)
+        domain = min(
+            (domain for domain in nodes if self._has_room(c, domain)),
+            key=lambda domain: self._held_rate[deployment, domain], default=None,
         )
-        if best is None:
-            return any(self._swap(c, g, kind, node) for node in open_nodes)
-        best.add(kind, c)
-        self._add(c, best, 1)
+        if domain is None:
+            return any(self._swap(c, g, kind, node) for here in nodes.values() for node in here)
+        nodes[domain][-1].add(kind, c)
+        self._add(c, domain, 1)
         return True
+
+    def _open_nodes(self, g: int, kind: Kind) -> dict[Domain, list[_Node]]:
+        """By domain, nodes of a group with free slots of a kind, the last of each domain surely so; no empty list."""
+        if (g, kind) not in self._open:
+            found: dict[Domain, list[_Node]] = defaultdict(list)
+            for node in self._nodes[g]:
+                found[self._fleet.domains[node.at]].append(node)
+            self._open[g, kind] = found
+        nodes = self._open[g, kind]
+        for domain in list(nodes):
+            while nodes[domain] and not nodes[domain][-1].free(kind):
+                nodes[domain].pop()
+            if not nodes[domain]:
+                del nodes[domain]
+        return nodes
 
     def _swap(self, c: int, g: int, kind: Kind, open_node: _Node) -> bool:
         """Move another replica to the open slot, and take its place in a domain that has room for this one."""
-        deployment = self._fleet.choices[c].deployment
+        if not open_node.free(kind):
+            return False
+        deployment, domain = self._fleet.choices[c].deployment, self._fleet.domains[open_node.at]
         for node in self._nodes[g]:
-            if not self._has_room(c, node.at):
+            here = self._fleet.domains[node.at]
+            if not self._has_room(c, here):
                 continue
-            for other in set(node.new_of(kind, self._fleet.groups[g])):
+            for other in sorted(set(node.new_of(kind, self._fleet.groups[g]))):
                 moved = self._fleet.choices[other].deployment
-                if moved != deployment and self._has_room(other, open_node.at):
+                if moved != deployment and self._has_room(other, domain):
                     node.remove(kind, other)
                     open_node.add(kind, other)
                     node.add(kind, c)
-                    self._add(other, node, -1)
-                    self._add(other, open_node, 1)
-                    self._add(c, node, 1)
+                    self._add(other, here, -1)
+                    self._add(other, domain, 1)
+                    self._add(c, here, 1)
                     return True
         return False
 

@@ -34,6 +34,7 @@ class Programme:
 
     def __init__(self) -> None:
         self._upper: list[float] = []
+        self._relaxed_upper: list[float] = []
         self._lower: list[float] = []
         self._integer: list[int] = []
         self._entries: list[tuple[int, int, float]] = []
@@ -44,9 +45,10 @@ class Programme:
         """How many there are."""
         return len(self._upper)
 
-    def variable(self, upper: float = np.inf, *, integer: bool = True) -> int:
-        """A new variable; its index."""
+    def variable(self, upper: float = np.inf, *, integer: bool = True, implied: bool = False) -> int:
+        """A new variable; its index. An upper bound that rows imply is none in `relax`: it would hide their price."""
         self._upper.append(upper)
+        self._relaxed_upper.append(np.inf if implied else upper)
         self._lower.append(0.0)
         self._integer.append(int(integer))
         return len(self._upper) - 1
@@ -96,7 +98,7 @@ class Programme:
         bounded = vstack([matrix[above], -matrix[below]], format="csr")
         answer = linprog(
             self._costs(objective), A_ub=bounded, b_ub=np.concatenate([high[above], -low[below]]),
-            bounds=np.column_stack([self._lower, self._upper]), method="highs",
+            bounds=np.column_stack([self._lower, self._relaxed_upper]), method="highs",
         )
         if answer.status != OPTIMAL:
             return None
