@@ -759,6 +759,7 @@ class AdviceCandidate(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     CAPACITY_RPS_FIELD_NUMBER: _builtins.int
     RESTS_ON_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
     gpu_type: _builtins.str
     gpus_per_replica: _builtins.int
     replicas: _builtins.int
@@ -777,6 +778,8 @@ class AdviceCandidate(_message.Message):
     """of all replicas"""
     rests_on: _builtins.str
     """where its step times come from"""
+    weight: _builtins.float
+    """in a mix: its share of requests"""
     @_builtins.property
     def configuration(self) -> _cluster_pb2.Configuration: ...
     @_builtins.property
@@ -798,10 +801,11 @@ class AdviceCandidate(_message.Message):
         layout: _builtins.str = ...,
         capacity_rps: _builtins.float = ...,
         rests_on: _builtins.str = ...,
+        weight: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour", "configuration", b"configuration", "cost_per_hour", b"cost_per_hour", "prediction", b"prediction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour", "capacity_rps", b"capacity_rps", "configuration", b"configuration", "constraint", b"constraint", "cost_per_hour", b"cost_per_hour", "gpu_type", b"gpu_type", "gpus", b"gpus", "gpus_per_replica", b"gpus_per_replica", "layout", b"layout", "prediction", b"prediction", "reason", b"reason", "replicas", b"replicas", "rests_on", b"rests_on"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour", "capacity_rps", b"capacity_rps", "configuration", b"configuration", "constraint", b"constraint", "cost_per_hour", b"cost_per_hour", "gpu_type", b"gpu_type", "gpus", b"gpus", "gpus_per_replica", b"gpus_per_replica", "layout", b"layout", "prediction", b"prediction", "reason", b"reason", "replicas", b"replicas", "rests_on", b"rests_on", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cost_per_hour: _TypeAlias = _typing.Literal["cost_per_hour"]  # noqa: Y015
     _WhichOneofArgType__cost_per_hour: _TypeAlias = _typing.Literal["_cost_per_hour", b"_cost_per_hour"]  # noqa: Y015
@@ -842,6 +846,68 @@ class AdviceSensitivity(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__limit_s) -> _WhichOneofReturnType__limit_s | None: ...
 
 Global___AdviceSensitivity: _TypeAlias = AdviceSensitivity  # noqa: Y015
+
+@_typing.final
+class AdviceMix(_message.Message):
+    """Several configurations together, cheaper than the chosen one, or the most that there is where none was."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    COST_PER_HOUR_FIELD_NUMBER: _builtins.int
+    CARRIED_RPS_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    cost_per_hour: _builtins.float
+    carried_rps: _builtins.float
+    """of the rate that was asked for"""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdviceCandidate]:
+        """with their weights"""
+
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpusMissing]:
+        """which, added, would carry all of it"""
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___AdviceCandidate] | None = ...,
+        cost_per_hour: _builtins.float = ...,
+        carried_rps: _builtins.float = ...,
+        missing: _abc.Iterable[Global___GpusMissing] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["carried_rps", b"carried_rps", "cost_per_hour", b"cost_per_hour", "missing", b"missing", "parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdviceMix: _TypeAlias = AdviceMix  # noqa: Y015
+
+@_typing.final
+class GpusMissing(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_TYPE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    COST_PER_HOUR_FIELD_NUMBER: _builtins.int
+    gpu_type: _builtins.str
+    count: _builtins.int
+    cost_per_hour: _builtins.float
+    def __init__(
+        self,
+        *,
+        gpu_type: _builtins.str = ...,
+        count: _builtins.int = ...,
+        cost_per_hour: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_per_hour", b"cost_per_hour", "count", b"count", "gpu_type", b"gpu_type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpusMissing: _TypeAlias = GpusMissing  # noqa: Y015
 
 @_typing.final
 class RejectedCount(_message.Message):
@@ -906,6 +972,7 @@ class RecommendConfigurationResponse(_message.Message):
     EVALUATED_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
     NOT_MODELLED_FIELD_NUMBER: _builtins.int
+    MIX_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     parameters: _builtins.int
     requests_per_s: _builtins.float
@@ -935,6 +1002,10 @@ class RecommendConfigurationResponse(_message.Message):
     def not_modelled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """parts of the model that the figures leave out"""
 
+    @_builtins.property
+    def mix(self) -> Global___AdviceMix:
+        """absent: one configuration does as well"""
+
     def __init__(
         self,
         *,
@@ -951,10 +1022,11 @@ class RecommendConfigurationResponse(_message.Message):
         evaluated: _builtins.int = ...,
         rejected: _abc.Iterable[Global___RejectedCount] | None = ...,
         not_modelled: _abc.Iterable[_builtins.str] | None = ...,
+        mix: Global___AdviceMix | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "objectives", b"objectives"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "mix", b"mix", "objectives", b"objectives"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_rps", b"capacity_rps", "chosen", b"chosen", "evaluated", b"evaluated", "explanation", b"explanation", "model", b"model", "not_modelled", b"not_modelled", "objectives", b"objectives", "parameters", b"parameters", "pareto", b"pareto", "rejected", b"rejected", "requests_per_s", b"requests_per_s", "runners_up", b"runners_up", "sensitivities", b"sensitivities"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_rps", b"capacity_rps", "chosen", b"chosen", "evaluated", b"evaluated", "explanation", b"explanation", "mix", b"mix", "model", b"model", "not_modelled", b"not_modelled", "objectives", b"objectives", "parameters", b"parameters", "pareto", b"pareto", "rejected", b"rejected", "requests_per_s", b"requests_per_s", "runners_up", b"runners_up", "sensitivities", b"sensitivities"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

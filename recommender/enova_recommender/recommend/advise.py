@@ -17,6 +17,7 @@ from enova_recommender.memory import fit
 from enova_recommender.performance import KernelTimes, Tier
 from enova_recommender.performance.engine_model import corrected_times
 from enova_recommender.recommend.errors import RecommendError
+from enova_recommender.recommend.mix import mixed
 from enova_recommender.recommend.request import AdviceRequest
 from enova_recommender.recommend.search import search
 from enova_recommender.recommend.search_result import SearchResult
@@ -64,6 +65,7 @@ def advise(request: AdviceRequest) -> Advice:
         sensitivities=tuple(_sensitivities(request, chosen, result.best)),
         evaluated=len(result),
         rejected=result.rejected(),
+        mix=None if request.deployable else mixed(request, result, verified, chosen),
     )
 
 
@@ -175,7 +177,7 @@ def _verified(request: AdviceRequest, candidate: Candidate, result: SearchResult
             settings, request.workload, request.objectives, times, predicted=found, memory=memory, seed=SEED
         )
         needed = max(1, math.ceil(rate / found.capacity_rps.low - 1e-9)) if found.capacity_rps.low > 0 else room + 1
-        if needed <= replicas or needed > room:
+        if needed == replicas or needed > room:
             break
         replicas = needed
         found = replace(found, requests_per_s=rate / replicas)

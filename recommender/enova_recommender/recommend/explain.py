@@ -20,6 +20,7 @@ from enova_recommender.recommend.types import (
     Candidate,
     Constraint,
     EngineSettings,
+    Mix,
     Objectives,
     Prediction,
     Sensitivity,
@@ -71,6 +72,7 @@ def answer(
         "evaluated": advice.evaluated,
         "rejected": [{"constraint": constraint.value, "count": count} for constraint, count in advice.rejected],
         "not_modelled": list(request.shape.not_modelled),
+        **({"mix": _mix(advice.mix, shape)} if advice.mix is not None else {}),
     }
     if chosen is not None:
         plain["chosen"] = _candidate(chosen, shape) | {"rests_on": RESTS_ON[tier_of(chosen.settings)]}
@@ -139,6 +141,8 @@ def templates(request: AdviceRequest, advice: Advice) -> Iterator[str]:
         yield from _nothing(advice)
     else:
         yield from _chosen(request, advice)
+    if advice.mix is not None:
+        yield from _mixed(advice.mix, instead=advice.chosen is not None)
     yield from _others(advice)
     if request.shape.not_modelled:
         parts = ", ".join(f"{{not_modelled.{index}}}" for index in range(len(request.shape.not_modelled)))
@@ -195,6 +199,31 @@ def _nothing(advice: Advice) -> Iterator[str]:
             f"With {{{place}.change}}{limit} it would be {{{place}.capacity_rps|figure}} requests a second for "
             f"{{{place}.cost_per_hour|dollars}} an hour."
         )
+
+
+def _mixed(mix: Mix, *, instead: bool) -> Iterator[str]:
+    parts = " and ".join(
+        f"{{mix.parts.{index}.replicas|count}} x {{mix.parts.{index}.gpus_per_replica|count}} "
+        f"{{mix.parts.{index}.gpu_type}} with {{mix.parts.{index}.weight|percentile}} of the requests"
+        for index in range(len(mix.parts))
+    )
+    if instead:
+        yield f"A mix is cheaper, {{mix.cost_per_hour|dollars}} an hour: {parts}."
+        return
+    yield f"{{mix.carried_rps|figure}} requests a second go for {{mix.cost_per_hour|dollars}} an hour: {parts}."
+    for index in range(len(mix.missing)):
+        place = f"mix.missing.{index}"
+        what = f"{{{place}.count|count}} {{{place}.gpu_type}}"
+        yield f"For the rest {what} are missing, {{{place}.cost_per_hour|dollars}} an hour."
+
+
+def _mix(mix: Mix, shape: ModelShape) -> Answer:
+    return {
+        "parts": [_candidate(each.candidate, shape) | {"weight": each.weight} for each in mix.parts],
+        "cost_per_hour": mix.cost_per_hour,
+        "carried_rps": mix.carried_rps,
+        "missing": [{"gpu_type": gpu, "count": count, "cost_per_hour": cost} for gpu, count, cost in mix.missing],
+    }
 
 
 def _others(advice: Advice) -> Iterator[str]:

@@ -124,6 +124,24 @@ class Sensitivity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixedReplicas:
+    """The replicas of one configuration among several, and the share of requests that they get."""
+
+    candidate: Candidate
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """Several configurations together: what they carry, and which GPUs are missing for all of it."""
+
+    parts: tuple[MixedReplicas, ...]
+    cost_per_hour: float
+    carried_rps: float                              # of the rate that was asked for
+    missing: tuple[tuple[str, int, float], ...] = ()  # GPU type, GPUs, their cost an hour
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     """The answer for one deployment: what to run, how many, what to expect, and why not something else."""
 
@@ -135,3 +153,4 @@ class Advice:
     sensitivities: tuple[Sensitivity, ...]
     evaluated: int                     # candidates in all
     rejected: tuple[tuple[Constraint, int], ...]  # how many fell to what
+    mix: Mix | None = None             # cheaper than the chosen one, or the most that there is without one

@@ -28,6 +28,10 @@ CASES: dict[str, dict[str, Any]] = {
         "model": SMALL, "gpus": [{"type": "H100", "count": 1}], "workload": {"requests_per_s": 2, **ONE},
         "objectives": {"ttft_s": 0.5, "tpot_s": 0.05},
     },
+    "more than all together carry": {
+        "model": SMALL, "gpus": [{"type": "H100", "count": 1}, {"type": "L40S", "count": 2}],
+        "workload": {"requests_per_s": 2000, **ONE}, "objectives": {"tpot_s": 0.05},
+    },
     "without objectives": {
         "model": LARGE, "gpus": [{"type": "H100", "count": 8}], "workload": {"requests_per_s": 1, **LENGTHS},
         "deployable": True,
@@ -145,6 +149,21 @@ def test_what_cannot_be_carried_says_what_is_missing_and_what_would_do() -> None
     assert "chosen" not in answer
     assert "the number of GPUs" in answer["explanation"][0]["text"]
     assert answer["sensitivities"][0]["capacity_rps"] >= 5000
+
+
+def test_all_together_carry_what_they_can_and_what_is_missing_is_counted() -> None:
+    mix = answered("more than all together carry")["mix"]
+    assert {(each["gpu_type"], each["gpus"]) for each in mix["parts"]} == {("H100", 1), ("L40S", 2)}
+    assert sum(each["weight"] for each in mix["parts"]) == pytest.approx(1)
+    assert mix["cost_per_hour"] == pytest.approx(sum(each["cost_per_hour"] for each in mix["parts"]))
+    assured = sum(each["replicas"] * each["prediction"]["capacity_rps"]["low"] for each in mix["parts"])
+    assert mix["carried_rps"] == pytest.approx(assured)
+    assert assured < 2000
+    assert sum(each["count"] for each in mix["missing"]) > 0
+
+
+def test_one_configuration_that_does_as_well_is_not_mixed() -> None:
+    assert "mix" not in answered("verified by the scheduler")
 
 
 def test_what_does_not_fit_names_memory() -> None:
