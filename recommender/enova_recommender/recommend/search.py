@@ -77,7 +77,9 @@ def search(
     check_space(chosen)
     if not 0 < assurance < 1:
         raise RecommendError("assurance", f"must lie between 0 and 1, is {assurance}")
-    lengths = {caching: lengths_of(workload, prefix_caching=caching) for caching in (False, True)}
+    whole = lengths_of(workload, prefix_caching=False)
+    rest = lengths_of(workload, prefix_caching=True) if workload.cached_prefix_share else whole
+    lengths = {False: whole, True: rest}
     longest = lengths[True].longest_tokens
     if longest > shape.context_tokens:
         raise RecommendError(
@@ -110,6 +112,12 @@ class _Task:
         self._shape, self._workload, self._objectives = shape, workload, objectives
         self._settings, self._lengths, self._times_of, self._assurance = settings, lengths, times_of, assurance
         self._batched, self._rows = np.unique(settings.max_num_batched_tokens, return_inverse=True)
+        # Settings that differ in max_model_len alone behave alike: one of them is evaluated for all.
+        alike = np.stack([
+            settings.prefix_caching, settings.max_num_seqs, settings.max_num_batched_tokens,
+            settings.gpu_memory_utilization,
+        ])  # fmt: skip
+        _, self._first, self._like = np.unique(alike, axis=1, return_index=True, return_inverse=True)
 
     def group(self, pool: Pool, parallelism: Parallelism, precision: Precision) -> Group:
         """Evaluate all settings of one layout."""
@@ -132,24 +140,26 @@ class _Task:
         )  # fmt: skip
 
     def _assess(self, times: VectorTimes, memory: _Memory, parallelism: Parallelism) -> Assessment:
+        """Figures of all settings; those without prefix caching come first among the distinct ones."""
         settings, parts = self._settings, []
-        order: list[Integers] = []
-        for caching in (False, True):
-            chosen = np.flatnonzero(settings.prefix_caching == caching)
+        caching = settings.prefix_caching[self._first] == 1
+        curves: dict[int, Curve] = {}
+        for cached, chosen in ((False, self._first[~caching]), (True, self._first[caching])):
             if not len(chosen):
                 continue
-            lengths = self._lengths[caching]
+            lengths = self._lengths[cached]
             slots = slots_of(
-                lengths, memory.fits[caching].layout, kv_blocks=memory.kv_blocks[chosen],
+                lengths, memory.fits[cached].layout, kv_blocks=memory.kv_blocks[chosen],
                 max_num_seqs=settings.max_num_seqs[chosen], pipeline=parallelism.pipeline,
             )  # fmt: skip
+            if id(lengths) not in curves:
+                curves[id(lengths)] = self._curve(times, lengths)
             parts.append(assess(
-                self._curve(times, lengths), self._rows[chosen], slots, workload=self._workload,
+                curves[id(lengths)], self._rows[chosen], slots, workload=self._workload,
                 objectives=self._objectives, spread=times.spread, lanes=lanes_of(parallelism),
                 decode_steps=lengths.mean_decode_steps, decode_scv=lengths.decode_scv, assurance=self._assurance,
             ))  # fmt: skip
-            order.append(chosen)
-        return parts[0] if len(parts) == 1 else _joined(parts, np.argsort(np.concatenate(order)))
+        return _spread_out(parts, self._like.ravel())
 
     def _curve(self, times: VectorTimes, lengths: Lengths) -> Curve:
         grid = load_grid(times, lengths, most_sequences=float(self._settings.max_num_seqs.max()))
@@ -210,9 +220,10 @@ class _Memory:
         self.kv_tokens: Integers = (room * settings.max_model_len).astype(np.int64)
 
 
-def _joined(parts: list[Assessment], order: Integers) -> Assessment:
+def _spread_out(parts: list[Assessment], places: Integers) -> Assessment:
+    """The parts one after another, then each candidate's place among them."""
     names = Assessment.__dataclass_fields__
-    return Assessment(**{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in names})
+    return Assessment(**{name: np.concatenate([getattr(part, name) for part in parts])[places] for name in names})
 
 
 def _ranking(groups: Sequence[Group], size: int) -> Integers:

@@ -243,3 +243,24 @@ def test_workloads_are_not_changed() -> None:
     asked = Workload(requests_per_s=3.0, lengths=CHAT)
     found = search(model(), nodes(), asked, PROMISED, space=SMALL, times_of=times)
     assert found.workload is asked
+
+
+def test_each_candidate_has_the_figures_of_its_own_settings() -> None:
+    space = replace(SMALL, prefix_caching=(True, False), max_model_lens=(16384, 8192))
+    asked = Workload(requests_per_s=3.0, lengths=CHAT, cached_prefix_share=0.6)
+    found = search(model(), nodes(), asked, PROMISED, space=space, times_of=times)
+    for index in range(len(found)):
+        one = found.candidate(index)
+        assert one.prediction is not None
+        chosen = one.settings
+        memory = fit(
+            model(), chosen.gpu, parallelism=chosen.parallelism, gpu_memory_utilization=0.92,
+            max_num_seqs=chosen.max_num_seqs, max_num_batched_tokens=chosen.max_num_batched_tokens,
+            max_model_len=chosen.max_model_len, enable_prefix_caching=chosen.enable_prefix_caching,
+        )  # fmt: skip
+        single = predict(
+            chosen, asked, PROMISED, times(model(), chosen.gpu, chosen.parallelism, chosen.precision), memory=memory,
+            requests_per_s=3.0 / one.replicas,
+        )  # fmt: skip
+        assert one.prediction.ttft_s.value == pytest.approx(single.ttft_s.value, rel=0.05)
+        assert one.prediction.kv_tokens == pytest.approx(single.kv_tokens, rel=1e-3)
