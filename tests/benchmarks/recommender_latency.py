@@ -80,14 +80,13 @@ def read(run: Benchmark, unknown: set[str]) -> list[Row]:
 
 def tiers(folds: Folds, seed: int) -> Iterable[Prediction]:
     """Predictions of vLLM's closed loops by tier."""
-    spreads = {family: folds.spread(family) for family in folds.families}
-    far = {family: folds.spread(family, gpu_too=True) for family in folds.families}
     for row in folds.rows:
-        tier, spread = ("tier_a", spreads) if is_tabled(row) else ("tier_b", far)
-        yield Prediction(row=row, protocol=tier, figures=folds.figures(row), spread=spread[row.family])
-        if tier == "tier_a":
-            without = folds.figures(row, gpu_too=True)
-            yield Prediction(row=row, protocol="tier_b", figures=without, spread=far[row.family])
+        far = folds.spread(row, gpu_too=True)
+        if is_tabled(row):
+            yield Prediction(row=row, protocol="tier_a", figures=folds.figures(row), spread=folds.spread(row))
+            yield Prediction(row=row, protocol="tier_b", figures=folds.figures(row, gpu_too=True), spread=far)
+        else:
+            yield Prediction(row=row, protocol="tier_b", figures=folds.figures(row), spread=far)
     for draw in range(DRAWS):
         for trial in trials(folds.rows, seed + draw):
             made, correction = corrected(folds, trial)
@@ -101,7 +100,7 @@ def replayed(folds: Folds, recorded: Sequence[Replay]) -> Iterable[Prediction]:
     for one in recorded:
         made = folds.fit(one.row.family)
         figures = one.predicted(folds.times(one.row, made))
-        spread = folds.spread(one.row.family, gpu_too=True)
+        spread = folds.spread(one.row, gpu_too=True)
         tier = "tier_a" if is_tabled(one.row) else "tier_b"
         yield Prediction(row=one.row, protocol=tier, figures=figures, spread=spread)
 

@@ -8,12 +8,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from enova_recommender.memory import layer_weight_bytes
-from enova_recommender.performance import Constants, Efficiency, Roofline, Slowed
+from enova_recommender.performance import FITTED, Efficiency, Roofline, Slowed
 from enova_testing.latency_model import Figures, predicted
 from enova_testing.latency_rows import Row
 
@@ -21,7 +22,7 @@ PERFECT = Efficiency(
     matrix_compute=1, matrix_memory=1, attention_compute=1, attention_memory=1, link=1, collective_s=0, step_s=0,
     sequence_s=0,
 )  # fmt: skip
-PLAIN = Constants(first_token_s=0.0, first_token_steps=1.0)
+PLAIN = replace(FITTED, first_token_s=0.0, first_token_steps=1.0)
 ESTIMATES = Path(__file__).parents[1] / "tools" / "aiconfigurator_estimates.py"
 ESTIMATES_TIMEOUT_S = 900
 

@@ -2,7 +2,8 @@
 
 Few numbers, each held near its prior (in logarithms), by least squares with a loss that large errors enter linearly.
 Runs of one family on one GPU share what no column tells (engine options, kernels of that version): each such group has
-an offset of its own, which is fitted beside the constants and then thrown away. Groups weigh alike, whatever their rows.
+an offset of its own, which is fitted beside the constants and then thrown away. Groups weigh alike, whatever their
+rows.
 """
 
 from __future__ import annotations
@@ -14,25 +15,29 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import least_squares
 
-from enova_recommender.performance import Constants, KernelClass, KernelTimes
+from enova_recommender.performance import FITTED, Constants, KernelClass, KernelTimes
 from enova_testing.latency_model import CLASSES, FEATURES, ROUNDS, loop_features
 from enova_testing.latency_rows import Row
 
 Floats = npt.NDArray[np.float64]
 
-UNIT = Constants(
+UNIT = replace(
+    FITTED,
     gemm=1, experts=1, prefill_attention=1, decode_attention=1, latent_attention=1, recurrence=1, elementwise=1,
-    collective=1, step_s=1e-3, prefill_step_s=1e-3, sequence_s=8e-6, first_token_s=8e-3, first_token_steps=3.0,
+    collective=1, step_s=4e-4, prefill_step_s=1e-3, sequence_s=8e-6, first_token_s=8e-3, first_token_steps=3.0,
+    gpu_spreads=(),
 )  # fmt: skip
 PRIOR = np.array([*(1.0 for _ in CLASSES), UNIT.step_s, UNIT.prefill_step_s, UNIT.sequence_s,
                   UNIT.first_token_s, UNIT.first_token_steps])
-# How far each may lie from its prior, as standard deviations of the logarithm: kernels were measured, the host was not.
+# How far each may lie from its prior, as standard deviations of the logarithm: kernels were measured, the host was not
+# (asynchronous scheduling hides most of it).
 WIDTH = np.array([*(0.15 if kind is not KernelClass.EXPERTS else 0.3 for kind in CLASSES), 0.7, 0.7, 0.7, 0.5, 0.3])
 FIELDS = (*(kind.value.lower() for kind in CLASSES), "step_s", "prefill_step_s", "sequence_s", "first_token_s",
           "first_token_steps")
 SCALE = 0.1              # errors beyond it count linearly
 TTFT_CLIENTS_MAX = 8     # above, the first token's time shows how the clients march in step
 TTFT_WEIGHT = 0.3        # against the cycle's
+TTFT_SHARE_MAX = 0.5     # of a cycle: what is above was waiting for room in the cache
 ROWS_PER_PRIOR = 10.0    # measured rows that weigh as much as the priors
 ROWS_OF_A_GROUP = 15     # that a group weighs at most
 OFFSET_WIDTH = 0.1       # of a group's offset, as of the constants' logarithms
@@ -79,7 +84,7 @@ def measured(rows: Sequence[Row], times: Sequence[KernelTimes]) -> Measured:
 
 def fitted(data: Measured, groups: npt.NDArray[np.intp]) -> Floats:
     """Constants in the order of FIELDS; `groups` number the rows' groups from zero."""
-    cycles = data.ttft_s + (data.outputs - 1) * data.tpot_s
+    cycles = np.minimum(data.ttft_s, TTFT_SHARE_MAX * data.outputs * data.tpot_s) + (data.outputs - 1) * data.tpot_s
     sizes = np.bincount(groups)
     weights = np.sqrt(ROWS_OF_A_GROUP / np.maximum(sizes[groups], ROWS_OF_A_GROUP))
     heard = np.where(data.clients <= TTFT_CLIENTS_MAX, TTFT_WEIGHT, 0.0) * weights
@@ -99,7 +104,6 @@ def fitted(data: Measured, groups: npt.NDArray[np.intp]) -> Floats:
     return np.asarray(PRIOR * np.exp(found.x[: len(PRIOR)]))
 
 
-def constants(values: Floats, *, spread: float | None = None) -> Constants:
+def constants(values: Floats) -> Constants:
     """Constants from values in the order of FIELDS."""
-    made = replace(UNIT, **dict(zip(FIELDS, map(float, values), strict=True)))
-    return made if spread is None else replace(made, measured_spread=spread)
+    return replace(UNIT, **dict(zip(FIELDS, map(float, values), strict=True)))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Who may learn from whom: predictions of each row by constants fitted without its family, or its GPU, or after a trial.
+"""Who may learn from whom: each row is predicted without its family, without its GPU too, or after a trial.
 
 Tier A: the row's family is left out of the fit. Tier B: its type of GPU as well, kernel tables included. Tier C: as A,
 then corrected by three measured configurations of the same model on the same GPU.
@@ -6,6 +6,7 @@ then corrected by three measured configurations of the same model on the same GP
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,8 +28,11 @@ Floats = npt.NDArray[np.float64]
 Family = tuple[int, int, int]
 
 TRIAL = 3                # configurations that tier C has measured
-FACTOR_WIDTH = 0.25      # standard deviation of a correction's logarithm, against errors of ERROR_WIDTH
-ERROR_WIDTH = 0.05
+ALL_WIDTH = 0.5          # standard deviation of the logarithm of what all groups of kernels share,
+FACTOR_WIDTH = 0.15      # and of each group's own, against errors of ERROR_WIDTH
+ERROR_WIDTH = 0.04
+SPREAD_ROWS_MIN = 30     # of one type of GPU, to take its errors for themselves
+UNKNOWN_SPREAD = 0.5     # where nothing was measured
 NORMAL_80 = 1.2815515594457
 
 
@@ -40,6 +44,8 @@ class Folds:
     _times: dict[tuple[object, ...], KernelTimes] = field(default_factory=dict)
     _fits: dict[tuple[object, ...], Constants] = field(default_factory=dict)
     _data: dict[str, Measured] = field(default_factory=dict)
+    _figures: dict[tuple[Row, bool], Figures] = field(default_factory=dict)
+    _spreads: dict[tuple[object, ...], float] = field(default_factory=dict)
 
     def times(
         self, row: Row, made: Constants = UNIT, *, without: GpuModel | None = None, correction: Correction | None = None
@@ -72,26 +78,30 @@ class Folds:
 
     def figures(self, row: Row, *, gpu_too: bool = False) -> Figures:
         """What tier A (or B, without the GPU) predicts of a row."""
-        without = row.gpu if gpu_too else None
-        made = self.fit(row.family, gpu=without)
-        return predicted(row, self.times(row, made, without=without), made)
-
-    @property
-    def families(self) -> list[Family]:
-        """All families learnt from."""
-        return sorted({row.family for row in self.rows})
-
-    def spread(self, family: Family, *, gpu_too: bool = False) -> float:
-        """Spread of errors on families other than this one, each predicted by a fit without both."""
-        errors = []
-        for row in self.rows:
-            if row.family == family:
-                continue
+        if (row, gpu_too) not in self._figures:
             without = row.gpu if gpu_too else None
-            made = self.fit(row.family, family, gpu=without)
-            found = predicted(row, self.times(row, made, without=without), made)
-            errors.append(abs(np.log(found.tpot_s / (row.tpot_s or np.nan))))
-        return float(np.quantile(errors, 0.8) / NORMAL_80) if errors else 0.5
+            made = self.fit(row.family, gpu=without)
+            self._figures[row, gpu_too] = predicted(row, self.times(row, made, without=without), made)
+        return self._figures[row, gpu_too]
+
+    def spread(self, row: Row, *, gpu_too: bool = False) -> float:
+        """Spread of errors of other families, each predicted without itself; on this GPU if that is enough."""
+        key = (row.family, None if gpu_too else row.gpu, gpu_too)
+        if key not in self._spreads:
+            errors = [(one.gpu, self._error(one, gpu_too)) for one in self.rows if one.family != row.family]
+            near = [error for gpu, error in errors if alike(gpu, row.gpu)]
+            chosen = near if len(near) >= SPREAD_ROWS_MIN and not gpu_too else [error for _, error in errors]
+            self._spreads[key] = spread_of(chosen) if chosen else UNKNOWN_SPREAD
+        return self._spreads[key]
+
+    def _error(self, row: Row, gpu_too: bool) -> float:
+        """Logarithm of the error of a row's TPOT."""
+        return math.log(self.figures(row, gpu_too=gpu_too).tpot_s / (row.tpot_s or math.nan))
+
+
+def spread_of(errors: Sequence[float]) -> float:
+    """The standard deviation whose 80 % interval holds 80 of 100 of these errors (of logarithms)."""
+    return float(np.quantile(np.abs(errors), 0.8) / NORMAL_80)
 
 
 def alike(gpu: GpuModel, other: GpuModel | None) -> bool:
@@ -147,12 +157,12 @@ def corrected(folds: Folds, trial: Trial) -> tuple[Constants, Correction]:
                            ])
     seconds = np.array(parts)
 
-    def errors(logarithms: Floats) -> Floats:
-        missed = np.log(seconds @ np.exp(logarithms) / measured_s)
-        return np.concatenate([missed / ERROR_WIDTH, logarithms / FACTOR_WIDTH])
+    def errors(point: Floats) -> Floats:
+        missed = np.log(seconds @ np.exp(point[0] + point[1:]) / measured_s)
+        return np.concatenate([missed / ERROR_WIDTH, point[:1] / ALL_WIDTH, point[1:] / FACTOR_WIDTH])
 
-    found = least_squares(errors, np.zeros(len(GROUPS)), loss="soft_l1")
-    return made, Correction.of(np.exp(found.x).tolist(), spread=ERROR_WIDTH)
+    found = least_squares(errors, np.zeros(1 + len(GROUPS)), loss="soft_l1", f_scale=3.0)
+    return made, Correction.of(np.exp(found.x[0] + found.x[1:]).tolist(), spread=ERROR_WIDTH)
 
 
 def _by_group(times: KernelTimes, row: Row) -> Floats:

@@ -8,7 +8,8 @@ every client's prompt once and as many decode steps as answers have tokens:
     TPOT  = (cycle - TTFT) / (output_tokens - 1)
 
 where `prompt` is what the prompt's chunks add to the decode steps they share. The term with ROUNDS is the first round,
-in which all prompts stand in one queue. Batch: prompts are computed in whole chunks, then all decode.
+in which all prompts stand in one queue. Clients whose requests find no room in the KV cache wait for others' to end.
+Batch: prompts are computed in whole chunks, then all decode.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from enova_recommender.memory import fit
 from enova_recommender.performance import Constants, KernelClass, KernelTimes, StepTimes
 from enova_recommender.types import Batch
 from enova_testing.latency_rows import Load, Row
 
+BLOCK_TOKENS = 16
 ROUNDS = 10              # requests of each client: usual for benchmarks of serving, no set says
 CHUNK_TOKENS = 8192      # max_num_batched_tokens of vLLM's server on these GPUs
 
@@ -50,7 +53,7 @@ class Loop:
 
 def loop_of(row: Row) -> Loop:
     """The batches of a closed loop, of one data-parallel rank, at the mean length of the answers under way."""
-    clients = max(1, round(row.concurrency / row.parallelism.data))
+    clients = max(1, min(round(row.concurrency / row.parallelism.data), most_running(row)))
     context = round(row.prompt_tokens + row.output_tokens / 2)
     others = clients - 1
     around = Batch(decode_sequences=others, context_tokens=others * context) if others else None
@@ -62,6 +65,13 @@ def loop_of(row: Row) -> Loop:
         ),
         around=around, clients=clients,
     )  # fmt: skip
+
+
+def most_running(row: Row) -> int:
+    """Sequences of the row's mean length that the KV cache of one rank holds, by the memory model; at least one."""
+    tokens = row.prompt_tokens + row.output_tokens / 2
+    room = fit(row.shape, row.gpu, parallelism=row.parallelism, precision=row.precision)
+    return max(1, int(room.kv_blocks * BLOCK_TOKENS / tokens))
 
 
 def _chunks(tokens: int) -> Iterator[tuple[int, int]]:
@@ -81,17 +91,22 @@ def _closed(row: Row, times: StepTimes, constants: Constants) -> Figures:
     decode = times.step_s(loop.decode)
     beside = times.step_s(loop.around) if loop.around else 0.0
     prompt = sum(times.step_s(chunk) - beside for chunk in loop.chunks)
-    return closed_figures(row, loop.clients, decode, prompt, constants.first_token_s, constants.first_token_steps)
+    return closed_figures(row, loop.clients, decode_s=decode, prompt_s=prompt, constants=constants)
 
 
 def closed_figures(
-    row: Row, clients: int, decode_s: float, prompt_s: float, first_token_s: float, first_token_steps: float
+    row: Row, clients: int, *, decode_s: float, prompt_s: float, constants: Constants
 ) -> Figures:
     """The formulas above."""
     cycle = row.output_tokens * decode_s + clients * prompt_s
-    ttft = (1 + (clients - 1) / 2 / ROUNDS) * prompt_s + first_token_steps * decode_s + first_token_s
+    queued = (1 + (clients - 1) / 2 / ROUNDS) * prompt_s
+    ttft = queued + constants.first_token_steps * decode_s + constants.first_token_s
     tpot = max(cycle - ttft, decode_s) / max(1, row.output_tokens - 1)
-    return Figures(ttft_s=ttft, tpot_s=tpot, tokens_per_s=row.concurrency * row.output_tokens / cycle)
+    turns = max(1.0, row.concurrency / row.parallelism.data / clients)  # of those that run, until a request is answered
+    return Figures(
+        ttft_s=ttft + (turns - 1) * cycle, tpot_s=tpot,
+        tokens_per_s=row.concurrency * row.output_tokens / (turns * cycle),
+    )  # fmt: skip
 
 
 def _batch(row: Row, times: StepTimes) -> Figures:

@@ -101,13 +101,14 @@ def _silicon_row(row: dict[str, str], shape: ModelShape, gpu: GpuModel, ttft_s: 
     ranks = max(ranks, cut * spread // tensor)  # GPUs of the experts beyond those of attention hold it again
     weights = row["gemm_quant_mode"] or row["moe_quant_mode"]
     # A shape that is published in few bits keeps its own format unless the row names another method for it.
-    own = shape.quantization is not None and weights in {"", "fp8", "int4_wo"} or shape.quantization == "mxfp4"
+    own = shape.quantization == "mxfp4" or (shape.quantization is not None and weights in {"", "fp8", "int4_wo"})
     cached = "fp8" if weights in EIGHT_BIT_CACHE and shape.quantization != "fp8_block" else "auto"
     precision = Precision(quantization=None if own else WEIGHTS.get(weights), kv_cache_dtype=cached)
     return Row(
         data_set="rec_silicon_concurrency", engine=row["backend"], shape=shape, gpu=gpu, precision=precision,
         parallelism=Parallelism(tensor=tensor, pipeline=stages, data=ranks, expert=spread > 1), load=Load.CLOSED,
-        prompt_tokens=int(row["isl"]), output_tokens=int(row["osl"]), concurrency=float(row["concurrency"] or ranks * float(row["batch_size"])),
+        prompt_tokens=int(row["isl"]), output_tokens=int(row["osl"]),
+        concurrency=float(row["concurrency"] or ranks * float(row["batch_size"])),
         ttft_s=ttft_s, tpot_s=tpot_s, label=f"{row['model_path']} {row['system']} {weights}",
         silicon=tuple(row[name] for name in _SILICON_KEY),
     )  # fmt: skip

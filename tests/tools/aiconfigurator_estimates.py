@@ -12,7 +12,6 @@ import sys
 
 from aiconfigurator.cli.api import cli_estimate
 
-
 # The package holds these configurations under other ids, and cannot fetch what it does not hold.
 ALIASES = {
     "meta-llama/Llama-3.1-70B": "meta-llama/Meta-Llama-3.1-70B",
@@ -22,17 +21,16 @@ ALIASES = {
 
 def estimate(line: str) -> list[float] | None:
     """The answer to one line."""
-    (backend, model, system, weights, experts, isl, osl, concurrency, batch, tp, pp, dp, cut, spread, cached) = json.loads(
-        line
-    )
+    backend, model, system, weights, experts, *numbers, cached = json.loads(line)
+    isl, osl, concurrency, batch, tp, pp, dp, cut, spread = numbers
     ranks = int(float(dp or 1))
     own = float(batch or 0) or float(concurrency) / ranks
     with contextlib.redirect_stdout(sys.stderr):
         try:
             found = cli_estimate(
-                ALIASES.get(model, model), system, backend_name=backend, isl=int(isl), osl=int(osl), batch_size=max(1, round(own)),
-                tp_size=int(float(tp)), pp_size=int(float(pp or 1)), attention_dp_size=ranks,
-                moe_tp_size=int(float(cut or 1)), moe_ep_size=int(float(spread or 1)),
+                ALIASES.get(model, model), system, backend_name=backend, isl=int(isl), osl=int(osl),
+                batch_size=max(1, round(own)), tp_size=int(float(tp)), pp_size=int(float(pp or 1)),
+                attention_dp_size=ranks, moe_tp_size=int(float(cut or 1)), moe_ep_size=int(float(spread or 1)),
                 gemm_quant_mode=weights or None, moe_quant_mode=experts or None,
                 kvcache_quant_mode="fp8" if cached == "fp8" else "bfloat16", database_mode="HYBRID",
             )  # fmt: skip

@@ -2,14 +2,14 @@
 
     python compact_kernels.py --data DIR [--out FOLDER]
 
-DIR holds the sets `kernels_aiconfigurator` and `kernels_aiconfigurator_v24` (https://github.com/ai-dynamo/aiconfigurator,
-Apache-2.0). Needs pandas, pyarrow and scipy.
+DIR holds the sets `kernels_aiconfigurator` and `kernels_aiconfigurator_v24`
+(https://github.com/ai-dynamo/aiconfigurator, Apache-2.0). Needs pandas, pyarrow and scipy.
 
 What is kept: of each shape the fastest kernel, as the base-2 logarithm of its time in microseconds, on a thinned grid.
 Attention depends on batch and heads through their product nearly alone (5 % in the median, 19 % at the 90th percentile
-over all splits of one product), so the two axes become one. Times are made to grow along tokens, sequences and context
-(no shape takes longer than a larger one): what falls there is noise or a bad choice of kernel. Holes take the nearest shape's share of the
-roofline.
+over all splits of one product), so the two axes become one. Times are made to grow along tokens, sequences and context:
+no shape takes longer than a larger one; what falls there is noise or a bad choice of kernel. Holes take the nearest
+shape's share of the roofline.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from scipy.interpolate import RegularGridInterpolator
 
 OUT = Path(__file__).parents[2] / "recommender" / "enova_recommender" / "catalog"
 GPUS = ("a100_sxm", "l40s", "h100_sxm", "h200_sxm", "b200_sxm", "b300_sxm", "gb200")
-GEMM_M = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
+GEMM_M = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384,
+          32768)
 GEMM_NK_MIN = 128
 WEIGHT_BYTES = {"bfloat16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "nvfp4": 0.5625}
 # Attention is tabled by query heads per KV head; ratios between are interpolated.
@@ -50,7 +51,8 @@ class Tables:
 
     def add(self, name: str, values_us: Floats, axes: Sequence[Iterable[float]]) -> None:
         """Keep one table of microseconds."""
-        assert np.isfinite(values_us).all() and (values_us > 0).all(), name
+        assert np.isfinite(values_us).all(), name
+        assert (values_us > 0).all(), name
         self.arrays[name] = np.round(np.log2(values_us) * SCALE).astype(np.int16)
         self.axes[name] = [[float(knot) for knot in axis] for axis in axes]
 
@@ -110,7 +112,7 @@ def gemm(tables: Tables, data: Path, gpu: str, sheet: dict[str, float]) -> None:
     by_dtype: dict[str, Floats] = {}
     for dtype, group in rows.groupby("gemm_dtype"):
         best = fastest(group, ("m", "n", "k"))
-        m = [value for value in GEMM_M if value in set(best.m)]
+        m = [float(value) for value in GEMM_M if value in set(best.m)]
         n, k = knots(best, "n", GEMM_NK_MIN), knots(best, "k", GEMM_NK_MIN)
         values = grid(best, ("m", "n", "k"), (m, n, k))
         mm, nn, kk = np.meshgrid(m, n, k, indexing="ij")
@@ -123,12 +125,13 @@ def gemm(tables: Tables, data: Path, gpu: str, sheet: dict[str, float]) -> None:
         by_dtype[str(dtype)] = growing(values, 0)
         tables.axes[f"{gpu}/gemm/{dtype}"] = [m, n, k]
     for dtype, values in by_dtype.items():
+        kept = values
         if dtype == "fp8_block" and "fp8" in by_dtype:
             # Measured without CUDA graphs: near its floor the time is the host's. There the kernel is as fp8's.
             floor = np.quantile(values, 0.05)
-            values = np.where(values > LAUNCH_SLACK * floor, values, by_dtype["fp8"])
-            values = growing(np.maximum(values, by_dtype["fp8"]), 0)
-        tables.add(f"{gpu}/gemm/{dtype}", values, tables.axes[f"{gpu}/gemm/{dtype}"])
+            kernel = np.where(values > LAUNCH_SLACK * floor, values, by_dtype["fp8"])
+            kept = growing(np.maximum(kernel, by_dtype["fp8"]), 0)
+        tables.add(f"{gpu}/gemm/{dtype}", kept, tables.axes[f"{gpu}/gemm/{dtype}"])
 
 
 def attention_rows(data: Path, gpu: str, kind: str) -> pd.DataFrame:
@@ -215,12 +218,14 @@ def projections_us(tables: Tables, gpu: str, heads: Floats, tokens: Floats, *, d
     """Time of the projections that the measured module holds beside attention."""
     name = f"{gpu}/gemm/bfloat16"
     shapes = [
-        (QUERY_RANK + KV_RANK + ROPE, LATENT_HIDDEN), (heads * (NOPE + ROPE), QUERY_RANK), (LATENT_HIDDEN, heads * VALUE),
+        (QUERY_RANK + KV_RANK + ROPE, LATENT_HIDDEN), (heads * (NOPE + ROPE), QUERY_RANK),
+        (LATENT_HIDDEN, heads * VALUE),
         *([(heads * NOPE, KV_RANK), (KV_RANK, heads * VALUE)] if decode else [(heads * (NOPE + VALUE), KV_RANK)]),
     ]  # fmt: skip
     full = np.ones_like(tokens)
     beyond = np.maximum(1, tokens / tables.axes[name][0][-1])  # of the table's most tokens: there time is in proportion
-    return beyond * np.sum([interpolated(tables, name, (tokens, n * full, k * full)) for n, k in shapes], axis=0)
+    times = [interpolated(tables, name, (tokens, n * full, k * full)) for n, k in shapes]
+    return np.asarray(beyond * np.sum(times, axis=0))
 
 
 def latent(tables: Tables, data: Path, gpu: str, kind: str, sheet: dict[str, float]) -> None:
@@ -249,7 +254,8 @@ def latent(tables: Tables, data: Path, gpu: str, kind: str, sheet: dict[str, flo
         tokens = bb if decode else bb * ll
         core = module - projections_us(tables, gpu, hh, tokens, decode=decode)
         # The module's other small kernels are counted as the model's own.
-        core = core - max(0.0, float(np.nanquantile(core, 0.02)) - LATENT_FLOOR_US)
+        smallest = np.nanmin(core.reshape(len(axes[0]), -1), axis=1)
+        core = core - np.maximum(0.0, smallest - LATENT_FLOOR_US)[:, None, None]
         core = np.where(np.isnan(module), np.nan, np.maximum(core, LATENT_FLOOR_US))
         values = growing(filled(core, roofline), 0, 1, 2)
         tables.add(f"{gpu}/latent_{'decode' if decode else 'prefill'}/{cached}", values, axes)
@@ -309,7 +315,8 @@ def collectives(tables: Tables, data: Path, gpu: str) -> None:
 
 def data_sheet(data: Path, gpu: str) -> dict[str, float]:
     """The figures by which a GPU is recognised, and against which shares of the roofline are taken."""
-    paths = [data / folder / f"{gpu}_system.yaml" for folder in ("kernels_aiconfigurator_v24", "kernels_aiconfigurator")]
+    folders = ("kernels_aiconfigurator_v24", "kernels_aiconfigurator")
+    paths = [data / folder / f"{gpu}_system.yaml" for folder in folders]
     system = yaml.safe_load(next(path for path in paths if path.exists()).read_text())
     chip = system["gpu"]
     return {

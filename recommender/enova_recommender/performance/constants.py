@@ -18,24 +18,55 @@ class Tier(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuSpread:
+    """The spread of errors on one type of GPU, told by its data sheet."""
+
+    bandwidth_bytes_per_s: float
+    bf16_flops: float
+    spread: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Constants:
     """Factors on the times of measured kernels, seconds of what surrounds them, and the spread of errors."""
 
-    gemm: float = 1.0
-    experts: float = 0.74              # below one: real routers hit fewer experts than the measured distribution
-    prefill_attention: float = 1.0
-    decode_attention: float = 1.0
-    latent_attention: float = 1.0
-    recurrence: float = 1.0
-    elementwise: float = 1.0
-    collective: float = 1.25
-    step_s: float = 0.6e-3             # of the host: every step
-    prefill_step_s: float = 1.0e-3     # more for a step with prompts, which no full CUDA graph covers
-    sequence_s: float = 8e-6           # of each sequence: block tables, sampling, detokenising
-    first_token_s: float = 5e-3        # between a request's arrival and its first token, beside steps: tokenising, HTTP
-    first_token_steps: float = 3.0     # decode steps that pass in that time beside the prompt's own computation
-    measured_spread: float = 0.13      # standard deviations of the logarithm of the error, by tier
-    transferred_spread: float = 0.35
+    gemm: float
+    experts: float               # below one: real routers hit fewer experts than the measured distribution
+    prefill_attention: float
+    decode_attention: float
+    latent_attention: float
+    recurrence: float
+    elementwise: float
+    collective: float
+    step_s: float                # of the host: every step
+    prefill_step_s: float        # more for a step with prompts, which no full CUDA graph covers
+    sequence_s: float            # of each sequence: block tables, sampling, detokenising
+    first_token_s: float         # between a request's arrival and its first token, beside steps: tokenising, HTTP
+    first_token_steps: float     # decode steps that pass in that time beside the prompt's own computation
+    measured_spread: float       # standard deviations of the logarithm of the error, by tier
+    transferred_spread: float
+    gpu_spreads: tuple[GpuSpread, ...] = ()  # of measured GPUs on which several families were seen
 
 
-FITTED = Constants()
+# python tests/tools/fit_performance.py --data DIR; DIR holds rec_silicon_concurrency as of November 2026.
+FITTED = Constants(
+    gemm=1.01,
+    experts=0.868,
+    prefill_attention=0.991,
+    decode_attention=1.06,
+    latent_attention=0.981,
+    recurrence=1.0,
+    elementwise=0.995,
+    collective=0.974,
+    step_s=0.000484,
+    prefill_step_s=0.000922,
+    sequence_s=6.78e-06,
+    first_token_s=0.00858,
+    first_token_steps=4.36,
+    measured_spread=0.282,
+    transferred_spread=0.278,
+    gpu_spreads=(
+        GpuSpread(bandwidth_bytes_per_s=7.7e12, bf16_flops=2.25e15, spread=0.099),
+        GpuSpread(bandwidth_bytes_per_s=4.8e12, bf16_flops=9.894e14, spread=0.736),
+    ),
+)

@@ -32,13 +32,25 @@ from enova_recommender.performance.layers import (
     setting_of,
 )
 from enova_recommender.performance.pieces import across, along, located, run_total, value_at
-from enova_recommender.types import AS_PUBLISHED, SINGLE_GPU, Batch, GpuModel, Interval, ModelShape, Parallelism, Precision
+from enova_recommender.performance.tables import LIKE
+from enova_recommender.types import (
+    AS_PUBLISHED,
+    SINGLE_GPU,
+    Batch,
+    GpuModel,
+    Interval,
+    ModelShape,
+    Parallelism,
+    Precision,
+)
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.ArrayLike
 
 NORMAL_80 = 1.2815515594457  # standard deviations within which 80 of 100 draws lie
-_TOKENS, _SEQUENCES, _CONTEXT, _PAIRS = (np.concatenate([[0.0], knots]) for knots in (TOKENS, SEQUENCES, CONTEXT, PAIRS))
+_TOKENS, _SEQUENCES, _CONTEXT, _PAIRS = (
+    np.concatenate([[0.0], knots]) for knots in (TOKENS, SEQUENCES, CONTEXT, PAIRS)
+)
 _TOKENS_LIST, _SEQUENCES_LIST = _TOKENS.tolist(), _SEQUENCES.tolist()
 _CONTEXT_LIST, _PAIRS_LIST = _CONTEXT.tolist(), _PAIRS.tolist()
 _SHAPES = {
@@ -75,6 +87,7 @@ class KernelTimes:
         slowed = 1.0 + sum(co_runners)
         self._pieces = _gathered(model_pieces(shape, setting), constants, slowed)
         self._is_measured = setting.kernels.is_measured
+        self._spread = _spread(gpu, constants, is_measured=self._is_measured)
         self._correct(correction)
 
     def corrected(self, correction: Correction) -> Self:
@@ -106,7 +119,7 @@ class KernelTimes:
         """Standard deviation of the logarithm of the error."""
         if self.correction.spread is not None:
             return self.correction.spread
-        return self._constants.measured_spread if self._is_measured else self._constants.transferred_spread
+        return self._spread
 
     def interval(self, seconds: float) -> Interval:
         """A predicted time with the bounds that hold it in 80 of 100 cases."""
@@ -227,6 +240,15 @@ class _Points:
         """Seconds of the host at the points."""
         prompts = constants.prefill_step_s * (self._prompts > 0)
         return constants.step_s + constants.sequence_s * self._sequences + prompts
+
+
+def _spread(gpu: GpuModel, constants: Constants, *, is_measured: bool) -> float:
+    """The spread of uncorrected predictions for a GPU."""
+    for known in constants.gpu_spreads:
+        rates = (gpu.bandwidth_bytes_per_s / known.bandwidth_bytes_per_s, gpu.bf16_flops / known.bf16_flops)
+        if max(abs(math.log(rate)) for rate in rates) < LIKE:
+            return known.spread
+    return constants.measured_spread if is_measured else constants.transferred_spread
 
 
 def _from_zero(piece: Piece) -> Floats:

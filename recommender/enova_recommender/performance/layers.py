@@ -18,7 +18,7 @@ import numpy.typing as npt
 from enova_recommender.catalog.kernels import MeasuredGpu
 from enova_recommender.memory import cache_element_bytes, plain_element_bytes
 from enova_recommender.performance.correction import KernelGroup
-from enova_recommender.performance.tables import PLAIN_FORMAT, Kernels, kernels_of
+from enova_recommender.performance.tables import PLAIN_FORMAT, ExpertWork, Kernels, kernels_of
 from enova_recommender.types import (
     EXPERTS_ONLY,
     WEIGHT_FORMATS,
@@ -43,7 +43,9 @@ TOKENS = np.array([
     1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288,
     16384, 32768, 65536, 1 << 18,
 ], dtype=np.float64)  # fmt: skip
-SEQUENCES = np.array([1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096], dtype=np.float64)
+SEQUENCES = np.array([
+    1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096,
+], dtype=np.float64)  # fmt: skip
 CONTEXT = np.exp2(np.arange(8, 54) / 2)   # tokens of all decoding sequences
 PAIRS = np.exp2(np.arange(0, 37, dtype=np.float64))
 
@@ -167,7 +169,9 @@ def _over_tokens(kind: KernelClass, group: KernelGroup, seconds: Floats) -> Piec
     return Piece(kind=kind, group=group, basis=Basis.TOKENS, seconds=np.maximum.accumulate(seconds))
 
 
-def _split(kind: KernelClass, seconds: Floats, knots: Floats, ridge: float, basis: Basis = Basis.TOKENS) -> Iterator[Piece]:
+def _split(
+    kind: KernelClass, seconds: Floats, *, knots: Floats, ridge: float, basis: Basis = Basis.TOKENS
+) -> Iterator[Piece]:
     """A product's time up to the ridge of the roofline is memory's, what grows beyond is arithmetic's."""
     seconds = np.maximum.accumulate(seconds)
     reading = np.minimum(seconds, np.interp(ridge, knots, seconds))
@@ -184,11 +188,11 @@ def _ridge(weights: WeightFormat, setting: Setting) -> float:
 
 
 def _products(part: Part, shapes: list[tuple[float, float]], setting: Setting) -> Iterator[Piece]:
-    """Products of a part with weights of (columns, inner size); the quantisation of what goes in was measured with them."""
+    """Products with weights of (columns, inner size), measured with the quantisation of what goes in."""
     weights, name = setting.format_of(part)
     kernels = setting.kernels
-    seconds = sum((kernels.gemm_s(weights, name, TOKENS, n, k) for n, k in shapes), np.zeros_like(TOKENS))
-    yield from _split(KernelClass.GEMM, seconds, TOKENS, _ridge(weights, setting))
+    seconds = sum((kernels.gemm_s(weights, name, TOKENS, n=n, k=k) for n, k in shapes), np.zeros_like(TOKENS))
+    yield from _split(KernelClass.GEMM, seconds, knots=TOKENS, ridge=_ridge(weights, setting))
 
 
 def _small(kernels: float, token_bytes: float, setting: Setting) -> Piece:
@@ -222,21 +226,19 @@ def _attention(mixer: Attention, setting: Setting) -> Iterator[Piece]:
     window = mixer.window_tokens or 0
     size = (mixer.head_dim + value_dim) // 2
     group = max(1.0, heads / kv_heads)
-    yield _decode_attention(kernels, group, kv_heads, size, window, setting)
+    decode = kernels.decode_s(
+        group=group, streams=SEQUENCES[:, None] * kv_heads, context=_contexts(), head_dim=size,
+        element_bytes=setting.cache_bytes, window=window,
+    )  # fmt: skip
+    yield _over_context(KernelClass.DECODE_ATTENTION, decode)
     length, prompts = _prompts()
     seconds = kernels.prefill_s(group=group, streams=prompts * kv_heads, length=length, head_dim=size, window=window)
     yield _over_pairs(KernelClass.PREFILL_ATTENTION, seconds)
 
 
-def _decode_attention(
-    kernels: Kernels, group: float, kv_heads: float, head_dim: int, window: int, setting: Setting
-) -> Piece:
-    sequences, context = SEQUENCES[:, None], np.maximum(CONTEXT[None, :] / SEQUENCES[:, None], 1.0)
-    seconds = kernels.decode_s(
-        group=group, streams=sequences * kv_heads, context=context, head_dim=head_dim,
-        element_bytes=setting.cache_bytes, window=window,
-    )  # fmt: skip
-    return _over_context(KernelClass.DECODE_ATTENTION, seconds)
+def _contexts() -> Floats:
+    """Context of one decoding sequence, on the grid of sequences and the context of all."""
+    return np.asarray(np.maximum(CONTEXT[None, :] / SEQUENCES[:, None], 1.0))
 
 
 def _prompts() -> tuple[Floats, Floats]:
@@ -278,7 +280,7 @@ def _latent(mixer: LatentAttention, setting: Setting) -> Iterator[Piece]:
     yield _small(5, 8 * hidden + 6 * (queries + down), setting)
     yield from _all_reduce(setting)
     kernels = setting.kernels
-    sequences, context = SEQUENCES[:, None], np.maximum(CONTEXT[None, :] / SEQUENCES[:, None], 1.0)
+    sequences, context = SEQUENCES[:, None], _contexts()
     seen = np.minimum(context, mixer.top_tokens or context)
     decode = kernels.latent_decode_s(
         heads=heads, sequences=sequences, context=seen, kv_rank=mixer.kv_rank, rope_dim=mixer.rope_dim,
@@ -332,12 +334,13 @@ def _experts(layer: Experts, setting: Setting) -> Iterator[Piece]:
         yield from _products(Part.SHARED_EXPERTS, [(layer.latent_size, hidden), (hidden, layer.latent_size)], setting)
     weights, name = setting.format_of(Part.EXPERTS)
     tokens = TOKENS * split.data  # those of all data-parallel ranks pass the same experts
-    seconds = setting.kernels.experts_s(
-        weights, name, tokens, hidden=layer.latent_size or hidden, intermediate=layer.intermediate_size,
-        chosen=layer.experts_per_token, experts=layer.experts, cut=cut, spread=spread, matrices=3 if layer.gated else 2,
+    work = ExpertWork(
+        hidden=layer.latent_size or hidden, intermediate=layer.intermediate_size, chosen=layer.experts_per_token,
+        experts=layer.experts, cut=cut, spread=spread, matrices=3 if layer.gated else 2,
     )  # fmt: skip
+    seconds = setting.kernels.experts_s(weights, name, tokens, work)
     rows = _ridge(weights, setting) * layer.experts / layer.experts_per_token / split.data
-    yield from _split(KernelClass.EXPERTS, seconds, TOKENS, rows)
+    yield from _split(KernelClass.EXPERTS, seconds, knots=TOKENS, ridge=rows)
     yield _small(3, 8 * hidden, setting)  # norm, choice of experts, addition of the shared ones
     if split.data == 1:
         yield from _all_reduce(setting)
@@ -352,8 +355,9 @@ def head_pieces(vocabulary: int, setting: Setting) -> Iterator[Piece]:
     """The product with the head for those sequences that get a token, the gathering of logits, and sampling."""
     tensor = setting.parallelism.tensor
     kernels = setting.kernels
-    seconds = kernels.gemm_s(PLAIN_FORMAT, None, SEQUENCES, vocabulary / tensor, setting.hidden)
-    yield from _split(KernelClass.GEMM, seconds, SEQUENCES, _ridge(PLAIN_FORMAT, setting), Basis.SAMPLED)
+    seconds = kernels.gemm_s(PLAIN_FORMAT, None, SEQUENCES, n=vocabulary / tensor, k=setting.hidden)
+    ridge = _ridge(PLAIN_FORMAT, setting)
+    yield from _split(KernelClass.GEMM, seconds, knots=SEQUENCES, ridge=ridge, basis=Basis.SAMPLED)
     logits = SEQUENCES * vocabulary
     if tensor > 1:
         gathered = np.maximum.accumulate(kernels.all_gather_s(logits * 2, tensor))

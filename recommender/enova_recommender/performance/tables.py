@@ -10,14 +10,15 @@ sheet (and of 16-bit weights). Seconds throughout.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from enova_recommender.catalog.kernels import ExpertTable, MeasuredGpu, Sheet, Table
+from enova_recommender.catalog.kernels import MeasuredGpu, Sheet, Table
 from enova_recommender.types import Arithmetic, GpuModel, WeightFormat
 
 Floats = npt.NDArray[np.float64]
@@ -30,8 +31,16 @@ EXPERT_LAUNCH_S = 20e-6  # sort, two grouped products, activation, sum
 STATE_LAUNCH_S = 6e-6
 COLLECTIVE_LAUNCH_S = 7e-6
 NEIGHBOURS = 4           # measured expert configurations that are mixed
+SAME = 1e-9              # squared distance under which two configurations are one
+FEW_BYTES = 0.7          # of a weight: below, its format has less than 8 bits
+NEAREST = 2              # GPUs that are asked for a kind of table before a like kind is taken
 NEAR = 0.05              # squared distance (powers of two) under which one configuration decides
-_EXP = math.log(2)
+
+TABLED_BYTES = {
+    "bfloat16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "nvfp4": 0.5625, "int4_wo": 0.516, "w4a16_mxfp4": 0.531,
+    "w4a8_mxfp4_mxfp8": 0.531,
+}  # fmt: skip
+_LOG2_US = math.log2(1e6)  # tables hold microseconds
 
 PLAIN_FORMAT = WeightFormat(element_bytes=2.0, arithmetic=Arithmetic.PLAIN)
 
@@ -52,31 +61,30 @@ def distance(one: Sheet, other: Sheet) -> float:
 
 
 class Kernels:
-    """Seconds of kernels on one type of GPU. `kinds` of tables that were measured on this very type are `direct`."""
+    """Seconds of kernels on one type of GPU, from the tables of the nearest measured ones."""
 
     def __init__(self, gpu: GpuModel, measured: tuple[MeasuredGpu, ...]) -> None:
+        if not measured:
+            raise ValueError("kernel times need the tables of at least one GPU")
         self.sheet = sheet_of(gpu)
-        self._sources = sorted(measured, key=lambda measured: distance(self.sheet, measured.sheet))
+        self._sources = sorted(measured, key=lambda one: distance(self.sheet, one.sheet))
         self.is_measured = distance(self.sheet, self._sources[0].sheet) < LIKE
         self._gemm = lru_cache(maxsize=4096)(self._gemm_grid)
 
     # Matrix products.
 
-    def gemm_s(self, weights: WeightFormat, name: str | None, m: Floats, n: float, k: float) -> Floats:
+    def gemm_s(self, weights: WeightFormat, name: str | None, m: Floats, *, n: float, k: float) -> Floats:
         """A product of (m x k) activations with (k x n) weights; `name` is the format's, None for plain."""
         return self._gemm(weights, name, tuple(m.tolist()), n, k)
 
     def _gemm_grid(self, weights: WeightFormat, name: str | None, m: tuple[float, ...], n: float, k: float) -> Floats:
         kind = self.multiplied_in(weights, name)
-        source, table = self._table(f"gemm/{kind}", f"gemm/{'fp8' if kind == 'fp8_block' else 'bfloat16'}", "gemm/bfloat16")
+        like = "fp8" if kind == "fp8_block" else "bfloat16"
+        source, tabled = self._source(f"gemm/{kind}", f"gemm/{like}", "gemm/bfloat16")
         rows = np.array(m)
-        tabled = _gemm_ratio(source, table)
-        ratio = _interpolated(table.axes, tabled, (np.log2(rows), math.log2(n), math.log2(k)))
-        return np.asarray(np.exp2(ratio) * self._gemm_roofline(weights, kind, rows, n, k))
-
-    def _gemm_roofline(self, weights: WeightFormat, kind: str, m: Floats, n: float, k: float) -> Floats:
-        moved = n * k * weights.element_bytes + m * (n + k) * 2
-        return LAUNCH_S + np.maximum(moved / self.sheet.bandwidth, 2 * m * n * k / _peak(self.sheet, kind))
+        ratio = _interpolated(_gemm_ratio(source, tabled), (np.log2(rows), math.log2(n), math.log2(k)))
+        element = weights.element_bytes
+        return np.asarray(np.exp2(ratio) * _gemm_roofline(self.sheet, kind, element=element, m=rows, n=n, k=k))
 
     def multiplied_in(self, weights: WeightFormat, name: str | None) -> str:
         """The kind of matrix product that this GPU uses for weights of a format."""
@@ -96,57 +104,50 @@ class Kernels:
         self, *, group: float, streams: Floats, context: Floats, head_dim: int, element_bytes: float, window: int
     ) -> Floats:
         """One layer's attention of decoding sequences: `streams` sequences x KV heads, each `context` tokens long."""
-        stored = "fp8" if element_bytes == 1 else "bfloat16"
-        source, table, tabled_window, tabled_dim = self._attention_table("decode", head_dim, stored, window)
-        ratio = _interpolated(
-            table.axes, _decode_ratio(source, table, tabled_dim, 1.0 if stored == "fp8" else 2.0, tabled_window),
-            (math.log2(group), np.log2(np.maximum(streams, 1e-9)), np.log2(context)),
+        source, tabled = self._attention("decode", head_dim, element_bytes, window)
+        ratio = _interpolated(_decode_ratio(source, tabled), (math.log2(group), _log2(streams), np.log2(context)))
+        return np.exp2(ratio) * _decode_roofline(
+            self.sheet, group=group, streams=streams, context=context, head_dim=head_dim, element=element_bytes,
+            window=window,
         )  # fmt: skip
-        return np.exp2(ratio) * _decode_roofline(self.sheet, group, streams, context, head_dim, element_bytes, window)
 
     def prefill_s(self, *, group: float, streams: Floats, length: Floats, head_dim: int, window: int) -> Floats:
         """One layer's attention of prompts: `streams` prompts x KV heads, each `length` tokens long."""
-        source, table, tabled_window, tabled_dim = self._attention_table("prefill", head_dim, "bfloat16", window)
-        ratio = _interpolated(
-            table.axes, _prefill_ratio(source, table, tabled_dim, tabled_window),
-            (math.log2(group), np.log2(np.maximum(streams, 1e-9)), np.log2(length)),
-        )  # fmt: skip
-        return np.exp2(ratio) * _prefill_roofline(self.sheet, group, streams, length, head_dim, window)
+        source, tabled = self._attention("prefill", head_dim, 2.0, window)
+        ratio = _interpolated(_prefill_ratio(source, tabled), (math.log2(group), _log2(streams), np.log2(length)))
+        return np.exp2(ratio) * _prefill_roofline(
+            self.sheet, group=group, streams=streams, length=length, head_dim=head_dim, window=window
+        )
 
-    def _attention_table(self, kind: str, head_dim: int, stored: str, window: int) -> tuple[MeasuredGpu, Table, int, int]:
+    def _attention(self, kind: str, head_dim: int, element_bytes: float, window: int) -> tuple[MeasuredGpu, str]:
         """The table of the nearest head size, with the window if it was measured, else without."""
-        for source in self._sources:
-            sizes = {int(name.split("/")[1]) for name in source.tables if name.startswith(f"{kind}/")}
-            size = min(sizes, key=lambda one: (abs(math.log2(one / head_dim)), one))
-            for cached in (stored, "bfloat16", "fp8"):
-                for seen in (window, 0):
-                    table = source.tables.get(f"{kind}/{size}/{cached}/{seen}")
-                    if table is not None:
-                        return source, table, seen, size
-        raise AssertionError("no attention was measured")  # the shipped tables hold it for each GPU
+        source = self._sources[0]
+        sizes = {int(name.split("/")[1]) for name in source.tables if name.startswith(f"{kind}/")}
+        size = min(sizes, key=lambda one: (abs(math.log2(one / head_dim)), one))
+        cached = ("fp8", "bfloat16") if element_bytes == 1 else ("bfloat16", "fp8")
+        names = [f"{kind}/{size}/{one}/{seen}" for one in cached for seen in (window, 0)]
+        return source, next(name for name in names if name in source.tables)
 
     def latent_decode_s(
         self, *, heads: float, sequences: Floats, context: Floats, kv_rank: int, rope_dim: int, element_bytes: float
     ) -> Floats:
         """One layer's latent attention of decoding sequences, without projections."""
-        source, table = self._table(f"latent_decode/{'fp8' if element_bytes == 1 else 'bfloat16'}")
-        ratio = _interpolated(
-            table.axes, _latent_decode_ratio(source, table, 1.0 if element_bytes == 1 else 2.0),
-            (math.log2(heads), np.log2(np.maximum(sequences, 1e-9)), np.log2(context)),
+        source, tabled = self._source(f"latent_decode/{'fp8' if element_bytes == 1 else 'bfloat16'}")
+        place = (math.log2(heads), _log2(sequences), np.log2(context))
+        return np.exp2(_interpolated(_latent_decode_ratio(source, tabled), place)) * _latent_decode_roofline(
+            self.sheet, heads=heads, sequences=sequences, context=context, rank=kv_rank, rope=rope_dim,
+            element=element_bytes,
         )  # fmt: skip
-        work = _latent_decode_roofline(self.sheet, heads, sequences, context, kv_rank, rope_dim, element_bytes)
-        return np.exp2(ratio) * work
 
     def latent_prefill_s(
         self, *, heads: float, prompts: Floats, length: Floats, key_dim: int, value_dim: int
     ) -> Floats:
         """One layer's latent attention of prompts, without projections."""
-        source, table = self._table("latent_prefill/bfloat16")
-        ratio = _interpolated(
-            table.axes, _latent_prefill_ratio(source, table),
-            (math.log2(heads), np.log2(np.maximum(prompts, 1e-9)), np.log2(length)),
-        )  # fmt: skip
-        return np.exp2(ratio) * _latent_prefill_roofline(self.sheet, heads, prompts, length, key_dim, value_dim)
+        source, tabled = self._source("latent_prefill/bfloat16")
+        place = (math.log2(heads), _log2(prompts), np.log2(length))
+        return np.exp2(_interpolated(_latent_prefill_ratio(source, tabled), place)) * _latent_prefill_roofline(
+            self.sheet, heads=heads, prompts=prompts, length=length, dims=key_dim + value_dim
+        )
 
     # Recurrences.
 
@@ -155,46 +156,34 @@ class Kernels:
 
         `state_bytes` are those of one head of one sequence.
         """
-        source, table = self._table(f"gdn/{'generation' if decode else 'context'}")
-        ratio = _interpolated(
-            table.axes, _state_ratio(source, table, decode), (math.log2(heads), np.log2(np.maximum(tokens, 1e-9)))
-        )
-        return np.exp2(ratio) * _state_roofline(self.sheet, heads, tokens, state_bytes, decode=decode)
+        source, tabled = self._source(f"gdn/{'generation' if decode else 'context'}")
+        ratio = _interpolated(_state_ratio(source, tabled), (math.log2(heads), _log2(tokens)))
+        roofline = _state_roofline(self.sheet, heads=heads, tokens=tokens, state_bytes=state_bytes, decode=decode)
+        return np.exp2(ratio) * roofline
 
     # Experts.
 
-    def experts_s(
-        self, weights: WeightFormat, name: str | None, tokens: Floats, *, hidden: float, intermediate: float,
-        chosen: int, experts: int, cut: int, spread: int, matrices: int,
-    ) -> Floats:  # fmt: skip
-        """The routed experts of one layer, each cut over `cut` GPUs, and spread over `spread`."""
-        kind, table, source = self._expert_table(weights, name)
-        work = _ExpertWork(hidden, intermediate, chosen, experts, cut, spread)
-        ratio = _expert_ratio(table, source.sheet, kind, work, tokens)
+    def experts_s(self, weights: WeightFormat, name: str | None, tokens: Floats, work: ExpertWork) -> Floats:
+        """The routed experts of one layer, for so many tokens of all GPUs that share them."""
+        source, kind = self._experts(weights, name)
+        ratio = _expert_ratio(source, kind, work, tokens)
         rate = "fp8" if kind == "w4a8_mxfp4_mxfp8" else self.multiplied_in(weights, name)
-        return np.exp2(ratio) * work.roofline_s(self.sheet, rate, weights.element_bytes, matrices, tokens)
+        return np.exp2(ratio) * work.roofline_s(self.sheet, rate, element=weights.element_bytes, tokens=tokens)
 
-    def _expert_table(self, weights: WeightFormat, name: str | None) -> tuple[str, ExpertTable, MeasuredGpu]:
-        """The table that fits best: the format's own on the nearest GPU, else a like one."""
-        wanted: tuple[str, ...]
-        if name == "mxfp4":
-            wanted = ("w4a16_mxfp4", "int4_wo", "bfloat16")
-            if self.sheet.fp4_flops > 0:  # there activations are brought to 8 bits
-                wanted = ("w4a8_mxfp4_mxfp8", *wanted)
-        elif weights.element_bytes < 0.7:
-            wanted = ("nvfp4", "int4_wo") if self.multiplied_in(weights, name) == "nvfp4" else ("int4_wo", "w4a16_mxfp4")
-        else:
-            kind = self.multiplied_in(weights, name)
-            wanted = (kind, "fp8" if kind == "fp8_block" else "bfloat16", "bfloat16")
-        for kind in wanted:
-            for source in self._sources[:2]:
-                if kind in source.experts:
-                    return kind, source.experts[kind], source
-        for kind in (*wanted, "bfloat16"):
-            for source in self._sources:
-                if kind in source.experts:
-                    return kind, source.experts[kind], source
-        raise AssertionError("no experts were measured")
+    def _experts(self, weights: WeightFormat, name: str | None) -> tuple[MeasuredGpu, str]:
+        """The table that fits best: the format's own on one of the nearest GPUs, else a like one on any."""
+        kind = self.multiplied_in(weights, name)
+        wanted: tuple[str, ...] = (kind, "fp8" if kind == "fp8_block" else "bfloat16", "bfloat16")
+        if name == "mxfp4":  # where there is 4-bit arithmetic, activations are brought to 8 bits
+            wanted = (*(("w4a8_mxfp4_mxfp8",) if self.sheet.fp4_flops > 0 else ()), "w4a16_mxfp4", "bfloat16")
+        elif weights.element_bytes < FEW_BYTES and kind != "nvfp4":
+            wanted = ("int4_wo", "w4a16_mxfp4", "bfloat16")
+        for sources in (self._sources[:NEAREST], self._sources):
+            for one in wanted:
+                for source in sources:
+                    if one in source.experts:
+                        return source, one
+        raise ValueError("none of the given GPUs was measured with experts")
 
     # Collectives.
 
@@ -213,35 +202,52 @@ class Kernels:
         """Each GPU gets its part of the sum of messages of so many bytes."""
         return self._collective_s("nccl/reduce_scatter", message_bytes, gpus)
 
-    def all_to_all_s(self, message_bytes: Floats, gpus: int) -> Floats:
-        """Each GPU sends each other one its part of a message of so many bytes."""
-        return self._collective_s("nccl/alltoall", message_bytes, gpus)
-
     def _collective_s(self, kind: str, message_bytes: Floats, gpus: int) -> Floats:
         if gpus == 1:
             return np.zeros_like(message_bytes)
-        source, table = self._table(kind, link=True)
-        ratio = _interpolated(
-            table.axes, _collective_ratio(source, table), (math.log2(gpus), np.log2(np.maximum(message_bytes, 1.0)))
-        )
-        return np.exp2(ratio) * _collective_roofline(self.sheet, message_bytes, gpus)
+        linked = [one for one in self._sources if kind in one.tables]
+        source = min(linked, key=lambda one: abs(math.log(one.sheet.link / self.sheet.link)))
+        ratio = _interpolated(_collective_ratio(source, kind), (math.log2(gpus), _log2(message_bytes)))
+        return np.exp2(ratio) * _collective_roofline(self.sheet, message_bytes=message_bytes, gpus=gpus)
 
-    def _table(self, *kinds: str, link: bool = False) -> tuple[MeasuredGpu, Table]:
-        """The first of these kinds that the nearest GPU has, else that any has; `link` likens by the link as well."""
-        sources = self._sources
-        if link:
-            sources = sorted(sources, key=lambda one: abs(math.log(one.sheet.link / self.sheet.link)))
-        for kind in kinds:
-            for source in sources[:2] if len(kinds) > 1 else sources:
-                if kind in source.tables:
-                    return source, source.tables[kind]
-        raise AssertionError(f"none of {kinds} was measured")
+    def _source(self, *kinds: str) -> tuple[MeasuredGpu, str]:
+        """The first of these kinds that one of the nearest GPUs has, else that any has."""
+        for sources in (self._sources[:NEAREST], self._sources):
+            for kind in kinds:
+                for source in sources:
+                    if kind in source.tables:
+                        return source, kind
+        raise ValueError(f"none of the given GPUs was measured with {kinds[0]}")
 
 
 @lru_cache(maxsize=256)
 def kernels_of(gpu: GpuModel, measured: tuple[MeasuredGpu, ...]) -> Kernels:
     """The kernels of a GPU from those of measured ones, made once."""
     return Kernels(gpu, measured)
+
+
+# Rooflines, and the ratios of tables to them, which are made once.
+
+
+@dataclass(frozen=True, slots=True)
+class _Ratio:
+    """Base-2 logarithms of the shares of the roofline that a table holds, and its axes."""
+
+    values: Floats
+    axes: tuple[Floats, ...]
+
+
+def _ratio(table: Table, roofline_s: Floats) -> _Ratio:
+    return _Ratio(table.log2_us - _LOG2_US - np.log2(roofline_s), table.axes)
+
+
+def _mesh(table: Table) -> list[Floats]:
+    return [np.exp2(axis) for axis in np.meshgrid(*table.axes, indexing="ij")]
+
+
+def _log2(values: Floats) -> Floats:
+    """Logarithms, of nothing that of very little."""
+    return np.asarray(np.log2(np.maximum(values, 1e-9)))
 
 
 def _peak(sheet: Sheet, kind: str) -> float:
@@ -257,53 +263,42 @@ def _peak(sheet: Sheet, kind: str) -> float:
             return sheet.bf16_flops
 
 
-TABLED_BYTES = {"bfloat16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "nvfp4": 0.5625, "int4_wo": 0.516, "w4a16_mxfp4": 0.531,
-                "w4a8_mxfp4_mxfp8": 0.531}
-_ratios: dict[tuple[int, float, float, float], Floats] = {}
+def _gemm_roofline(
+    sheet: Sheet, kind: str, *, element: float, m: Floats, n: Floats | float, k: Floats | float
+) -> Floats:
+    moved = n * k * element + m * (n + k) * 2
+    return LAUNCH_S + np.maximum(moved / sheet.bandwidth, 2 * m * n * k / _peak(sheet, kind))
 
 
-def _cached(table: Table, key: tuple[float, float, float], make: Callable[[], Floats]) -> Floats:
-    """Ratios of a table to its roofline, made once."""
-    found = _ratios.get((id(table), *key))
-    if found is None:
-        found = _ratios[id(table), *key] = table.log2_us - math.log2(1e6) - np.log2(make())
-    return found
-
-
-def _mesh(table: Table) -> list[Floats]:
-    return [np.exp2(axis) for axis in np.meshgrid(*table.axes, indexing="ij")]
-
-
-def _gemm_ratio(source: MeasuredGpu, table: Table) -> Floats:
-    kind = next(name for name, held in source.tables.items() if held is table).removeprefix("gemm/")
-
-    def roofline() -> Floats:
-        m, n, k = _mesh(table)
-        moved = n * k * TABLED_BYTES[kind] + m * (n + k) * 2
-        return LAUNCH_S + np.maximum(moved / source.sheet.bandwidth, 2 * m * n * k / _peak(source.sheet, kind))
-
-    return _cached(table, (0, 0, 0), roofline)
+@lru_cache(maxsize=256)
+def _gemm_ratio(source: MeasuredGpu, name: str) -> _Ratio:
+    table, kind = source.tables[name], name.removeprefix("gemm/")
+    m, n, k = _mesh(table)
+    return _ratio(table, _gemm_roofline(source.sheet, kind, element=TABLED_BYTES[kind], m=m, n=n, k=k))
 
 
 def _decode_roofline(
-    sheet: Sheet, group: Floats | float, streams: Floats, context: Floats, head_dim: float, element: float, window: int
-) -> Floats:
+    sheet: Sheet, *, group: Floats | float, streams: Floats, context: Floats, head_dim: float, element: float,
+    window: int,
+) -> Floats:  # fmt: skip
     seen = np.minimum(context, window) if window else context
     moved = streams * seen * 2 * head_dim * element
     flops = 4 * group * streams * seen * head_dim
     return ATTENTION_LAUNCH_S + np.maximum(moved / sheet.bandwidth, flops / sheet.bf16_flops)
 
 
-def _decode_ratio(source: MeasuredGpu, table: Table, head_dim: int, element: float, window: int) -> Floats:
-    def roofline() -> Floats:
-        group, streams, context = _mesh(table)
-        return _decode_roofline(source.sheet, group, streams, context, head_dim, element, window)
-
-    return _cached(table, (head_dim, element, window), roofline)
+@lru_cache(maxsize=256)
+def _decode_ratio(source: MeasuredGpu, name: str) -> _Ratio:
+    _, head_dim, cached, window = name.split("/")
+    group, streams, context = _mesh(source.tables[name])
+    return _ratio(source.tables[name], _decode_roofline(
+        source.sheet, group=group, streams=streams, context=context, head_dim=int(head_dim),
+        element=TABLED_BYTES[cached], window=int(window),
+    ))  # fmt: skip
 
 
 def _prefill_roofline(
-    sheet: Sheet, group: Floats | float, streams: Floats, length: Floats, head_dim: float, window: int
+    sheet: Sheet, *, group: Floats | float, streams: Floats, length: Floats, head_dim: float, window: int
 ) -> Floats:
     seen = length / 2 if not window else np.where(length > window, window - window**2 / (2 * length), length / 2)
     flops = 4 * group * streams * length * seen * head_dim
@@ -311,147 +306,152 @@ def _prefill_roofline(
     return ATTENTION_LAUNCH_S + moved / sheet.bandwidth + flops / sheet.bf16_flops
 
 
-def _prefill_ratio(source: MeasuredGpu, table: Table, head_dim: int, window: int) -> Floats:
-    def roofline() -> Floats:
-        group, streams, length = _mesh(table)
-        return _prefill_roofline(source.sheet, group, streams, length, head_dim, window)
+@lru_cache(maxsize=256)
+def _prefill_ratio(source: MeasuredGpu, name: str) -> _Ratio:
+    _, head_dim, _, window = name.split("/")
+    group, streams, length = _mesh(source.tables[name])
+    return _ratio(source.tables[name], _prefill_roofline(
+        source.sheet, group=group, streams=streams, length=length, head_dim=int(head_dim), window=int(window)
+    ))  # fmt: skip
 
-    return _cached(table, (head_dim, 0, window), roofline)
 
-
-LATENT_RANK, LATENT_ROPE, LATENT_KEY, LATENT_VALUE = 512, 64, 192, 128  # of the measured model
+LATENT_RANK, LATENT_ROPE, LATENT_DIMS = 512, 64, 192 + 128  # of the measured model: cached vector; key and value
 
 
 def _latent_decode_roofline(
-    sheet: Sheet, heads: Floats | float, sequences: Floats, context: Floats, rank: int, rope: int, element: float
+    sheet: Sheet, *, heads: Floats | float, sequences: Floats, context: Floats, rank: int, rope: int, element: float
 ) -> Floats:
     moved = sequences * context * (rank + rope) * element
     flops = 2 * heads * sequences * context * (2 * rank + rope)
     return ATTENTION_LAUNCH_S + np.maximum(moved / sheet.bandwidth, flops / sheet.bf16_flops)
 
 
-def _latent_decode_ratio(source: MeasuredGpu, table: Table, element: float) -> Floats:
-    def roofline() -> Floats:
-        heads, sequences, context = _mesh(table)
-        return _latent_decode_roofline(source.sheet, heads, sequences, context, LATENT_RANK, LATENT_ROPE, element)
-
-    return _cached(table, (element, 0, 0), roofline)
+@lru_cache(maxsize=64)
+def _latent_decode_ratio(source: MeasuredGpu, name: str) -> _Ratio:
+    heads, sequences, context = _mesh(source.tables[name])
+    return _ratio(source.tables[name], _latent_decode_roofline(
+        source.sheet, heads=heads, sequences=sequences, context=context, rank=LATENT_RANK, rope=LATENT_ROPE,
+        element=TABLED_BYTES[name.removeprefix("latent_decode/")],
+    ))  # fmt: skip
 
 
 def _latent_prefill_roofline(
-    sheet: Sheet, heads: Floats | float, prompts: Floats, length: Floats, key_dim: int, value_dim: int
+    sheet: Sheet, *, heads: Floats | float, prompts: Floats, length: Floats, dims: int
 ) -> Floats:
-    flops = heads * prompts * length**2 * (key_dim + value_dim)
-    moved = prompts * length * heads * (key_dim + value_dim) * 4
+    flops = heads * prompts * length**2 * dims
+    moved = prompts * length * heads * dims * 4
     return ATTENTION_LAUNCH_S + moved / sheet.bandwidth + flops / sheet.bf16_flops
 
 
-def _latent_prefill_ratio(source: MeasuredGpu, table: Table) -> Floats:
-    def roofline() -> Floats:
-        heads, prompts, length = _mesh(table)
-        return _latent_prefill_roofline(source.sheet, heads, prompts, length, LATENT_KEY, LATENT_VALUE)
-
-    return _cached(table, (0, 0, 0), roofline)
+@lru_cache(maxsize=64)
+def _latent_prefill_ratio(source: MeasuredGpu, name: str) -> _Ratio:
+    heads, prompts, length = _mesh(source.tables[name])
+    return _ratio(source.tables[name], _latent_prefill_roofline(
+        source.sheet, heads=heads, prompts=prompts, length=length, dims=LATENT_DIMS
+    ))  # fmt: skip
 
 
 STATE_BYTES = 128 * 128 * 4.0  # of one head of the measured recurrence, in 32 bits
 
 
 def _state_roofline(
-    sheet: Sheet, heads: Floats | float, tokens: Floats, state_bytes: float, *, decode: bool
+    sheet: Sheet, *, heads: Floats | float, tokens: Floats, state_bytes: float, decode: bool
 ) -> Floats:
     """Decoding reads and writes each state; a prompt is worked through in chunks that multiply with it."""
     if decode:
         return STATE_LAUNCH_S + 2 * heads * tokens * state_bytes / sheet.bandwidth
-    return 8 * STATE_LAUNCH_S + 4 * heads * tokens * state_bytes / 4 * 2 / sheet.bf16_flops
+    return 8 * STATE_LAUNCH_S + 2 * heads * tokens * state_bytes / sheet.bf16_flops
 
 
-def _state_ratio(source: MeasuredGpu, table: Table, decode: bool) -> Floats:  # noqa: FBT001
-    def roofline() -> Floats:
-        heads, tokens = _mesh(table)
-        return _state_roofline(source.sheet, heads, tokens, STATE_BYTES, decode=decode)
+@lru_cache(maxsize=64)
+def _state_ratio(source: MeasuredGpu, name: str) -> _Ratio:
+    heads, tokens = _mesh(source.tables[name])
+    return _ratio(source.tables[name], _state_roofline(
+        source.sheet, heads=heads, tokens=tokens, state_bytes=STATE_BYTES, decode=name == "gdn/generation"
+    ))  # fmt: skip
 
-    return _cached(table, (float(decode), 0, 0), roofline)
 
-
-def _collective_roofline(sheet: Sheet, message_bytes: Floats, gpus: Floats | float) -> Floats:
+def _collective_roofline(sheet: Sheet, *, message_bytes: Floats, gpus: Floats | float) -> Floats:
     return COLLECTIVE_LAUNCH_S + 2 * (gpus - 1) / gpus * message_bytes / sheet.link
 
 
-def _collective_ratio(source: MeasuredGpu, table: Table) -> Floats:
-    def roofline() -> Floats:
-        gpus, message_bytes = _mesh(table)
-        return _collective_roofline(source.sheet, message_bytes, gpus)
+@lru_cache(maxsize=64)
+def _collective_ratio(source: MeasuredGpu, name: str) -> _Ratio:
+    gpus, message_bytes = _mesh(source.tables[name])
+    roofline = _collective_roofline(source.sheet, message_bytes=message_bytes, gpus=gpus)
+    return _ratio(source.tables[name], roofline)
 
-    return _cached(table, (0, 0, 0), roofline)
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertWork:
+    """The routed experts of one layer on one GPU: each cut over `cut` GPUs, and all spread over `spread`."""
 
-class _ExpertWork:
-    """What the routed experts of one layer do on one GPU."""
+    hidden: float
+    intermediate: float
+    chosen: int      # experts per token
+    experts: int
+    cut: int
+    spread: int
+    matrices: int = 3
 
-    def __init__(
-        self, hidden: float, intermediate: float, chosen: int, experts: int, cut: int, spread: int
-    ) -> None:
-        self.hidden, self.inside = hidden, intermediate / cut
-        self.chosen, self.experts, self.local = chosen, experts, experts / spread
-        # Likeness: all that the grouped kernels see, in powers of two; the rest is in the roofline.
-        self.place = np.log2([hidden, self.inside, chosen, experts, self.local])
+    @property
+    def place(self) -> list[float]:
+        """What grouped kernels depend on beside the roofline, in powers of two."""
+        local = self.experts / self.spread
+        values = (self.hidden, self.intermediate / self.cut, self.chosen, self.experts, local)
+        return [math.log2(value) for value in values]
 
-    def roofline_s(
-        self, sheet: Sheet, kind: str, element_bytes: float, matrices: int, tokens: Floats
-    ) -> Floats:
+    def roofline_s(self, sheet: Sheet, kind: str, *, element: float, tokens: Floats) -> Floats:
         """Launches, and the longer of reading the experts that are hit and multiplying with them."""
-        hit = self.local * (1 - (1 - 1 / self.experts) ** (tokens * self.chosen))
-        rows = tokens * self.chosen * self.local / self.experts
-        moved = matrices * hit * self.hidden * self.inside * element_bytes + rows * (self.hidden + self.inside) * 4
-        flops = 2 * matrices * self.hidden * self.inside * rows
+        inside, local = self.intermediate / self.cut, self.experts / self.spread
+        # With assignments drawn evenly an expert stays idle with probability (1 - 1 / experts) ^ assignments.
+        hit = local * (1 - (1 - 1 / self.experts) ** (tokens * self.chosen))
+        rows = tokens * self.chosen * local / self.experts
+        moved = self.matrices * hit * self.hidden * inside * element + rows * (self.hidden + inside) * 4
+        flops = 2 * self.matrices * self.hidden * inside * rows
         return EXPERT_LAUNCH_S + np.maximum(moved / sheet.bandwidth, flops / _peak(sheet, kind))
 
 
-_expert_places: dict[int, Floats] = {}
 _TABLED_RATE = {"nvfp4": "nvfp4", "fp8": "fp8", "fp8_block": "fp8_block", "w4a8_mxfp4_mxfp8": "fp8"}
 
 
-def _expert_ratio(table: ExpertTable, sheet: Sheet, kind: str, work: _ExpertWork, tokens: Floats) -> Floats:
+@lru_cache(maxsize=256)
+def _expert_ratios(source: MeasuredGpu, kind: str) -> tuple[Floats, Floats]:
+    """Places of the measured configurations, and logarithms of their shares of the roofline over the tokens."""
+    table = source.experts[kind]
+    knots, places, ratios = np.exp2(table.log2_tokens), [], []
+    for (hidden, inside, *counts), log2_us in zip(table.shapes.tolist(), table.log2_us, strict=True):
+        chosen, experts, cut, spread = map(int, counts)
+        work = ExpertWork(hidden=hidden, intermediate=inside, chosen=chosen, experts=experts, cut=cut, spread=spread)
+        rate = _TABLED_RATE.get(kind, "bfloat16")
+        roofline = work.roofline_s(source.sheet, rate, element=TABLED_BYTES[kind], tokens=knots)
+        places.append(work.place)
+        ratios.append(log2_us - _LOG2_US - np.log2(roofline))
+    return np.array(places), np.array(ratios)
+
+
+def _expert_ratio(source: MeasuredGpu, kind: str, work: ExpertWork, tokens: Floats) -> Floats:
     """Logarithm of the share of the roofline, mixed from the nearest measured configurations."""
-    places = _expert_places.get(id(table))
-    if places is None:
-        hidden, inside, chosen, experts, cut, spread = table.shapes.T
-        places = _expert_places[id(table)] = np.log2(
-            np.stack([hidden, inside / cut, chosen, experts, experts / spread], axis=1)
-        )
+    places, ratios = _expert_ratios(source, kind)
     squares = ((places - work.place) ** 2).sum(axis=1)
     nearest = np.argsort(squares, kind="stable")[:NEIGHBOURS]
+    if squares[nearest[0]] < SAME:
+        nearest = nearest[:1]
     weights = 1 / (squares[nearest] + NEAR) ** 2
-    if squares[nearest[0]] < 1e-9:
-        nearest, weights = nearest[:1], np.ones(1)
-    mixed = np.zeros_like(tokens)
-    for index, weight in zip(nearest, weights / weights.sum(), strict=True):
-        hidden, inside, chosen, experts, cut, spread = table.shapes[index]
-        like = _ExpertWork(hidden, inside, int(chosen), int(experts), int(cut), int(spread))
-        knots = np.exp2(table.log2_tokens)
-        known = like.roofline_s(sheet, _TABLED_RATE.get(kind, "bfloat16"), TABLED_BYTES[kind], 3, knots)
-        ratio = table.log2_us[index] - math.log2(1e6) - np.log2(known)
-        mixed += weight * np.interp(np.log2(tokens), table.log2_tokens, ratio)
-    return mixed
+    mixed = np.average(ratios[nearest], axis=0, weights=weights)
+    return np.asarray(np.interp(np.log2(tokens), source.experts[kind].log2_tokens, mixed))
 
 
-def _interpolated(axes: tuple[Floats, ...], values: Floats, point: tuple[Floats | float, ...]) -> Floats:
+def _interpolated(table: _Ratio, point: tuple[Floats | float, ...]) -> Floats:
     """Multilinear interpolation at points given by coordinate, each held within its axis."""
-    total: Floats | float = 0.0
-    lows, shares = [], []
-    for axis, coordinate in zip(axes, point, strict=True):
+    places = []
+    for axis, coordinate in zip(table.axes, point, strict=True):
         inside = np.clip(coordinate, axis[0], axis[-1])
-        low = np.clip(np.searchsorted(axis, inside, side="right") - 1, 0, max(0, len(axis) - 2))
-        high = np.minimum(low + 1, len(axis) - 1)
-        width = axis[high] - axis[low]
-        lows.append((low, high))
-        shares.append(np.where(width > 0, (inside - axis[low]) / np.where(width > 0, width, 1), 0.0))
-    for corner in range(2 ** len(axes)):
-        index, weight = [], 1.0
-        for bit, ((low, high), share) in enumerate(zip(lows, shares, strict=True)):
-            upper = corner >> bit & 1
-            index.append(high if upper else low)
-            weight = weight * (share if upper else 1 - share)
-        total = total + weight * values[tuple(index)]
-    return np.asarray(total)
+        low = np.clip(np.searchsorted(axis, inside, side="right") - 1, 0, len(axis) - 2)
+        places.append((low, (inside - axis[low]) / (axis[low + 1] - axis[low])))
+    total = np.zeros(())
+    for corner in itertools.product((0, 1), repeat=len(places)):
+        weight = math.prod(share if upper else 1 - share for upper, (_, share) in zip(corner, places, strict=True))
+        index = tuple(low + upper for upper, (low, _) in zip(corner, places, strict=True))
+        total = total + weight * table.values[index]
+    return total
