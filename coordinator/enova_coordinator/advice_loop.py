@@ -111,7 +111,8 @@ class AdviceLoop:
             return
         observed = self.observed(deployment)
         current = advice.current_of(self._controller.snapshot.variants_of(deployment.name), deployment)
-        if observed is None or current is None:
+        advised = bool(deployment.spec.configuration) or bool(deployment.advised_gpu_type)
+        if current is None or (observed is None and advised):
             return                     # without traffic nothing is known that the advice on creation did not know
         self.figures.looks += 1
         facts = self._models.get(deployment.spec.model)
@@ -143,7 +144,7 @@ class AdviceLoop:
         return advice.observed_of([float(count) for count in minutes] if seen else [], totals)
 
     def _better(
-        self, deployment: Deployment, answer: Plain, current: Plain, observed: Observed
+        self, deployment: Deployment, answer: Plain, current: Plain, observed: Observed | None
     ) -> DeploymentAdvice | None:
         """The configuration that is better by enough; None if what runs is good."""
         gain = advice.gain_of(answer)

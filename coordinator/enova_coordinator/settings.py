@@ -63,7 +63,7 @@ class AdviceSettings:
 
     timeout_s: float = field(default=30.0, metadata=between(0.1, 600.0))
     """Real time for one answer; then its process is killed and replaced."""
-    creation_wait_s: float = field(default=8.0, metadata=between(0.0, 60.0))
+    creation_wait_s: float = field(default=15.0, metadata=between(0.0, 60.0))
     """Real time that a new deployment waits for its configuration; then engines run with their own defaults."""
     interval_s: float = field(default=300.0, metadata=between(1.0, 86_400.0))
     """Model time between two looks for better configurations."""
