@@ -21,7 +21,7 @@ from enova_recommender.detection.verdicts import Contribution, Judgement, Verdic
 from enova_recommender.types import VerdictKind
 
 CLOSE_AFTER_S = 30.0     # without a verdict that belongs to it
-TOGETHER_SHARE = 0.5     # of a root's replicas: more than chance
+TOGETHER_SHARE = 0.5     # of a root's replicas
 NODES_MIN = 2            # of which most are silent: fewer are nodes, not a fleet
 MEMBERS_MIN = 2          # of a root wider than a replica
 CONTRIBUTIONS_MAX = 8
@@ -153,7 +153,7 @@ def _gathered(
         for node, names in _by_node(rest, placements, kind).items():
             names = [name for name in names if name in rest]  # noqa: PLW2901  # an earlier node may have taken it
             count = sum(node in each.nodes for each in placements.values())
-            if len(names) >= MEMBERS_MIN and len(names) > TOGETHER_SHARE * count:
+            if len(names) >= MEMBERS_MIN and len(names) >= TOGETHER_SHARE * count:
                 take(Root(scope=Scope.NODE, name=node), names)
     by_deployment: dict[tuple[str, VerdictKind], list[str]] = defaultdict(list)
     for name, verdict in rest.items():

@@ -81,7 +81,8 @@ class Evidence:
         votes[:, Cause.KV_THRASH] = self._kv_thrash(step)
         votes[:, Cause.THROTTLED], votes[:, Cause.SLOW] = _slow(step, signals)
         votes[:, Cause.FAILING] = self._failing()
-        queue = queued(step)
+        # A queue before an engine that stands still is no load, and nothing can be told of it.
+        queue = np.where(signals.stalled_s > 0, np.nan, queued(step))
         votes[:, Cause.BATCH_SLACK] = _batch_slack(step, signals, placements, queue)
         votes[:, Cause.OVERLOAD] = _overload(step, queue)
         votes[:, Cause.CUT] = self._cut(placements, step)

@@ -80,6 +80,11 @@ class FeatureStep:
         """One column."""
         return self.values[:, COLUMN[feature]].astype(np.float64)
 
+    def of_row(self, replica: str) -> dict[str, float]:
+        """What was measured of one replica, by the feature's name."""
+        row = self.values[self.replicas.index(replica)]
+        return {feature.value: float(row[index]) for feature, index in COLUMN.items() if not np.isnan(row[index])}
+
 
 class Window:
     """The newest `steps` steps of up to `rows` replicas. A slot is written whole, so what it held before is gone."""

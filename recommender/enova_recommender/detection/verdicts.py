@@ -21,7 +21,7 @@ from enova_recommender.detection.evidence import (
     Votes,
     queued,
 )
-from enova_recommender.detection.features import Feature, FeatureStep
+from enova_recommender.detection.features import Feature, FeatureStep, Floats
 from enova_recommender.detection.observation import Placement
 from enova_recommender.detection.progress import Progress, ProgressLimits
 from enova_recommender.types import VerdictKind
@@ -110,6 +110,11 @@ class Judge:
                 cause = Cause(int(np.argmax(self._active[row])))
                 verdicts[name] = self._verdict(step, signals, row, cause)
         return Judgement(number=step.number, end_s=step.end_s, verdicts=verdicts, replicas=step.replicas)
+
+    @property
+    def preemptions(self) -> Floats:
+        """Preemptions a second of late, by row."""
+        return self._evidence.preemptions
 
     def forget(self, row: int) -> None:
         """Another replica has this row."""

@@ -6,7 +6,7 @@ It holds no clock: frames bring model time, and `close` is told it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,11 +21,14 @@ from enova_recommender.detection.residual import (
     Expectation,
     MixedExpectation,
     ResidualWatch,
+    StepBatches,
     batch_gain,
     step_batches,
 )
 from enova_recommender.detection.verdicts import Judge, Judgement
 from enova_recommender.performance import StepTimes
+
+PREEMPTIONS_OVER = 0.01      # a second, of late: below it no gap is left that a preemption made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +84,10 @@ class FleetWatch:
         placements, step_s = self.fold.placements, self.fold.settings.step_s
         groups = [placements[name].variant if name in placements else "" for name in step.replicas]
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            batches = step_batches(step, placements)
+            batches = self._undisturbed(step_batches(step, placements))
             expectation = self._expected(step.replicas)
             progress = self._progress.update(step, step_s=step_s, longest_step_s=None)
-            quiet = (progress == Progress.BUSY) & (self._wellness(len(step.values)) > 0)
+            quiet = (progress == Progress.BUSY) & (_padded(self._well, len(step.values)) > 0)
             signals = Signals(
                 progress=progress,
                 stalled_s=self._progress.stalled_s,
@@ -99,14 +102,22 @@ class FleetWatch:
             step=step, judgement=judgement, changes=tuple(self.book.update(judgement, placements))
         )
 
+    def _undisturbed(self, batches: StepBatches) -> StepBatches:
+        """Without replicas that stood still or preempted of late: gaps between tokens then hold more than a step."""
+        count = len(batches.observed_s)
+        stalled = _padded(self._progress.stalled_s, count) > 0
+        preempted = _padded(self._judge.preemptions, count) > PREEMPTIONS_OVER
+        return replace(batches, observed_s=np.where(stalled | preempted, np.nan, batches.observed_s))
+
     def _expected(self, replicas: tuple[str, ...]) -> Expectation:
         if self._expectation is None:
             self._expectation = MixedExpectation.of([self._times.get(name) for name in replicas])
         return self._expectation
 
-    def _wellness(self, series: int) -> Floats:
-        return np.pad(self._well, (0, max(0, series - len(self._well))))[:series]
-
     def _forget(self, row: int) -> None:
         for each in (self._progress, self._residual, self._peers, self._judge):
             each.forget(row)
+
+
+def _padded(values: Floats, count: int) -> Floats:
+    return np.pad(values, (0, max(0, count - len(values))))[:count]
