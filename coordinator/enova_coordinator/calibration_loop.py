@@ -40,6 +40,7 @@ INTERVAL_S = 10.0                  # model time between two looks
 INTERVAL_REAL_S_MIN = 0.5          # under a fast model clock
 WRITE_EVERY_S = 60.0               # real time, of one calibration ...
 WRITE_AFTER_FACTOR = 2             # ... or when it has learnt from so many times the steps of the last write
+STEPS_MAX = 256                    # of one calibration in one round: half a millisecond each in the child
 CALIBRATIONS_MAX = 500
 DELETES_MAX = 50                   # in one transaction
 
@@ -173,7 +174,8 @@ class CalibrationLoop:
     async def _learn(self, name: str, work: _Work) -> None:
         known = self.calibrations.get(name)
         before = restored(known) if known is not None else None
-        steps = tuple(step for _, _, step in work.steps)
+        # Evenly over the replicas, and enough: more tell the same, and keep policies waiting.
+        steps = tuple(step for _, _, step in work.steps[:: -(-len(work.steps) // STEPS_MAX)])
         result = await self._process.run(fitted, Fit(model=work.model, calibration=before, steps=steps))
         self.figures.steps += len(steps)
         for variant, time_s, step in work.steps:

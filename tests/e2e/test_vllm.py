@@ -12,6 +12,8 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,58 @@ def test_the_engines_own_counters_agree_without_the_canaries(fleet: UpFleet) -> 
     until(lambda: raw_tokens(fleet) >= raw_before + 21 + 2, timeout_s=30, what="two canaries")
     settled(fleet, "deployments/tiny")
     assert telemetry(fleet, "deployments/tiny").engine_tokens == wanted
+
+
+def test_the_parts_of_the_time_add_up_to_what_the_client_waited(fleet: UpFleet) -> None:
+    settled(fleet, "deployments/tiny")
+    # Long answers: what programs add to the engine's own time is some tenths of a second where two cores carry all.
+    # Four more than run at once: they wait in the ingress.
+    prompts = [[5 + (7 * n + place * (n + 3)) % 480 for place in range(200)] for n in range(SEQUENCES + 4)]
+    before = broken_down(fleet, at_least=0)
+    limits = httpx.Limits(max_connections=len(prompts))
+    with httpx.Client(timeout=REQUEST_TIMEOUT_S, limits=limits) as client, ThreadPoolExecutor(len(prompts)) as pool:
+        waited_s = list(pool.map(lambda prompt: timed(client, fleet, prompt, CONTEXT - 400), prompts))
+    after = broken_down(fleet, at_least=before["end_to_end"].count + len(prompts))
+    means_s = {name: part.since(before[name]) for name, part in after.items()}
+    client_s, whole_s = sum(waited_s) / len(waited_s), means_s.pop("end_to_end")
+    assert means_s["ingress_queue"] > 0.05 * client_s
+    assert sum(means_s.values()) == pytest.approx(whole_s, rel=1e-6)
+    assert sum(means_s.values()) - means_s["remainder"] == pytest.approx(client_s, rel=0.02), (means_s, whole_s)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the time of requests, since the leader began."""
+
+    count: int
+    sum_s: float
+
+    def since(self, older: Part) -> float:
+        """The mean of what came since."""
+        return (self.sum_s - older.sum_s) / (self.count - older.count)
+
+
+def broken_down(fleet: UpFleet, *, at_least: int) -> dict[str, Part]:
+    """The parts and the whole, once so many requests were seen by all of them."""
+    deadline = time.monotonic() + COUNTED_TIMEOUT_S
+    while True:
+        answer = fleet.ok("breakdown", "deployment/tiny", "--window", "0")
+        parts = {part["name"]: Part(part["count"], part["sum_s"]) for part in (*answer["parts"], answer["end_to_end"])}
+        if all(part.count >= at_least for part in parts.values()):
+            assert len({part.count for part in parts.values()}) == 1, parts  # canaries are in none
+            return parts
+        assert time.monotonic() < deadline, f"{parts}\n{fleet.logs()}"
+        time.sleep(1)  # the coordinator looks every ten seconds
+
+
+def timed(client: httpx.Client, fleet: UpFleet, prompt: list[int], output_tokens: int) -> float:
+    """How long the client waited for one completion."""
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": output_tokens, "ignore_eos": True}
+    began_s = time.perf_counter()
+    answer = client.post(f"{fleet.openai}/completions", json=body)
+    waited_s = time.perf_counter() - began_s
+    assert answer.json()["usage"]["completion_tokens"] == output_tokens, answer.text
+    return waited_s
 
 
 def raw_tokens(fleet: UpFleet) -> float:
