@@ -256,7 +256,7 @@ def recorded_a(run: Benchmark) -> Iterator[Run]:
         waited = top.measured & (top.waiting > 0)
         rate = float(top.finished[waited].mean() / top.interval_s)
         load = float(np.median(top.running[waited]))
-        for scale, frames in sorted(built.items()):
+        for scale, frames in sorted(built.items())[:-1]:
             overloaded = scale >= OVERLOADED_SCALE_MIN
             onset = int(np.flatnonzero(frames.waiting > 0)[0]) if overloaded else 0
             yield Run(

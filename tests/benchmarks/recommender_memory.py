@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import tempfile
 import time
@@ -43,7 +44,7 @@ ROOT = Path(__file__).parents[2]
 PRINTED = SAMPLES / "vllm_kv_cache"
 CONTEXT_TOKENS = 4096            # of a measured configuration whose lengths are unknown
 CPU_SETTINGS: tuple[dict[str, str], ...] = ({}, {"max-model-len": "1024", "block-size": "32"})
-CPU_START_S = 400.0
+CPU_START_S, CPU_STOP_S = 400.0, 60.0
 CLEARLY = 1.04                   # times the memory
 
 
@@ -137,7 +138,7 @@ def cpu_server(run: Benchmark) -> Iterator[Tokens]:
     for settings in CPU_SETTINGS:
         printed = _cpu_tokens(python, model, settings)
         if printed is None:
-            run.notes["cpu_server"] = f"vLLM printed no KV cache size with {settings}: left out"
+            run.notes["cpu_server"] = f"vLLM printed no KV cache size within {CPU_START_S:.0f} s with {settings}: left out"
             continue
         length = int(settings.get("max-model-len", shape.context_tokens))
         found = fit_host(shape, kv_cache_bytes=GIB, max_model_len=length,
@@ -165,8 +166,17 @@ def _cpu_tokens(python: Path, model: Path, settings: Mapping[str, str]) -> int |
                 time.sleep(1)
             return None
         finally:
-            os.killpg(engine.pid, 9)
-            engine.wait()
+            _end(engine)
+
+
+def _end(engine: subprocess.Popen[bytes]) -> None:
+    """Let the engine put away its shared memory, and kill it only if it does not."""
+    engine.terminate()
+    try:
+        engine.wait(CPU_STOP_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(engine.pid, signal.SIGKILL)
+        engine.wait()
 
 
 def printed_rows() -> list[dict[str, str]]:
