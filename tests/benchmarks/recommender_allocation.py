@@ -68,13 +68,13 @@ FLEET_SEEDS = 10
 FACTORS = (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
 SEQUENCE_S = (0.0, 0.0002, 0.0004, 0.0006, 0.0008, 0.0012, 0.002, 0.004)
 EXACT = SolveLimits(time_limit_s=20.0, gap=1e-6)
-INVENTORY_SEEDS = 3
+INVENTORY_SEEDS = 2
 INVENTORY_GPUS = (1, 10, 100)
 MODELS = (
     "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-14B", "Qwen/Qwen2.5-32B-Instruct",
     "mistralai/Mistral-7B-Instruct-v0.3", "meta-llama/Llama-3.1-70B-Instruct", "Qwen/Qwen3-30B-A3B",
 )
-TEXTBOOK_S = 30.0
+TEXTBOOK_S = 10.0
 SMALL_SPACE = SearchSpace(
     max_num_seqs=(256, 64, 16), max_num_batched_tokens=(8192,), gpu_memory_utilizations=(0.9,),
     kv_cache_dtypes=("auto",),
