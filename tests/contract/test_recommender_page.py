@@ -12,7 +12,7 @@ import pytest
 
 from enova_recommender import catalog
 from enova_recommender.memory import fit, kv_bytes_per_token, usable_bytes
-from enova_recommender.performance import FITTED, KernelTimes, Roofline
+from enova_recommender.performance import KernelTimes, Roofline
 from enova_recommender.recommend.capacity_curve import Curve, Looped, curve
 from enova_recommender.recommend.capacity_lengths import lengths_of
 from enova_recommender.recommend.types import Workload
@@ -79,7 +79,7 @@ def test_rate_and_latency_are_the_closed_forms_within_what_sharing_a_step_makes(
 
 
 def test_bounds_replicas_and_price_are_the_librarys() -> None:
-    factor = math.exp(1.2815515594457 * FITTED.measured_spread)
+    factor = math.exp(1.2815515594457 * KernelTimes(SHAPE, GPU).spread)
     assert VALUES["error"] == pytest.approx(factor, rel=1e-4)
     assert VALUES["replicas"] == math.ceil(50 / VALUES["assured"])
     assert VALUES["cost_per_hour"] == pytest.approx(VALUES["replicas"] * (GPU.price_per_hour or 0))
