@@ -138,7 +138,7 @@ def cpu_server(run: Benchmark) -> Iterator[Tokens]:
     for settings in CPU_SETTINGS:
         printed = _cpu_tokens(python, model, settings)
         if printed is None:
-            run.notes["cpu_server"] = f"vLLM printed no KV cache size within {CPU_START_S:.0f} s with {settings}: left out"
+            run.notes["cpu_server"] = f"no KV cache size within {CPU_START_S:.0f} s with {settings}: left out"
             continue
         length = int(settings.get("max-model-len", shape.context_tokens))
         found = fit_host(shape, kv_cache_bytes=GIB, max_model_len=length,
