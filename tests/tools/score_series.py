@@ -13,10 +13,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-Floats = np.ndarray
+Floats = np.ndarray[Any, np.dtype[Any]]
 Score = Callable[[Floats], Floats]
 
 
@@ -48,7 +49,7 @@ def fitted_pca(train: Floats) -> Score:
 
     def score(values: Floats) -> Floats:
         away = values - mean
-        return np.linalg.norm(away - away @ directions.T @ directions, axis=1)
+        return np.asarray(np.linalg.norm(away - away @ directions.T @ directions, axis=1))
 
     return score
 
@@ -129,7 +130,7 @@ def fitted_matrix_profile(train: Floats) -> Score:
                 continue
             distances = stumpy.stump(past, width, train[:, column], ignore_trivial=False)[:, 0].astype(float)
             total += np.nan_to_num(distances, posinf=2 * np.sqrt(width))
-        return total / values.shape[1]
+        return np.asarray(total / values.shape[1])
 
     return score
 
@@ -152,7 +153,8 @@ DETECTORS: dict[str, Callable[[Floats], Score]] = {
 def main(series: str, scores: str, budget_s: float) -> None:
     """Run all detectors on all entities."""
     warnings.simplefilter("ignore")
-    data, found = np.load(series), {}
+    data = np.load(series)
+    found: dict[str, Any] = {}
     entities = sorted(key.removesuffix("/train") for key in data if key.endswith("/train"))
     for name, fitted in DETECTORS.items():
         spent: dict[str, float] = {}
