@@ -31,6 +31,8 @@ BIAS_STEPS = 24            # of known normal time, after which a model's own err
 BIAS_MAX = math.log(3.0)   # of a model; more is called slow from the start
 BIAS_KEEP = 1.0 - 1.0 / 720.0
 ROUNDS = 4                 # of the robust fit
+OUTLIER_SPREADS = 5.0      # robust standard deviations
+MAD_UNIT = 1.4826          # from the median absolute deviation to a normal law's standard deviation
 SPREAD_MIN = 0.02          # of log ratios: nothing is measured better
 
 
@@ -164,7 +166,7 @@ def fit_affine(batches: list[StepBatches]) -> Affine:
     for _ in range(ROUNDS):
         found = nnls(table / units * weights[:, None], observed * weights)[0] / units
         error = np.abs(table @ found / observed - 1.0)
-        spread = max(SPREAD_MIN, 1.4826 * float(np.median(error)))
+        spread = max(SPREAD_MIN, MAD_UNIT * float(np.median(error)))
         weights = np.minimum(1.0, 1.5 * spread / np.maximum(error, 1e-9)) / observed
     base, token, pair, sequence, context = found.tolist()
     return Affine(
@@ -196,7 +198,10 @@ class ResidualWatch:
             known = ~np.isnan(logs).all(axis=0)
             self._bias[known] = np.nanmedian(logs[:, known], axis=0)
         self._seen[known] = BIAS_STEPS
-        smooth = np.array([self._smooth(row - self._bias, np.isfinite(row)) for row in logs])
+        # What is called normal may hold a fault that was not called yet: far outliers would raise the threshold.
+        error = logs - self._bias
+        error = np.where(np.abs(error) <= OUTLIER_SPREADS * _spread(error), error, np.nan)
+        smooth = np.array([self._smooth(row, np.isfinite(row)) for row in error])
         threshold = DriftingThreshold(rate=rate)
         threshold.fit(smooth.reshape(-1))
         self._threshold = threshold
@@ -255,12 +260,30 @@ def batch_gain(batches: StepBatches, expectation: Expectation) -> Floats:
         return 2.0 * expectation.expected_s(batches) / expectation.expected_s(double)
 
 
+def longest_steps_s(times: Sequence[StepTimes | None], placements: Sequence[Placement | None]) -> Floats:
+    """How long the fullest step of each replica should take: a whole batch of prompt tokens late in the context."""
+    found = np.full(len(times), np.nan)
+    for row, (each, placement) in enumerate(zip(times, placements, strict=True)):
+        if each is None or placement is None or not math.isfinite(placement.max_model_len):
+            continue
+        limit = placement.max_num_batched_tokens
+        tokens = int(limit if math.isfinite(limit) else BATCHED_TOKENS)
+        pairs = int(tokens * max(placement.max_model_len, tokens))
+        found[row] = each.step_s(Batch(prefill_tokens=tokens, prefill_pairs=pairs))
+    return found
+
+
 def log_ratio(batches: StepBatches, expectation: Expectation) -> Floats:
     """The logarithm of observed over expected step time; NaN where either is unknown."""
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = batches.observed_s / expectation.expected_s(batches)
         sound = (ratio > 1 / RATIO_MAX) & np.isfinite(ratio)
         return np.where(sound, np.log(np.clip(ratio, 1 / RATIO_MAX, RATIO_MAX)), np.nan)
+
+
+def _spread(errors: Floats) -> float:
+    known = np.abs(errors[np.isfinite(errors)])
+    return max(SPREAD_MIN, MAD_UNIT * float(np.median(known))) if known.size else SPREAD_MIN
 
 
 def _batch(batches: StepBatches, kind: int, row: int) -> Batch:

@@ -23,6 +23,7 @@ from enova_recommender.detection.residual import (
     ResidualWatch,
     StepBatches,
     batch_gain,
+    longest_steps_s,
     step_batches,
 )
 from enova_recommender.detection.verdicts import Judge, Judgement
@@ -36,6 +37,7 @@ class Watched:
     """What one step came to."""
 
     step: FeatureStep
+    batches: StepBatches       # that its engines computed, where that can be told: what step times are learnt from
     judgement: Judgement
     changes: tuple[EpisodeChange, ...]
 
@@ -55,6 +57,7 @@ class FleetWatch:
         self._judge = Judge(series=0, limits=limits)
         self._expectation: Expectation | None = None
         self._times: Mapping[str, StepTimes] = {}
+        self._longest_s: Floats = np.empty(0)
         self._well: Floats = np.empty(0)
 
     def place(self, placements: Iterable[Placement]) -> None:
@@ -86,7 +89,7 @@ class FleetWatch:
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             batches = self._undisturbed(step_batches(step, placements))
             expectation = self._expected(step.replicas)
-            progress = self._progress.update(step, step_s=step_s, longest_step_s=None)
+            progress = self._progress.update(step, step_s=step_s, longest_step_s=self._longest_s)
             quiet = (progress == Progress.BUSY) & (_padded(self._well, len(step.values)) > 0)
             signals = Signals(
                 progress=progress,
@@ -99,7 +102,10 @@ class FleetWatch:
         well = np.array([name not in judgement.verdicts for name in step.replicas], dtype=float)
         self._well = well * (step.of(Feature.READY) == 1.0)
         return Watched(
-            step=step, judgement=judgement, changes=tuple(self.book.update(judgement, placements))
+            step=step,
+            batches=batches,
+            judgement=judgement,
+            changes=tuple(self.book.update(judgement, placements)),
         )
 
     def _undisturbed(self, batches: StepBatches) -> StepBatches:
@@ -111,7 +117,9 @@ class FleetWatch:
 
     def _expected(self, replicas: tuple[str, ...]) -> Expectation:
         if self._expectation is None:
-            self._expectation = MixedExpectation.of([self._times.get(name) for name in replicas])
+            times = [self._times.get(name) for name in replicas]
+            self._expectation = MixedExpectation.of(times)
+            self._longest_s = longest_steps_s(times, [self.fold.placements.get(name) for name in replicas])
         return self._expectation
 
     def _forget(self, row: int) -> None:
