@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from enova_recommender.detection.episodes import EpisodeBook, EpisodeChange
 from enova_recommender.detection.evidence import Signals
@@ -28,6 +30,8 @@ from enova_recommender.detection.residual import (
 )
 from enova_recommender.detection.verdicts import Judge, Judgement
 from enova_recommender.performance import StepTimes
+
+Array = npt.NDArray[Any]     # Any: of figures or of names
 
 PREEMPTIONS_OVER = 0.01      # a second, of late: below it no gap is left that a preemption made
 
@@ -74,6 +78,16 @@ class FleetWatch:
         """Say how long steps should take, by replica; those without a model are judged by their siblings."""
         self._times = dict(times)
         self._expectation = None
+
+    def save(self) -> dict[str, Array]:
+        """What outlives a restart, as arrays: how far each replica's steps are from the model of them."""
+        return {"replicas": np.array(self.fold.replicas, dtype=str), **self._residual.save()}
+
+    def restore(self, saved: Mapping[str, Array]) -> None:
+        """Go on from what `save` returned; call it after `place`. Replicas that it does not know start anew."""
+        before = {name: row for row, name in enumerate(saved["replicas"].tolist())}
+        rows = [before.get(name, -1) for name in self.fold.replicas]
+        self._residual = ResidualWatch.load({key: saved[key] for key in saved if key != "replicas"}, rows=rows)
 
     def add(self, frame: FrameReading, *, now_s: float) -> Rejection | None:
         """Take in one frame; the reason if it was left out."""
