@@ -19,18 +19,21 @@ from enova_recommender.recommend.allocation_types import (
 )
 from enova_recommender.recommend.request import AdviceRequest
 from enova_recommender.recommend.search_result import SearchResult
-from enova_recommender.recommend.types import Candidate, Constraint, Mix, MixedReplicas
+from enova_recommender.recommend.types import Candidate, Constraint, InventoryNode, Mix, MixedReplicas
 
 LAYOUTS = 12               # options of the programme: the best settings of so many layouts
 LIMITS = SolveLimits(time_limit_s=2.0)
 DEPLOYMENT = "asked"
 SAVING_MIN = 0.001         # of the cost, below which one configuration is simpler
+NODE_GPUS_MAX = 8          # larger nodes are looked at island by island: the ways to fill them are too many
 
 
 def mixed(
     request: AdviceRequest, result: SearchResult, verified: Sequence[Candidate], chosen: Candidate | None
 ) -> Mix | None:
     """The cheapest mix, if it is cheaper than the one configuration that was chosen, or if there is none."""
+    if chosen is not None and len({node.gpu for node in request.nodes}) == 1:
+        return None                        # several layouts on one type of GPU are not worth their trouble
     candidates = _candidates(result, verified)
     options = options_of(tuple(candidates), cautious=True)
     if not options:
@@ -41,7 +44,7 @@ def mixed(
         options=options,
         max_gpus=request.max_gpus,
     )
-    found = allocate(AllocationRequest(nodes=request.nodes, deployments=(deployment,)), LIMITS)
+    found = allocate(AllocationRequest(nodes=_islands(request.nodes), deployments=(deployment,)), LIMITS)
     by_name = {option.name: option.settings for option in options}
     by_settings = {each.settings: each for each in candidates}
     parts = tuple(
@@ -60,6 +63,17 @@ def mixed(
         carried_rps=found.carried_rps,
         missing=tuple((each.gpu, each.gpus, each.cost_per_hour) for each in found.missing),
     )
+
+
+def _islands(nodes: Sequence[InventoryNode]) -> tuple[InventoryNode, ...]:
+    """The nodes, large ones cut into their islands."""
+    found: list[InventoryNode] = []
+    for node in nodes:
+        size = min(NODE_GPUS_MAX, max(1, node.island_gpus)) if node.gpus > NODE_GPUS_MAX else node.gpus
+        for start in range(0, node.gpus, size):
+            gpus = min(size, node.gpus - start)
+            found.append(replace(node, name=f"{node.name}-{start}", gpus=gpus, island_gpus=min(node.island_gpus, gpus)))
+    return tuple(found)
 
 
 def _candidates(result: SearchResult, verified: Sequence[Candidate]) -> list[Candidate]:
