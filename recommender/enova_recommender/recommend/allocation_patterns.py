@@ -18,6 +18,7 @@ from enova_recommender.recommend.allocation_types import Option
 
 PATTERNS_MAX = 2000    # of one kind of node or GPU; beyond it patterns mix fewer shapes, and the bound is a weaker one
 STATES_MAX = 20_000    # partial packings that are looked at for them
+PLACEMENTS_MAX = 1000  # ways to place one replica of many chunks on islands that all differ
 TIME_SLACK = 1e-9      # shares of time are sums of floats
 
 Islands = tuple[tuple[int, ...], ...]  # free bytes of each GPU, ascending, by island, ascending
@@ -73,7 +74,7 @@ def node_patterns(islands: Islands, shapes: Sequence[Shape]) -> Patterns:
         found = _patterns_of_kinds(islands, shapes, kinds)
         if found is not None:
             return Patterns(counts=maximal(found), exact=kinds == len(shapes))
-    return Patterns(counts=(), exact=not shapes)
+    return Patterns(counts=maximal(_alone(islands, shapes)), exact=not shapes)
 
 
 def shared_patterns(free_bytes: int, claims: Sequence[SharedClaim]) -> Patterns:
@@ -156,24 +157,49 @@ def _patterns_of_kinds(islands: Islands, shapes: Sequence[Shape], kinds: int) ->
         for index in subset:
             frontier = states
             while frontier:
-                frontier = {
-                    ((*counts[:index], counts[index] + 1, *counts[index + 1 :]), rest)
-                    for counts, left in frontier for rest in _placements(left, shapes[index], shapes[index].chunks)
-                } - states
+                reached: set[tuple[Counts, Islands]] = set()
+                for counts, left in frontier:
+                    more = (*counts[:index], counts[index] + 1, *counts[index + 1 :])
+                    rests = _placements(left, shapes[index])
+                    if rests is None or (looked_at := looked_at + len(rests)) > STATES_MAX:
+                        return None
+                    reached |= {(more, rest) for rest in rests}
+                frontier = reached - states
                 states = states | frontier
-                looked_at += len(frontier)
-                if looked_at > STATES_MAX:
-                    return None
         found |= set(maximal(counts for counts, _ in states))
         if len(found) > PATTERNS_MAX:
             return None
     return found
 
 
-def _placements(islands: Islands, shape: Shape, chunks: int) -> set[Islands]:
-    """What may be left after `chunks` chunks of a shape were taken."""
-    if chunks == 0:
-        return {islands}
+def _placements(islands: Islands, shape: Shape) -> set[Islands] | None:
+    """What may be left after a replica of this shape was placed; None if that may be too much."""
+    states = {islands}
+    for _ in range(shape.chunks):
+        # Chunk by chunk over what is left, not over the orders of taking: those are as many as the factorial.
+        reached: set[Islands] = set()
+        for state in states:
+            reached |= _after_a_chunk(state, shape)
+            if len(reached) > PLACEMENTS_MAX:
+                return None
+        states = reached
+    return states
+
+
+def _alone(islands: Islands, shapes: Sequence[Shape]) -> set[Counts]:
+    """For each shape, as many as are found to fit with nothing else on the node."""
+    numbered = iter(range(sum(map(len, islands))))
+    free = [[(bytes_, next(numbered)) for bytes_ in island] for island in islands]
+    found: set[Counts] = set()
+    for index, shape in enumerate(shapes):
+        count = 0
+        while (count + 1) * shape.gpus <= sum(map(len, islands)) and pack(free, [shape] * (count + 1)) is not None:
+            count += 1
+        found.add(tuple(count if at == index else 0 for at in range(len(shapes))))
+    return found
+
+
+def _after_a_chunk(islands: Islands, shape: Shape) -> set[Islands]:
     found: set[Islands] = set()
     for i in range(len(islands)):
         if i > 0 and islands[i] == islands[i - 1]:
@@ -181,8 +207,7 @@ def _placements(islands: Islands, shape: Shape, chunks: int) -> set[Islands]:
         taken = _take(islands[i], shape)
         if taken is not None:
             rest = tuple(gpu for j, gpu in enumerate(islands[i]) if j not in taken)
-            left = tuple(sorted((*islands[:i], rest, *islands[i + 1 :])))
-            found |= _placements(left, shape, chunks - 1)
+            found.add(tuple(sorted((*islands[:i], rest, *islands[i + 1 :]))))
     return found
 
 
