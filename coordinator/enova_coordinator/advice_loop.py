@@ -136,9 +136,10 @@ class AdviceLoop:
             arrived = series.values[-MINUTES:, COLUMN["arrived"]]
             minutes[MINUTES - len(arrived) :] += np.nan_to_num(arrived)
             seen = seen or not np.isnan(arrived).all()
-        finished = REQUEST_COUNTS.index("finished")
+        # Tokens are counted whatever became of a request, so requests are as well.
+        ended = [REQUEST_COUNTS.index(name) for name in ("finished", "failed", "cut", "cancelled")]
         totals = (
-            (each.counts[finished], each.prompt_tokens, each.output_tokens)
+            (sum(each.counts[at] for at in ended), each.prompt_tokens, each.output_tokens)
             for each in self._telemetry.totals(deployment.name).values()
         )
         return advice.observed_of([float(count) for count in minutes] if seen else [], totals)
@@ -219,4 +220,6 @@ def _is_news(standing: DeploymentAdvice | None, better: DeploymentAdvice | None)
 
 def _saves(better: DeploymentAdvice) -> str:
     flags = advice.words(better.configuration)
-    return f"{flags} on {better.gpu_type} saves {better.gain:.0%} of the cost of a request: {better.reason}"
+    if better.gain >= advice.MEETS:
+        return f"{flags} on {better.gpu_type} meets the objectives, which what runs cannot: {better.reason}"
+    return f"{flags} on {better.gpu_type} saves {better.gain:.0%} of the cost: {better.reason}"

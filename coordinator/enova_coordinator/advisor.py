@@ -70,12 +70,13 @@ class Advisor:
             return advice.none_for(request, now_s=now_s)
         grounds = advice.grounds_of(observed)
         try:
-            answer = await self.answer(request)
-            if not answer.get("chosen") and "objectives" in request:
+            answer = await self._within_objectives(request)
+            if answer is None:
                 # What misses its objectives is better than what does not start.
                 without = {key: value for key, value in request.items() if key != "objectives"}
                 answer = await self.answer(without)
-                grounds += "; nothing that is free meets the objectives, so without them"
+                if "objectives" in request:
+                    grounds += "; nothing that is free meets the objectives, so without them"
         except (InvalidField, TimedOut) as error:
             return advice.none_for(str(error), now_s=now_s)
         except EnovaError as error:
@@ -84,6 +85,16 @@ class Advisor:
         if not answer.get("chosen"):
             return advice.none_for(_first(answer), now_s=now_s)
         return advice.advice_of(answer, reason=grounds, now_s=now_s)
+
+    async def _within_objectives(self, request: Plain) -> Plain | None:
+        """The answer, if one configuration meets the objectives; None if none does, or nothing ever could."""
+        try:
+            answer = await self.answer(request)
+        except InvalidField as error:
+            if not error.field.startswith("objectives."):
+                raise
+            return None
+        return answer if answer.get("chosen") else None
 
     async def close(self) -> None:
         """End the process."""

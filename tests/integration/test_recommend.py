@@ -33,6 +33,7 @@ from enova_cli.__main__ import main
 from enova_common.clock import ModelClock
 from enova_common.errors import InvalidField
 from enova_common.rpc import error_from_rpc
+from enova_recommender.recommend.types import LENGTHS_MAX
 from enova_testing.coordinator_process import Config, CoordinatorProcess, running_coordinator
 from enova_testing.fleet import ENOVA, Result
 from enova_testing.scripted_agent import MODEL, ScriptedAgent
@@ -163,6 +164,26 @@ async def test_the_api_refuses_with_the_field(stub: Any, changed: dict[str, Any]
     assert error.field == field
     if "floor" in field or field == "objectives.tpot_s":
         assert "floor" in error.message
+
+
+async def test_the_api_refuses_more_lengths_than_it_samples_before_it_reads_them(stub: Any) -> None:
+    pair = wire.TokenPair(prompt_tokens=1, output_tokens=1)
+    workload = wire.ExpectedWorkload(requests_per_s=1.0, lengths=[pair] * (LENGTHS_MAX + 1))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.RecommendConfiguration(wire.RecommendConfigurationRequest(model=MODEL, workload=workload))
+    error = error_from_rpc(caught.value)
+    assert isinstance(error, InvalidField)
+    assert error.field == "workload.lengths"
+
+
+async def test_a_deployment_that_nothing_can_satisfy_is_advised_without_its_objectives(
+    stub: Any, agent: ScriptedAgent
+) -> None:
+    hopeless = cluster_pb2.ServingClass(name="default", tpot_p95_s=1e-5)
+    made = await create(stub, "hopeless", model=MODEL, replicas=1, classes=[hopeless])
+    assert made.advice.gpu_type == "H100", made.advice
+    assert "meets the objectives, so without them" in made.advice.reason
+    await delete(stub, "hopeless")
 
 
 async def test_the_api_answers_for_the_fleet_and_delays_no_heartbeat(
@@ -341,7 +362,7 @@ async def _moves_to_the_better_gpu(address: str, channel: grpc.aio.Channel, cloc
     listed = await decisions.ListDecisions(decision_service_pb2.ListDecisionsRequest(deployment="deployments/auto"))
     (decision,) = listed.decisions
     assert (decision.action, decision.actor) == (decision.ACTION_RECONFIGURE, "policy/recommender")
-    assert "of the cost of a request" in decision.reason
+    assert "of the cost" in decision.reason or "meets the objectives" in decision.reason
 
 
 async def _is_ready(channel: grpc.aio.Channel, agent: ScriptedAgent) -> bool:

@@ -37,6 +37,8 @@ ASSUMED_WORKLOAD: Plain = {
 }
 REQUESTS_MIN = 50          # counted, before lengths are taken from them
 SENTENCES_MAX = 12
+MEETS = 1.0                # as a gain: what runs cannot meet the objectives, the advice can
+IMPOSSIBLE = frozenset({"MEMORY", "CONTEXT", "LAYOUT", "PRECISION"})  # reasons against what never ran
 # Of log-normal lengths whose deviation is their mean, as far as only the mean is known: median and 95th percentile.
 MEDIAN_OF_MEAN = math.exp(-math.log(2) / 2)
 P95_OF_MEAN = MEDIAN_OF_MEAN * math.exp(1.6449 * math.sqrt(math.log(2)))
@@ -93,7 +95,10 @@ def request_for(
 
 
 def fleet_supply(snapshot: Snapshot, spec: DeploymentSpec | None = None, *, without: str = "") -> list[Plain]:
-    """GPUs of known types on nodes that are ready, which no deployment but `without` holds, by type and number."""
+    """GPUs on nodes that are ready, which no deployment but `without` holds, by type and number.
+
+    Only of types whose data sheet and price are known.
+    """
     held = {gpu for each in snapshot.replicas.values() if each.deployment != without for gpu in each.gpus}
     probe = None if spec is None else Deployment(name=without or "deployments/new", uid="", spec=spec)
     free: Counter[tuple[str, int]] = Counter()
@@ -113,7 +118,12 @@ def fleet_supply(snapshot: Snapshot, spec: DeploymentSpec | None = None, *, with
 
 def _is_allowed(kind: str, spec: DeploymentSpec | None) -> bool:
     allowed = spec.hardware.allow if spec is not None else ()
-    return catalog.find_gpu(kind) is not None and (not allowed or kind in allowed)
+    return _is_priced(kind) and (not allowed or kind in allowed)
+
+
+def _is_priced(kind: str) -> bool:
+    gpu = catalog.find_gpu(kind)
+    return gpu is not None and gpu.price_per_hour is not None
 
 
 def _no_supply(snapshot: Snapshot, spec: DeploymentSpec) -> str:
@@ -121,6 +131,9 @@ def _no_supply(snapshot: Snapshot, spec: DeploymentSpec) -> str:
     unknown = [kind for kind in types if catalog.find_gpu(kind) is None]
     if types and unknown == types:
         return f"the catalogue does not know the GPUs of the fleet ({', '.join(types)})"
+    priceless = [kind for kind in types if not _is_priced(kind)]
+    if types and priceless == types:
+        return f"the catalogue has no price for the GPUs of the fleet ({', '.join(types)})"
     allowed = f" of {' or '.join(spec.hardware.allow)}" if spec.hardware.allow else ""
     return f"no GPU{allowed} is free on a node that is ready"
 
@@ -217,27 +230,17 @@ def observed_of(arrivals_per_minute: Sequence[float], totals: Iterable[tuple[int
 
 
 def gain_of(answer: Plain) -> float | None:
-    """The share of the cost of a request that the chosen configuration saves against the current one.
+    """The share of the cost that the chosen configuration saves against the current one, for the same workload.
 
-    1 where the current one cannot meet the objectives and the chosen one can; None where that cannot be said.
+    Both with as many whole replicas as the workload takes. MEETS where the current one cannot meet the objectives
+    and the chosen one can; None where that cannot be said: what runs is possible, whatever the model says of it.
     """
     chosen, current = answer.get("chosen"), answer.get("current")
-    if not chosen or not current:
+    if not chosen or not current or not chosen.get("cost_per_hour"):
         return None
-    per_request = [_cost_per_request(chosen), _cost_per_request(current)]
-    if per_request[0] is None:
-        return None
-    if per_request[1] is None:
-        return 1.0
-    return 1 - per_request[0] / per_request[1]
-
-
-def _cost_per_request(candidate: Plain) -> float | None:
-    prediction = candidate.get("prediction")
-    if not prediction or not candidate["replicas"]:
-        return None
-    rate = candidate["replicas"] * prediction["capacity_rps"]["value"]
-    return float(candidate["cost_per_hour"] / rate) if rate > 0 else None
+    if not current.get("replicas") or not current.get("cost_per_hour"):
+        return None if current.get("constraint") in IMPOSSIBLE else MEETS
+    return float(1 - chosen["cost_per_hour"] / current["cost_per_hour"])
 
 
 def current_of(variants: Sequence[Variant], deployment: Deployment) -> Plain | None:

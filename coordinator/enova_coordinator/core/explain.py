@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from enova_coordinator.core.advice import words
+from enova_coordinator.core.advice import MEETS, words
 from enova_coordinator.core.lengths import LengthState, length_sentences
 from enova_coordinator.core.model import Deployment, Intent, NodeView, Replica, ReplicaState, Snapshot
 from enova_coordinator.core.verdicts import Verdict
@@ -85,8 +85,9 @@ def _configuration(deployment: Deployment) -> Iterator[str]:
         else:
             yield f"There is no advice for its configuration: {advice.reason}."
     if proposal is not None:
+        gain = "meets the objectives" if proposal.gain >= MEETS else f"saves {proposal.gain:.0%} of the cost"
         yield (
-            f"A better configuration is proposed, which saves {proposal.gain:.0%} of the cost of a request: "
+            f"A better configuration is proposed, which {gain}: "
             f"{words(proposal.configuration)} on {proposal.gpu_type}, {proposal.reason}."
         )
 

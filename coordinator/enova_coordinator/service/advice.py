@@ -13,14 +13,23 @@ from enova_common.errors import InvalidField, RetryableError
 from enova_coordinator.core.advice import fleet_supply, model_of
 from enova_coordinator.core.model import NodeState
 from enova_coordinator.service.leading import Leading
+from enova_recommender.recommend.types import LENGTHS_MAX
 
 Plain = dict[str, Any]
+
+GPU_TYPES_MAX = 64  # of one request; the catalogue has fewer
 
 
 async def recommend(
     leading: Leading, request: deployment_service_pb2.RecommendConfigurationRequest
 ) -> deployment_service_pb2.RecommendConfigurationResponse:
     """The answer to a request; GPUs and config.json that it leaves out are the fleet's."""
+    for field, count, most in (
+        ("workload.lengths", len(request.workload.lengths), LENGTHS_MAX),
+        ("gpus", len(request.gpus), GPU_TYPES_MAX),
+    ):
+        if count > most:  # before it is converted, on the loop that all share
+            raise InvalidField(f"at most {most} are taken, not {count}", field=field, remedy="give a sample")
     plain = plain_of(request)
     if not request.gpus:
         plain["gpus"] = fleet_supply(leading.control.snapshot)

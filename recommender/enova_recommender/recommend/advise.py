@@ -37,6 +37,7 @@ from enova_recommender.types import GpuModel, ModelShape, Parallelism, Precision
 FINALISTS = 2              # layouts that are measured
 RECOUNTS = 3               # of the replicas of one finalist; each measures anew
 SEED = 20_240_709          # of the arrivals: the same question gets the same answer
+VERIFIED_MAX = 5           # where the first do not hold
 RUNNERS_UP = 6
 LOSERS = 4                 # of them that are impossible, at most
 PARETO_MAX = 40
@@ -48,8 +49,7 @@ ENDLESS_GPUS = 4096        # of a type, where the question is what would be enou
 def advise(request: AdviceRequest) -> Advice:
     """The cheapest configuration that carries the workload, and why. RecommendError says what cannot be answered."""
     result = _search(request)
-    finalists = result.finalists(FINALISTS)
-    verified = finalists if request.deployable else [_verified(request, each, result) for each in finalists]
+    verified = result.finalists(FINALISTS) if request.deployable else _verified_finalists(request, result)
     feasible = sorted(
         (each for each in verified if each.constraint is not Constraint.INVENTORY),
         key=lambda each: (each.cost_per_hour, -_carried(each)),
@@ -83,7 +83,7 @@ def evaluate(request: AdviceRequest, settings: EngineSettings) -> Candidate | No
     nodes = _endless(tuple(node for node in request.nodes if node.gpu.name == settings.gpu.name) or _node_of(settings))
     found = search(
         request.shape, nodes, request.workload, request.objectives, space=space, precision=settings.precision,
-        times_of=times_of(request),
+        times_of=times_of(request), check_floor=False,
     )  # fmt: skip
     return found.candidate(0) if len(found) else None
 
@@ -156,6 +156,16 @@ def _node_of(settings: EngineSettings) -> tuple[InventoryNode, ...]:
     return (InventoryNode(name="any", gpu=settings.gpu, gpus=gpus, island_gpus=settings.gpu.island_gpus),)
 
 
+def _verified_finalists(request: AdviceRequest, result: SearchResult) -> tuple[Candidate, ...]:
+    """The best layouts with the scheduler's figures; more of them while none has room for what it then takes."""
+    found: list[Candidate] = []
+    for each in result.finalists(VERIFIED_MAX):
+        found.append(_verified(request, each, result))
+        if len(found) >= FINALISTS and any(one.constraint is not Constraint.INVENTORY for one in found):
+            break
+    return tuple(found)
+
+
 def _verified(request: AdviceRequest, candidate: Candidate, result: SearchResult) -> Candidate:
     """A finalist with the scheduler's figures, and the replicas that it takes by them."""
     settings, rate = candidate.settings, request.workload.requests_per_s
@@ -181,6 +191,10 @@ def _verified(request: AdviceRequest, candidate: Candidate, result: SearchResult
             break
         replicas = needed
         found = replace(found, requests_per_s=rate / replicas)
+    else:  # the last count was not measured yet
+        found = verify(
+            settings, request.workload, request.objectives, times, predicted=found, memory=memory, seed=SEED
+        )
     cost = replicas * settings.cost_per_hour
     if needed > room:
         reason = f"{_name(candidate, result)}: the scheduler says {needed} replicas, the inventory has room for {room}"

@@ -22,6 +22,7 @@ from enova_recommender.types import GpuModel, ModelShape, Parallelism, Precision
 
 SAMPLE_PAIRS = 256        # of lengths that are given by percentiles
 SAMPLE_STRIDE = 97        # coprime to it: pairs prompt and output lengths as if they were independent
+TOKENS_MAX = 1e9           # of a length; far beyond every context
 Z95 = NormalDist().inv_cdf(0.95)
 GPUS_MAX = 100_000        # of one entry: more is a mistake
 RATE_MAX = 1e6
@@ -350,9 +351,10 @@ def _pair(item: object, path: str) -> tuple[int, int]:
 
 
 def _percentiles(fields: _Fields, name: str) -> tuple[float, float]:
+    """Median and 95th percentile; both beyond what any model reads are a slip of the pen."""
     inner = _Fields(fields.mapping(name), fields.path(name), ("p50", "p95"))
-    p50 = inner.number("p50", least=1)
-    p95 = inner.number("p95", least=0, default=0.0) or p50
+    p50 = inner.number("p50", least=1, most=TOKENS_MAX)
+    p95 = inner.number("p95", least=0, most=TOKENS_MAX, default=0.0) or p50
     if p95 < p50:
         raise RequestError(inner.path("p95"), f"{p95:g} is less than p50, {p50:g}")
     return p50, p95

@@ -66,9 +66,11 @@ def search(
     times_of: TimesOf = kernel_times,
     precision: Precision | None = None,
     assurance: float = ASSURANCE,
+    check_floor: bool = True,
 ) -> SearchResult:
     """Evaluate all candidates. RecommendError names what cannot be answered, physical floors included.
 
+    Without `check_floor` an objective that nothing can meet is no error: each candidate loses to it.
     `precision` is the model's own if None; its KV cache type is one of the space's.
     """
     chosen, given = space or SearchSpace(), precision or Precision()
@@ -95,7 +97,8 @@ def search(
         for parallelism in chosen.parallelisms or parallelisms(shape, pool):
             for cached in chosen.kv_cache_dtypes:
                 groups.append(task.group(pool, parallelism, replace(given, kv_cache_dtype=cached)))  # noqa: PERF401
-    _check_floor(groups, objectives)
+    if check_floor:
+        _check_floor(groups, objectives)
     return SearchResult(
         shape=shape, workload=workload, objectives=objectives, groups=tuple(groups), settings=settings,
         lengths=lengths, ranking=_ranking(groups, len(settings)),

@@ -76,6 +76,10 @@ def test_supply_keeps_to_what_the_spec_allows() -> None:
     assert advice.fleet_supply(snapshot, spec) == [{"type": "H100", "count": 8, "gpus_per_node": 8}]
 
 
+def test_a_type_without_a_price_keeps_no_other_from_being_advised() -> None:
+    assert advice.fleet_supply(fleet(view("a"), view("b", "H20"))) == [{"type": "H100", "count": 8, "gpus_per_node": 8}]
+
+
 def test_a_node_that_is_not_ready_supplies_nothing() -> None:
     lost = replace(view("a"), state=NodeState.LOST)
     assert advice.fleet_supply(fleet(lost)) == []
@@ -96,6 +100,7 @@ def test_a_request_has_the_strictest_objectives_and_the_bounds() -> None:
     [
         (fleet(), SPEC, "", "no GPU is free"),
         (fleet(view("a", "CPU")), SPEC, "", "does not know the GPUs of the fleet (CPU)"),
+        (fleet(view("a", "H20")), SPEC, "", "no price for the GPUs of the fleet (H20)"),
         (fleet(view("a")), replace(SPEC, hardware=Hardware(allow=("L4",))), "", "no GPU of L4 is free"),
         (fleet(view("a")), replace(SPEC, model="own/model"), "{}", "catalogue does not know it"),
         (fleet(view("a")), replace(SPEC, model="own/model"), '{"model_type": "odd"}', "not understood"),
@@ -163,23 +168,25 @@ def test_advice_is_of_one_replica() -> None:
     assert (found.cost_per_hour, found.capacity_rps, found.explanation) == (3.0, 5.0, ("Run it.",))
 
 
-def candidate(cost: float, capacity: float, replicas: int = 1) -> dict[str, Any]:
-    return {"cost_per_hour": cost, "replicas": replicas, "prediction": {"capacity_rps": {"value": capacity}}}
+def candidate(cost: float, replicas: int = 1) -> dict[str, Any]:
+    return {"cost_per_hour": cost, "replicas": replicas}
 
 
 @pytest.mark.parametrize(
     ("chosen", "current", "gain"),
     [
-        (candidate(3, 10), candidate(6, 10), 0.5),
-        (candidate(3, 10), candidate(3, 10), 0.0),
-        (candidate(6, 20, 2), candidate(3, 10), 0.5),
-        (candidate(3, 5), candidate(3, 10), -1.0),
-        (candidate(3, 10), {"replicas": 0}, 1.0),
-        (None, candidate(3, 10), None),
-        (candidate(3, 10), None, None),
+        (candidate(3), candidate(6), 0.5),
+        (candidate(3), candidate(3), 0.0),
+        (candidate(6, 2), candidate(3), -1.0),
+        (candidate(3), {"replicas": 0, "constraint": "TPOT"}, 1.0),
+        # A configuration that runs is possible: the model is wrong about it, and nobody is told of savings.
+        (candidate(3), {"replicas": 0, "constraint": "MEMORY"}, None),
+        (candidate(3), {"replicas": 0, "constraint": "CONTEXT"}, None),
+        (None, candidate(3), None),
+        (candidate(3), None, None),
     ],
 )
-def test_gain_is_what_a_request_costs_less(chosen: Any, current: Any, gain: float | None) -> None:
+def test_gain_is_what_the_same_workload_costs_less(chosen: Any, current: Any, gain: float | None) -> None:
     assert advice.gain_of({"chosen": chosen, "current": current}) == gain
 
 

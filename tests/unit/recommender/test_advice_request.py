@@ -78,6 +78,7 @@ def without(name: str) -> dict[str, Any]:
         (workload(arrival_cv=-1), "workload.arrival_cv"),
         (workload(cached_prefix_share=1.5), "workload.cached_prefix_share"),
         (workload(prompt_tokens={"p50": 512, "p95": 100}), "workload.prompt_tokens.p95"),
+        (workload(prompt_tokens={"p50": 1, "p95": 1e300}), "workload.prompt_tokens.p95"),
         (workload(prompt_tokens={"p95": 100}), "workload.prompt_tokens.p50"),
         (workload(prompt_tokens={"p50": 200_000}), "workload.prompt_tokens.p50"),
         (workload(lengths=[{"prompt_tokens": 1, "output_tokens": 1}]), "workload.lengths"),

@@ -28,11 +28,11 @@ SMALL = SearchSpace(
 def searched(
     inventory: list[InventoryNode] | None = None, *, rate: float = 30.0, promised: Objectives = PROMISED,
     space: SearchSpace = SMALL, shape: ModelShape | None = None,
-    lengths: tuple[tuple[int, int], ...] = CHAT, assurance: float = 0.9,
+    lengths: tuple[tuple[int, int], ...] = CHAT, assurance: float = 0.9, check_floor: bool = True,
 ) -> SearchResult:  # fmt: skip
     return search(
         shape or model(), nodes() if inventory is None else inventory, workload(rate=rate, lengths=lengths), promised,
-        space=space, times_of=times, assurance=assurance,
+        space=space, times_of=times, assurance=assurance, check_floor=check_floor,
     )  # fmt: skip
 
 
@@ -177,6 +177,12 @@ def test_an_objective_below_the_physical_floor_is_refused_with_the_floor(promise
     with pytest.raises(RecommendError, match="below the physical floor of") as caught:
         searched(promised=promised)
     assert caught.value.field == field
+
+
+def test_what_runs_is_judged_even_where_the_floor_is_missed() -> None:
+    found = searched(promised=Objectives(tpot_s=0.0005), check_floor=False)
+    assert found.best is None
+    assert found.candidate(0).constraint is Constraint.TPOT
 
 
 def test_an_objective_just_above_the_floor_is_answered() -> None:
