@@ -16,9 +16,11 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 METHOD = 1                # of making vectors: another number whenever the same projection would give others
 DIMENSION_MAX = 256       # an entry is addressed by one byte of the hash
@@ -27,9 +29,11 @@ HEAD_CHARACTERS = 1536    # of a prompt: instructions stand at its start
 TAIL_CHARACTERS = 512     # and the question at its end
 WORD_CHARACTERS = 24      # of a word; longer ones are cut: they are data, not language
 LENGTH = 127              # of a vector as bytes: the largest entry of a vector with one n-gram still fits
+PLACES_REMEMBERED = 256   # projections of embeddings: 5 bytes an entry each, one per deployment that an ingress serves
 
 _WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s]")
 _NUMBER = "0"             # which number it is says nothing about the kind of prompt
+_DIGEST = struct.Struct(f"{NONZEROS + 1}B")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,19 +57,43 @@ def vectorise(text: str, projection: Projection) -> bytes:
 
 def vectorise_embedding(embedding: Sequence[float], projection: Projection) -> bytes:
     """The vector of a prompt whose meaning another model has put into numbers."""
-    return _projected(((f"\0{place}", value) for place, value in enumerate(embedding)), projection)
+    dimension = projection.dimension
+    sums = [0.0] * dimension
+    digests = _digests_of_places(projection.seed, projection.method, len(embedding))
+    for value, (one, two, three, four, signs) in zip(embedding, _DIGEST.iter_unpack(digests), strict=True):
+        sums[one % dimension] += value if signs & 1 else -value
+        sums[two % dimension] += value if signs & 2 else -value
+        sums[three % dimension] += value if signs & 4 else -value
+        sums[four % dimension] += value if signs & 8 else -value
+    return quantised(sums)
+
+
+@lru_cache(maxsize=PLACES_REMEMBERED)
+def _digests_of_places(seed: int, method: int, length: int) -> bytes:
+    """The digests of an embedding's places, one after the other: they are the same for every prompt."""
+    key = _key(seed, method)
+    return b"".join(_digest(f"\0{place}", key) for place in range(length))
 
 
 def _projected(features: Iterable[tuple[str, float]], projection: Projection) -> bytes:
     dimension = projection.dimension
     sums = [0.0] * dimension
-    key = projection.seed.to_bytes(8, "big", signed=True) + projection.method.to_bytes(8, "big", signed=True)
+    key = _key(projection.seed, projection.method)
     for name, weight in features:
-        digest = hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=NONZEROS + 1, key=key).digest()
+        digest = _digest(name, key)
         signs = digest[NONZEROS]
         for place in range(NONZEROS):
             sums[digest[place] % dimension] += weight if signs >> place & 1 else -weight
     return quantised(sums)
+
+
+def _key(seed: int, method: int) -> bytes:
+    return seed.to_bytes(8, "big", signed=True) + method.to_bytes(8, "big", signed=True)
+
+
+def _digest(name: str, key: bytes) -> bytes:
+    """Which entries a feature is added to, NONZEROS bytes, and with which signs, one byte."""
+    return hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=NONZEROS + 1, key=key).digest()
 
 
 def quantised(entries: Sequence[float]) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 
 from enova_common.prompt_vectors import (
@@ -62,6 +64,22 @@ def test_an_embedding_of_another_model_becomes_a_vector_that_keeps_its_angles() 
     vectors = [entries_of(vectorise_embedding(each, PROJECTION)) for each in (one, near, far)]
     assert cosine(vectors[0], vectors[1]) > 0.9
     assert cosine(vectors[0], vectors[2]) < 0.5
+
+
+def test_the_same_projection_makes_the_same_vector_of_an_embedding_on_every_host() -> None:
+    vector = vectorise_embedding([0.5, -1.0, 0.25, 2.0], Projection(seed=-1, dimension=16, method=1_000_001))
+    assert entries_of(vector) == (0, 59, -37, 0, 29, -88, 37, -7, 0, 0, 0, 15, -7, 0, -15, -29)
+
+
+def test_the_places_of_embeddings_are_hashed_once_a_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = [1.0] * 384, [float(place % 5) for place in range(384)]
+    expected = vectorise_embedding(other, Projection(seed=77, dimension=128))
+    vectorise_embedding(one, Projection(seed=78))
+    monkeypatch.delattr(hashlib, "blake2b")
+    assert vectorise_embedding(other, Projection(seed=77, dimension=128)) == expected
+    assert len(vectorise_embedding(other, Projection(seed=77, dimension=64))) == 64
+    with pytest.raises(AttributeError):
+        vectorise_embedding(other[:-1], Projection(seed=77))
 
 
 def test_a_prompt_without_words_has_the_zero_vector() -> None:
