@@ -78,6 +78,15 @@ def test_rate_and_latency_are_the_closed_forms_within_what_sharing_a_step_makes(
     assert left == pytest.approx(solved * (128 * VALUES["decode_s"] + solved * VALUES["added_s"] * VALUES["own_s"]))
 
 
+def test_first_tokens_are_delayed_as_the_library_delays_them() -> None:
+    delay = KernelTimes(SHAPE, GPU).first_token_delay
+    assert VALUES["delay_s"] == pytest.approx(delay.after_s(VALUES["decode_s"]), rel=1e-9)
+    said = re.search(r"HTTP \(([\d.]+) ms\), and the decode steps\s+that pass meanwhile \(([\d.]+) of them\)", PAGE)
+    assert said is not None
+    shown = (1e3 * delay.seconds, delay.decode_steps)
+    assert [float(text) for text in said.groups()] == pytest.approx(shown, rel=0.01)
+
+
 def test_bounds_replicas_and_price_are_the_librarys() -> None:
     factor = math.exp(1.2815515594457 * KernelTimes(SHAPE, GPU).spread)
     assert VALUES["error"] == pytest.approx(factor, rel=1e-4)

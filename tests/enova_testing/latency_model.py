@@ -100,7 +100,7 @@ def closed_figures(
     """The formulas above."""
     cycle = row.output_tokens * decode_s + clients * prompt_s
     queued = (1 + (clients - 1) / 2 / ROUNDS) * prompt_s
-    ttft = queued + constants.first_token_steps * decode_s + constants.first_token_s
+    ttft = queued + constants.first_token_delay.after_s(decode_s)
     tpot = max(cycle - ttft, decode_s) / max(1, row.output_tokens - 1)
     turns = max(1.0, row.concurrency / row.parallelism.data / clients)  # of those that run, until a request is answered
     return Figures(

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from enova_recommender.memory import fit
+from enova_recommender.performance import KernelTimes, StepTimes
 from enova_recommender.recommend.capacity import predict
+from enova_recommender.recommend.capacity_curve import Looped
 from enova_recommender.recommend.types import Objectives
 from enova_recommender.recommend.verify import measure, verify
-from enova_recommender.types import Parallelism
+from enova_recommender.types import Batch, Parallelism
 from enova_testing.advice import CHAT, CODE, FIXED, REASONING, STEP, gpu, model, settings, workload
 
 OBJECTIVES = Objectives(ttft_s=1.0, tpot_s=0.03, percentile=0.95)
@@ -21,6 +23,19 @@ SEEDS = (1, 2)
 REQUESTS = 800
 
 Lengths = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Undelayed:
+    """Other step times, which do not know what first tokens take beside steps."""
+
+    times: StepTimes
+
+    def step_s(self, batch: Batch) -> float:
+        return self.times.step_s(batch)
+
+    def decode_run_s(self, *, sequences: int, context_tokens: int, steps: int) -> float:
+        return self.times.decode_run_s(sequences=sequences, context_tokens=context_tokens, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,23 @@ def test_closed_form_and_scheduler_agree_on_capacity(lengths: Lengths, seqs: int
     error = said.capacity_rps.value / found.capacity_rps.value - 1
     print(f"closed form {said.capacity_rps.value:.3f}, measured {found.capacity_rps.value:.3f}: {error:+.3f}")
     assert abs(error) < 0.2
+
+
+def test_closed_form_and_scheduler_agree_on_the_delay_of_first_tokens() -> None:
+    chosen, asked = settings(max_num_seqs=64), workload(lengths=CHAT, rate=2.0)
+    memory = fit(model(), gpu(), max_num_seqs=64, max_model_len=16384)
+    late = KernelTimes(model(), gpu())
+    prompt = Looped(times=Undelayed(late), spread=late.spread)
+
+    def measured(times: StepTimes) -> float:
+        found = measure(chosen, asked, times, memory=memory, requests_per_s=2.0, percentile=0.95, seed=1, requests=200)
+        return found.ttft_s
+
+    said = [predict(chosen, asked, OBJECTIVES, times, memory=memory).ttft_s.value for times in (late, prompt)]
+    found = [measured(late), measured(prompt)]
+    assert said[0] - said[1] > 4 * late.step_s(Batch(decode_sequences=1, context_tokens=1))
+    assert said[0] - said[1] == pytest.approx(found[0] - found[1], rel=0.05)
+    assert said[0] == pytest.approx(found[0], rel=0.2)
 
 
 def test_lanes_of_a_pipeline_share_the_rate() -> None:

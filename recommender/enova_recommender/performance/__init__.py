@@ -7,7 +7,7 @@ from enova_recommender.performance.kernel_times import KernelTimes
 from enova_recommender.performance.layers import KernelClass
 from enova_recommender.performance.live_steps import ObservedStep
 from enova_recommender.performance.roofline import PRIOR, Efficiency, Roofline
-from enova_recommender.performance.times import Affine, Slowed, StepTimes
+from enova_recommender.performance.times import Affine, FirstTokenDelay, Slowed, StepTimes, first_token_delay
 
 __all__ = [
     "FITTED",
@@ -19,6 +19,7 @@ __all__ = [
     "Constants",
     "Correction",
     "Efficiency",
+    "FirstTokenDelay",
     "KernelClass",
     "KernelGroup",
     "KernelTimes",
@@ -28,4 +29,5 @@ __all__ = [
     "StepTimes",
     "Tier",
     "calibrated",
+    "first_token_delay",
 ]

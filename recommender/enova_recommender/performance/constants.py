@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from enova_recommender.performance.times import FirstTokenDelay
+
 
 class Tier(StrEnum):
     """On what a prediction rests, and hence how far it may be off."""
@@ -46,6 +48,11 @@ class Constants:
     measured_spread: float       # standard deviations of the logarithm of the error, by tier
     transferred_spread: float
     gpu_spreads: tuple[GpuSpread, ...] = ()  # of measured GPUs on which several families were seen
+
+    @property
+    def first_token_delay(self) -> FirstTokenDelay:
+        """What first tokens take beside their prompts' steps."""
+        return FirstTokenDelay(seconds=self.first_token_s, decode_steps=self.first_token_steps)
 
 
 # python tests/tools/fit_performance.py --data DIR; DIR holds rec_silicon_concurrency as of November 2026.

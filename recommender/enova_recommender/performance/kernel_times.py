@@ -33,6 +33,7 @@ from enova_recommender.performance.layers import (
 )
 from enova_recommender.performance.pieces import across, along, located, run_total, value_at
 from enova_recommender.performance.tables import LIKE
+from enova_recommender.performance.times import FirstTokenDelay
 from enova_recommender.types import (
     AS_PUBLISHED,
     SINGLE_GPU,
@@ -120,6 +121,11 @@ class KernelTimes:
         if self.correction.spread is not None:
             return self.correction.spread
         return self._spread
+
+    @property
+    def first_token_delay(self) -> FirstTokenDelay:
+        """What first tokens of measured servers take beside their prompts' steps."""
+        return self._constants.first_token_delay
 
     def interval(self, seconds: float) -> Interval:
         """A predicted time with the bounds that hold it in 80 of 100 cases."""

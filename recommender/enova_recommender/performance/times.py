@@ -1,12 +1,17 @@
 """Step times: what the scheduler asks for, and the simplest ways to answer.
 
-`StepTimes` is given by the world. `Affine` is what fits and what files carry; `Slowed` makes other times longer.
+`StepTimes` is given by the world. `Affine` is what fits and what files carry; `Slowed` makes other times longer. Times
+of measured engines may also tell what passes between a request and its first token beside its prompt's steps
+(`FirstTokenDelay`): others do not know it, and count none.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, overload, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 from enova_recommender.types import Batch
 
@@ -22,6 +27,41 @@ class StepTimes(Protocol):
 
         `context_tokens` is that of the first step; each step adds one token a sequence.
         """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstTokenDelay:
+    """What a first token takes beside its prompt's steps: tokenising, HTTP, and the decode steps meanwhile."""
+
+    seconds: float = 0.0
+    decode_steps: float = 0.0
+
+    @overload
+    def after_s(self, decode_s: float) -> float: ...
+
+    @overload
+    def after_s(self, decode_s: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]: ...
+
+    def after_s(self, decode_s: float | npt.NDArray[np.float64]) -> float | npt.NDArray[np.float64]:
+        """The delay where a step that only decodes takes so long."""
+        return self.seconds + self.decode_steps * decode_s
+
+
+NO_DELAY = FirstTokenDelay()
+
+
+@runtime_checkable
+class Delayed(Protocol):
+    """Step times that know the delay of first tokens."""
+
+    @property
+    def first_token_delay(self) -> FirstTokenDelay:
+        """Beside the steps of the prompt."""
+
+
+def first_token_delay(times: StepTimes) -> FirstTokenDelay:
+    """The delay of first tokens, none where the times know of none."""
+    return times.first_token_delay if isinstance(times, Delayed) else NO_DELAY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,9 @@ moves: by the linear noise approximation its variance is rate / (d rate / d n), 
 TTFT: a prompt waits for the step in progress and for the prompts before it, then for its own steps. Prompts that
 arrive during one step are computed together in the next: a gated M/G/1 queue, whose wait is corrected for the
 variability of arrivals as by Allen and Cunneen (1990). A prompt's service x is s and its share of the decode steps
-that its tokens fill. The queue's wait is 0 with probability 1 - rate E[x], else gamma with matched moments.
+that its tokens fill. The queue's wait is 0 with probability 1 - rate E[x], else gamma with matched moments. What the
+server takes beside (`FirstTokenDelay`: seconds, and some steps d) is added; it delays all tokens of an answer alike,
+so TPOT knows nothing of it, and it holds no slot.
 
 Quantiles are those of the mixture over the groups of lengths.
 """
@@ -31,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
 
-from enova_recommender.performance import StepTimes
+from enova_recommender.performance import FirstTokenDelay, StepTimes, first_token_delay
 from enova_recommender.recommend.capacity_lengths import Floats, Lengths
 from enova_recommender.types import Batch
 
@@ -66,6 +68,11 @@ class Looped:
 
     times: StepTimes
     spread: float
+
+    @property
+    def first_token_delay(self) -> FirstTokenDelay:
+        """That of the times."""
+        return first_token_delay(self.times)
 
     def step_s(self, batch: Batch) -> float:
         """Duration of one step."""
@@ -149,8 +156,10 @@ def curve(
         lengths, prompts, decode=decode, rate=rate, load=load, shared=np.maximum(shared, 1.0),
         busy=1 - np.exp(-grid - prefilling), arrival_cv=arrival_cv, percentile=percentile,
     )  # fmt: skip
+    delay = first_token_delay(times).after_s(decode)
     return Curve(
-        sequences=grid, rate=rate, ttft_s=ttft, tpot_s=tpot, mean_ttft_s=mean_ttft, mean_tpot_s=mean_tpot,
+        sequences=grid, rate=rate, ttft_s=ttft + delay, tpot_s=tpot, mean_ttft_s=mean_ttft + delay,
+        mean_tpot_s=mean_tpot,
         resident=grid + prefilling, deviation=np.sqrt(variance), prompt_load=queue, decode_s=decode,
         prompt_s=prompts.mean_added,
     )  # fmt: skip

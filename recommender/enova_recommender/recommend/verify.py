@@ -1,7 +1,8 @@
 """A configuration measured instead of computed: the real scheduler in virtual time under seeded arrivals.
 
-It takes the same step times as the closed form, so what differs is only queueing, batching and blocks. Arrivals of all
-rates are the same draws, stretched: figures at two rates differ by their rates, not by luck.
+It takes the same step times as the closed form, and the same delay of first tokens beside steps, so what differs is
+only queueing, batching and blocks. Arrivals of all rates are the same draws, stretched: figures at two rates differ by
+their rates, not by luck.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import numpy as np
 
 from enova_recommender.engine import Event, Finished, FirstToken, Limits, Request, Scheduler, Stepped
 from enova_recommender.memory import MemoryFit, block_demand
-from enova_recommender.performance import StepTimes
+from enova_recommender.performance import StepTimes, first_token_delay
 from enova_recommender.recommend.capacity import SATURATION, lanes_of
 from enova_recommender.recommend.capacity_lengths import Floats, lengths_of
 from enova_recommender.recommend.errors import RecommendError
 from enova_recommender.recommend.types import EngineSettings, Objectives, Prediction, Workload
-from enova_recommender.types import Interval
+from enova_recommender.types import Batch, Interval
 
 REQUESTS = 400             # that one run counts
 WARM_UP = 2.0              # times the mean batch: requests before those that count
@@ -99,9 +100,19 @@ def _run(
     counted = {item.id for _, item in arrivals[before : before + requests]}
     seen = _read(scheduler.advance(math.inf))
     window = arrivals[before][0], arrivals[before + requests - 1][0]
-    return _measurement(
+    found = _measurement(
         seen, arrivals, counted, window, requests_per_s=requests_per_s, percentile=percentile, lanes=lanes
     )
+    delay = _delay_s(times, settings, workload, sequences=found.mean_sequences / lanes)
+    return replace(found, ttft_s=found.ttft_s + delay, mean_ttft_s=found.mean_ttft_s + delay)
+
+
+def _delay_s(times: StepTimes, settings: EngineSettings, workload: Workload, *, sequences: float) -> float:
+    """What first tokens take beside steps, among as many sequences as a request meets, itself included."""
+    lengths = lengths_of(workload, prefix_caching=settings.enable_prefix_caching)
+    met = round(sequences) + 1
+    decode = Batch(decode_sequences=met, context_tokens=round(met * lengths.context_tokens))
+    return first_token_delay(times).after_s(times.step_s(decode))
 
 
 def verify(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_recommender.memory import fit
-from enova_recommender.performance import Affine
+from enova_recommender.performance import Affine, FirstTokenDelay
 from enova_recommender.recommend.capacity import factor_of, predict
 from enova_recommender.recommend.capacity_curve import Looped
 from enova_recommender.recommend.capacity_full import choose, full_batch
@@ -24,6 +24,7 @@ from enova_testing.advice import (
     FIXED,
     SPREAD,
     STEP,
+    AffineTimes,
     gpu,
     lognormal_lengths,
     model,
@@ -32,6 +33,13 @@ from enova_testing.advice import (
 )
 
 PROMISED = Objectives(ttft_s=1.0, tpot_s=0.03)
+DELAY = FirstTokenDelay(seconds=0.02, decode_steps=5.0)
+
+
+class DelayedTimes(AffineTimes):
+    """Affine step times of a server whose first tokens take a while beside them."""
+
+    first_token_delay = DELAY
 
 
 def predicted(
@@ -52,6 +60,28 @@ def test_without_load_a_request_takes_its_own_steps_alone() -> None:
     decode = STEP.base_s + STEP.sequence_s + STEP.context_token_s * (1024 + 64)
     assert found.ttft_s.value == pytest.approx(prefill, rel=0.01)
     assert found.tpot_s.value == pytest.approx(decode, rel=0.01)
+
+
+def test_a_first_token_waits_for_what_surrounds_the_steps() -> None:
+    asked, chosen = workload(rate=1e-4, lengths=FIXED), settings()
+    memory = fit(model(), gpu(), max_model_len=chosen.max_model_len)
+    late = DelayedTimes(**{name: getattr(STEP, name) for name in Affine.__dataclass_fields__})
+    plain, delayed = (predict(chosen, asked, PROMISED, times, memory=memory) for times in (STEP, late))
+    decode = STEP.base_s + STEP.sequence_s + STEP.context_token_s * (1024 + 64)
+    assert delayed.ttft_s.value - plain.ttft_s.value == pytest.approx(DELAY.seconds + 5 * decode, rel=0.02)
+    assert delayed.tpot_s == plain.tpot_s
+    assert Looped(times=late, spread=SPREAD).first_token_delay == DELAY
+    assert Looped(times=STEP, spread=SPREAD).first_token_delay == FirstTokenDelay()
+
+
+def test_a_first_token_that_is_late_by_itself_leaves_less_room_for_queues() -> None:
+    tight = Objectives(ttft_s=0.12, tpot_s=1.0)
+    memory = fit(model(), gpu(), max_model_len=16384)
+    late = DelayedTimes(**{name: getattr(STEP, name) for name in Affine.__dataclass_fields__})
+    chosen, asked = settings(max_num_seqs=1024), workload(lengths=CODE)
+    plain, delayed = (predict(chosen, asked, tight, times, memory=memory) for times in (STEP, late))
+    assert plain.binding is delayed.binding is Constraint.TTFT
+    assert delayed.capacity_rps.value < 0.95 * plain.capacity_rps.value
 
 
 def test_a_decoding_batch_obeys_littles_law() -> None:
