@@ -7,17 +7,17 @@ then corrected by three measured configurations of the same model on the same GP
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import least_squares
 
 from enova_recommender.catalog.kernels import MeasuredGpu, measured_gpus
 from enova_recommender.performance import GROUPS, Constants, Correction, KernelTimes
+from enova_recommender.performance.calibration import measured as taught
 from enova_recommender.performance.tables import LIKE, distance, sheet_of
 from enova_recommender.types import GpuModel
 from enova_testing.latency_fit import UNIT, Measured, constants, fitted, measured
@@ -28,10 +28,8 @@ Floats = npt.NDArray[np.float64]
 Family = tuple[int, int, int]
 
 TRIAL = 3                # configurations that tier C has measured
-ALL_WIDTH = 0.5          # standard deviation of the logarithm of what all groups of kernels share,
-FACTOR_WIDTH = 0.15      # and of each group's own, against errors of ERROR_WIDTH
-ERROR_WIDTH = 0.04
-SPREAD_ROWS_MIN = 30     # of one type of GPU, to take its errors for themselves
+SPREAD_FAMILIES_MIN = 3  # of models on one type of GPU, to take its errors for themselves,
+SPREAD_ROWS_MIN = 30     # each with so many rows: the errors of one family are much alike
 UNKNOWN_SPREAD = 0.5     # where nothing was measured
 NORMAL_80 = 1.2815515594457
 
@@ -85,12 +83,13 @@ class Folds:
         return self._figures[row, gpu_too]
 
     def spread(self, row: Row, *, gpu_too: bool = False) -> float:
-        """Spread of errors of other families, each predicted without itself; on this GPU if that is enough."""
+        """Spread of errors of other families, each predicted without itself; on this GPU if enough were seen on it."""
         key = (row.family, None if gpu_too else row.gpu, gpu_too)
         if key not in self._spreads:
             errors = [(one.gpu, self._error(one, gpu_too)) for one in self.rows if one.family != row.family]
             near = [error for gpu, error in errors if alike(gpu, row.gpu)]
-            chosen = near if len(near) >= SPREAD_ROWS_MIN and not gpu_too else [error for _, error in errors]
+            own = near and not gpu_too and has_own_spread(row.gpu, self.rows)
+            chosen = near if own else [error for _, error in errors]
             self._spreads[key] = spread_of(chosen) if chosen else UNKNOWN_SPREAD
         return self._spreads[key]
 
@@ -102,6 +101,12 @@ class Folds:
 def spread_of(errors: Sequence[float]) -> float:
     """The standard deviation whose 80 % interval holds 80 of 100 of these errors (of logarithms)."""
     return float(np.quantile(np.abs(errors), 0.8) / NORMAL_80)
+
+
+def has_own_spread(gpu: GpuModel, rows: Sequence[Row]) -> bool:
+    """Whether enough families were measured often enough on a type of GPU for its errors to stand for new families."""
+    seen = Counter(row.family for row in rows if alike(row.gpu, gpu))
+    return sum(count >= SPREAD_ROWS_MIN for count in seen.values()) >= SPREAD_FAMILIES_MIN
 
 
 def alike(gpu: GpuModel, other: GpuModel | None) -> bool:
@@ -150,19 +155,13 @@ def trials(rows: Sequence[Row], seed: int) -> list[Trial]:
 
 
 def corrected(folds: Folds, trial: Trial) -> tuple[Constants, Correction]:
-    """Constants of the fold, and the correction that the known rows ask for."""
+    """Constants of the fold, and what the product's calibration learns from the known rows."""
     made = folds.fit(trial.known[0].family)
-    parts = [_by_group(folds.times(row, made), row) for row in trial.known]
-    measured_s = np.array([row.ttft_s + (row.output_tokens - 1) * row.tpot_s for row in trial.known  # type: ignore[operator]
-                           ])
-    seconds = np.array(parts)
-
-    def errors(point: Floats) -> Floats:
-        missed = np.log(seconds @ np.exp(point[0] + point[1:]) / measured_s)
-        return np.concatenate([missed / ERROR_WIDTH, point[:1] / ALL_WIDTH, point[1:] / FACTOR_WIDTH])
-
-    found = least_squares(errors, np.zeros(1 + len(GROUPS)), loss="soft_l1", f_scale=3.0)
-    return made, Correction.of(np.exp(found.x[0] + found.x[1:]).tolist(), spread=ERROR_WIDTH)
+    known = [
+        (_by_group(folds.times(row, made), row), row.ttft_s + (row.output_tokens - 1) * row.tpot_s)
+        for row in trial.known if row.ttft_s is not None and row.tpot_s is not None
+    ]  # fmt: skip
+    return made, taught(known, spread=folds.spread(trial.known[0])).correction
 
 
 def _by_group(times: KernelTimes, row: Row) -> Floats:

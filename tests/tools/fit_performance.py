@@ -3,7 +3,8 @@
     PYTHONPATH=tests python tests/tools/fit_performance.py --data DIR
 
 Learns from vLLM's closed loops in `rec_silicon_concurrency` alone. Spreads are those of each family's errors when it is
-left out of the fit (measured), and when its GPU and that GPU's kernel tables are left out as well (transferred).
+left out of the fit (measured), and when its GPU and that GPU's kernel tables are left out as well (transferred). A type
+of GPU has a spread of its own where several families were measured on it, each often enough (`has_own_spread`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from enova_recommender.performance.constants import GpuSpread
-from enova_testing.latency_folds import SPREAD_ROWS_MIN, Folds, is_closed_vllm, is_tabled, spread_of
+from enova_testing.latency_folds import Folds, has_own_spread, is_closed_vllm, is_tabled, spread_of
 from enova_testing.latency_rows import silicon_rows
 
 
@@ -33,8 +34,7 @@ def main() -> None:
     spreads = []
     for gpu in sorted({row.gpu for row in folds.rows}, key=lambda one: one.name):
         near = [error for of, error in errors[False] if of == gpu]
-        families = {row.family for row in folds.rows if row.gpu == gpu}
-        if len(near) >= SPREAD_ROWS_MIN and len(families) > 1:
+        if near and has_own_spread(gpu, folds.rows):
             spreads.append(GpuSpread(
                 bandwidth_bytes_per_s=gpu.bandwidth_bytes_per_s, bf16_flops=gpu.bf16_flops,
                 spread=round(spread_of(near), 3),

@@ -47,7 +47,7 @@ class Constants:
     first_token_steps: float     # decode steps that pass in that time beside the prompt's own computation
     measured_spread: float       # standard deviations of the logarithm of the error, by tier
     transferred_spread: float
-    gpu_spreads: tuple[GpuSpread, ...] = ()  # of measured GPUs on which several families were seen
+    gpu_spreads: tuple[GpuSpread, ...] = ()  # of measured GPUs on which several families were seen often
 
     @property
     def first_token_delay(self) -> FirstTokenDelay:
@@ -74,6 +74,5 @@ FITTED = Constants(
     transferred_spread=0.278,
     gpu_spreads=(
         GpuSpread(bandwidth_bytes_per_s=7.7e12, bf16_flops=2.25e15, spread=0.099),
-        GpuSpread(bandwidth_bytes_per_s=4.8e12, bf16_flops=9.894e14, spread=0.736),
     ),
 )

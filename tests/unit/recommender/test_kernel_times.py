@@ -10,7 +10,7 @@ import pytest
 
 from enova_recommender import catalog
 from enova_recommender.catalog.kernels import measured_gpus
-from enova_recommender.performance import GROUPS, Correction, KernelClass, KernelGroup, KernelTimes, Tier
+from enova_recommender.performance import FITTED, GROUPS, Correction, KernelClass, KernelGroup, KernelTimes, Tier
 from enova_recommender.performance.layers import TOKENS
 from enova_recommender.performance.pieces import run_total, value_at
 from enova_recommender.performance.tables import LAUNCH_S, PLAIN_FORMAT, ExpertWork, kernels_of, sheet_of
@@ -146,6 +146,13 @@ def test_what_a_prediction_rests_on_decides_its_interval() -> None:
     assert calibrated.tier is Tier.CALIBRATED
     interval = calibrated.interval(2.0)
     assert (interval.low, interval.value, interval.high) == pytest.approx((1.8757, 2.0, 2.1325), rel=1e-3)
+
+
+def test_a_gpu_on_which_few_families_were_seen_has_the_common_spread() -> None:
+    shape = catalog.models()["meta-llama/Llama-3.1-8B-Instruct"]
+    spreads = {name: KernelTimes(shape, GPUS[name]).spread for name in ("H100", "H200", "B200")}
+    assert spreads["H200"] == spreads["H100"] == FITTED.measured_spread
+    assert spreads["B200"] < spreads["H200"]
 
 
 def test_engines_on_the_same_gpu_slow_kernels_down_but_not_the_host() -> None:

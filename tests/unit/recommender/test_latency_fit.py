@@ -8,11 +8,21 @@ import numpy as np
 import pytest
 
 from enova_recommender import catalog
-from enova_recommender.performance import Constants, KernelTimes, Tier
-from enova_recommender.types import Parallelism, Precision
+from enova_recommender.performance import Constants, KernelTimes, ObservedStep, Tier, calibrated
+from enova_recommender.types import GpuModel, Parallelism, Precision
 from enova_testing.latency_fit import FIELDS, PRIOR, UNIT, constants, fitted, measured
-from enova_testing.latency_folds import Factors, Folds, spread_of, tables_without, trials
-from enova_testing.latency_model import Figures, predicted
+from enova_testing.latency_folds import (
+    SPREAD_ROWS_MIN,
+    Factors,
+    Folds,
+    Trial,
+    corrected,
+    has_own_spread,
+    spread_of,
+    tables_without,
+    trials,
+)
+from enova_testing.latency_model import Figures, loop_of, predicted
 from enova_testing.latency_rows import Load, Row
 
 MODELS = ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-70B-Instruct", "openai/gpt-oss-120b")
@@ -106,6 +116,33 @@ def test_trials_are_drawn_by_seed_and_ask_for_the_rest() -> None:
     one, again, other = (trials(rows, seed) for seed in (1000, 1000, 1001))
     assert one == again != other
     assert all(len(trial.known) == 3 and not set(trial.known) & set(trial.asked) for trial in one)
+
+
+def test_a_trial_teaches_what_the_products_calibration_learns() -> None:
+    rows = [replace(row, ttft_s=2.1 * (row.ttft_s or 0), tpot_s=2.1 * (row.tpot_s or 0)) for row in rows_by(TRUTH)]
+    folds = Folds(rows)
+    row = next(row for row in rows if "8B" in row.shape.name and row.concurrency == 1)
+    made, correction = corrected(folds, Trial(known=(row,), asked=()))
+    loop, took_s = loop_of(row), (row.ttft_s or 0) + (row.output_tokens - 1) * (row.tpot_s or 0)
+    parts = ((row.output_tokens, loop.decode), *((1, chunk) for chunk in loop.chunks))
+    count = sum(share for share, _ in parts)
+    step = ObservedStep(parts=tuple((share / count, batch) for share, batch in parts), step_s=took_s / count)
+    learnt = calibrated(times(row, replace(made, measured_spread=folds.spread(row))), [step])
+    assert correction.factors == pytest.approx(learnt.correction.factors, rel=1e-6)
+    assert correction.spread == pytest.approx(learnt.spread, rel=1e-6)
+
+
+def test_a_type_of_gpu_has_a_spread_of_its_own_once_three_families_were_measured_often() -> None:
+    h200, h100 = catalog.gpus()["H200"], catalog.gpus()["H100"]
+    often = [row for name in MODELS for row in measured_on(h200, name, SPREAD_ROWS_MIN)]
+    assert has_own_spread(h200, often)
+    assert not has_own_spread(h100, often)
+    assert not has_own_spread(h200, often[:-1]), "one family was not seen often enough"
+    assert not has_own_spread(h200, often[: 2 * SPREAD_ROWS_MIN]), "two families may be off for reasons of their own"
+
+
+def measured_on(gpu: GpuModel, name: str, count: int) -> list[Row]:
+    return [replace(server(name, 8, clients, 2000), gpu=gpu) for clients in range(1, count + 1)]
 
 
 def test_a_spread_holds_eighty_of_a_hundred_errors() -> None:
