@@ -114,6 +114,7 @@ def stored(
         prior_spread=calibration.prior_spread,
         updates=calibration.updates,
         outliers=calibration.outliers,
+        run=calibration.run,
         load=calibration.load,
         update_time_s=now_s,
     )
@@ -132,5 +133,6 @@ def restored(value: StoredCalibration) -> Calibration | None:
         prior_spread=value.prior_spread,
         updates=value.updates,
         outliers=value.outliers,
+        run=value.run,
         load=value.load,
     )

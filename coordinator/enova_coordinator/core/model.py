@@ -487,6 +487,7 @@ class StoredCalibration:
     prior_spread: float
     updates: int = 0
     outliers: int = 0
+    run: int = 0                   # errors in a row that were cut: a change of the world is seen over many rounds
     load: tuple[float, ...] = ()
     update_time_s: float = 0.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -59,7 +60,8 @@ VALUES: tuple[Stored, ...] = (
     RequestRecord(name="requests/x", method="m", object="deployments/d", fingerprint="f", create_time_s=1.5),
     StoredCalibration(
         name="calibrations/H100.0123456789abcdef", gpu_type="H100", model="m", configuration="", groups=("MEMORY",),
-        factors=(1.5,), covariance=(0.25,), noise=0.05, prior_spread=0.3, updates=3, load=(1.0,), update_time_s=2.5,
+        factors=(1.5,), covariance=(0.25,), noise=0.05, prior_spread=0.3, updates=3, run=5, load=(1.0,),
+        update_time_s=2.5,
     ),
 )
 
@@ -91,6 +93,13 @@ def test_what_was_not_measured_is_null_and_comes_back_as_nan() -> None:
     data = codec.encode(decision)
     assert b"[1.0,null]" in data
     assert math.isnan(codec.decode_as(Decision, data).inputs[0].values[1])
+
+
+def test_a_calibration_that_was_stored_without_its_run_begins_a_run() -> None:
+    value = next(value for value in VALUES if isinstance(value, StoredCalibration))
+    body = json.loads(codec.encode(value))
+    assert body.pop("run") == 5
+    assert codec.decode(json.dumps(body).encode()) == replace(value, run=0)
 
 
 def test_a_field_that_an_older_release_did_not_write_takes_its_default() -> None:

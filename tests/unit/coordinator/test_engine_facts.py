@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from enova_coordinator.core.service_times import (
     EngineLook,
     HistogramCounts,
 )
-from enova_recommender.performance.calibration import prior, updated
+from enova_recommender.performance.calibration import Calibration, prior, updated
 from enova_recommender.performance.engine_model import EngineModel
 
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
@@ -101,7 +101,9 @@ def test_an_engine_that_shares_its_gpu_or_is_not_ready_makes_no_step() -> None:
 
 
 def test_a_calibration_comes_back_from_the_store_as_it_went_in() -> None:
-    calibration = updated(prior(), np.array([1e-3, 6e-3, 2e-3, 0.0, 1e-3]), 0.013)
+    calibration = updated(prior(0.5), np.array([1e-3, 6e-3, 2e-3, 0.0, 1e-3]), 0.05)
+    assert calibration.run == 1
+    assert all(getattr(calibration, each.name) != each.default for each in fields(Calibration))
     value = stored("calibrations/H100.x", VARIANT, known(), calibration, now_s=5.0)
     assert restored(value) == calibration
     assert value.configuration == "tensor_parallel_size=2 quantization=fp8 enforce_eager=True"
