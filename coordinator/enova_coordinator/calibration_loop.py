@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,11 +30,11 @@ from enova_coordinator.core.plan import Delete, Put, Write
 from enova_coordinator.core.service_times import EngineLook
 from enova_coordinator.known_models import KnownModels
 from enova_coordinator.policy_process import PolicyProcess
-from enova_coordinator.service_log import ServiceLog
+from enova_coordinator.service_log import ServiceLog, in_turns
 from enova_coordinator.store import Compare, Store, codec
 from enova_coordinator.store.changes import commit
 from enova_recommender.performance.correction import Correction
-from enova_recommender.performance.engine_model import EngineModel, Fit, Fitted, fitted
+from enova_recommender.performance.engine_model import EngineModel, Fit, PredictedStep, fitted
 from enova_recommender.performance.live_steps import ObservedStep
 
 INTERVAL_S = 10.0                  # model time between two looks
@@ -41,6 +42,7 @@ INTERVAL_REAL_S_MIN = 0.5          # under a fast model clock
 WRITE_EVERY_S = 60.0               # real time, of one calibration ...
 WRITE_AFTER_FACTOR = 2             # ... or when it has learnt from so many times the steps of the last write
 STEPS_MAX = 256                    # of one calibration in one round: half a millisecond each in the child
+SHOWN_MAX = 64                     # variants of one calibration whose step is told apart in one round
 CALIBRATIONS_MAX = 500
 DELETES_MAX = 50                   # in one transaction
 
@@ -64,7 +66,7 @@ class VariantSteps:
     time_s: float
     step: ObservedStep
     calibration: str
-    fitted: Fitted
+    predicted: PredictedStep
 
 
 @dataclass(slots=True)
@@ -137,7 +139,7 @@ class CalibrationLoop:
     async def round(self) -> None:
         """Look at all engines, learn, write."""
         snapshot = self._snapshot()
-        for name, work in self._work(snapshot, self.services.look(snapshot)).items():
+        for name, work in (await self._work(snapshot, await self.services.look(snapshot))).items():
             await self._learn(name, work)
         for variant in [variant for variant in self.steps if variant not in snapshot.variants]:
             del self.steps[variant]
@@ -154,10 +156,10 @@ class CalibrationLoop:
         found = ((name, restored(value)) for name, value in self.calibrations.items())
         return {name.removeprefix("calibrations/"): each.correction for name, each in found if each is not None}
 
-    def _work(self, snapshot: Snapshot, looks: list[EngineLook]) -> Mapping[str, _Work]:
+    async def _work(self, snapshot: Snapshot, looks: list[EngineLook]) -> Mapping[str, _Work]:
         found: dict[str, _Work] = {}
         models: dict[str, EngineModel | str] = {}
-        for look in looks:
+        async for look in in_turns(looks):
             variant = snapshot.variants.get(look.replica.variant)
             if variant is None:
                 continue
@@ -176,16 +178,24 @@ class CalibrationLoop:
         before = restored(known) if known is not None else None
         # Evenly over the replicas, and enough: more tell the same, and keep policies waiting.
         steps = tuple(step for _, _, step in work.steps[:: -(-len(work.steps) // STEPS_MAX)])
-        result = await self._process.run(fitted, Fit(model=work.model, calibration=before, steps=steps))
+        shown = self._shown(work)
+        fit = Fit(model=work.model, calibration=before, steps=steps, shown=tuple(step for _, _, step in shown))
+        result = await self._process.run(fitted, fit)
         self.figures.steps += len(steps)
-        for variant, time_s, step in work.steps:
-            self.steps[variant] = VariantSteps(time_s=time_s, step=step, calibration=name, fitted=result)
+        for (variant, time_s, step), predicted in zip(shown, result.predicted, strict=True):
+            self.steps[variant] = VariantSteps(time_s=time_s, step=step, calibration=name, predicted=predicted)
         value = stored(name, work.variant, work.model, result.calibration, now_s=self._wall_s())
         self.calibrations[name] = value
         written = self._written.setdefault(name, _Written())
         due_s = written.time_s + WRITE_EVERY_S
         if value.updates >= WRITE_AFTER_FACTOR * written.updates or self._monotonic_s() >= due_s:
             await self.keep(value)
+
+    def _shown(self, work: _Work) -> list[tuple[str, float, ObservedStep]]:
+        """The newest step of each variant; over the bound, of those that were shown longest ago."""
+        newest = {step[0]: step for step in work.steps}
+        shown_s = {name: each.time_s for name, each in self.steps.items()}
+        return sorted(newest.values(), key=lambda step: shown_s.get(step[0], -math.inf))[:SHOWN_MAX]
 
     async def keep(self, value: StoredCalibration) -> None:
         """Write a calibration now, and let go of those that changed longest ago, over the bound."""

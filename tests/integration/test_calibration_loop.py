@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
@@ -35,6 +36,7 @@ from enova_coordinator.store.sqlite import MEMORY, SqliteStore
 from enova_coordinator.telemetry import Telemetry, TelemetryLimits
 from enova_recommender import catalog
 from enova_recommender.performance import Correction, KernelTimes
+from enova_recommender.performance.calibration import RUN
 from enova_recommender.types import Batch
 
 pytestmark = pytest.mark.network  # a child process
@@ -46,6 +48,12 @@ WORLD = KernelTimes(
 )
 ROOM = 400_000.0
 SEQUENCES, CONTEXT = 20, 500
+OTHER_V, OTHER_R = "deployments/d/variants/v2", "deployments/d/replicas/v2-0"
+
+
+def batch(sequences: int) -> Batch:
+    """A step that decodes so many."""
+    return Batch(decode_sequences=sequences, context_tokens=sequences * CONTEXT)
 
 
 def snapshot(*, shared: bool = False) -> Snapshot:
@@ -65,7 +73,7 @@ def snapshot(*, shared: bool = False) -> Snapshot:
 
 @dataclass
 class Fleet:
-    """One engine that decodes, its telemetry, a store and a child process; the clock stands until it is moved."""
+    """Engines that decode, their telemetry, a store and a child process; the clock stands until it is moved."""
 
     store: SqliteStore
     process: PolicyProcess
@@ -73,6 +81,9 @@ class Fleet:
     snapshot: Snapshot = field(default_factory=snapshot)
     guard: CreateRevisionIs = field(default_factory=lambda: CreateRevisionIs(codec.LEADER_KEY, 0))
     steps: int = 0
+    slower: float = 1.0        # than WORLD, since the fleet was changed
+    sequences: dict[str, int] = field(default_factory=lambda: {R: SEQUENCES})  # by replica
+    decode_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     telemetry: Telemetry = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,26 +103,39 @@ class Fleet:
             monotonic_s=lambda: self.now_s,
         )
 
+    def add_variant(self, *, sequences: int) -> None:
+        """Another variant of the same configuration, with an engine of its own."""
+        known = self.snapshot
+        variant = replace(known.variants[V], name=OTHER_V)
+        replica = replace(known.replicas[R], name=OTHER_R, uid="u.1", variant=OTHER_V)
+        self.snapshot = replace(
+            known, variants={**known.variants, OTHER_V: variant}, replicas={**known.replicas, OTHER_R: replica}
+        )
+        self.sequences[OTHER_R] = sequences
+
     def frame(self, *, steps: int = 400) -> None:
-        """Ten seconds later, the engine has made so many more steps; none: it was idle."""
+        """Ten seconds later, each engine has made so many more steps; none: it was idle."""
         self.now_s += 10
         self.steps += steps
-        batch = Batch(decode_sequences=SEQUENCES, context_tokens=SEQUENCES * CONTEXT)
-        gaps = float(self.steps * SEQUENCES)
-        counters = EngineCounters(
-            instance="i", steps=float(self.steps), prompt_tokens=0.0, cached_tokens=0.0, preemptions=0.0,
-            kv_cache_tokens=ROOM,
-            histograms={
-                FIRST_TOKEN: HistogramCounts(np.zeros(23, dtype=np.int64), 0.0),
-                INTER_TOKEN: HistogramCounts(np.full(20, gaps, dtype=np.int64), gaps * WORLD.step_s(batch)),
-            },
-        )  # fmt: skip
-        row = [float("nan")] * FIRST_REQUEST_COUNT
-        row[COLUMN["running"]] = float(SEQUENCES if steps else 0)
-        row[COLUMN["kv_cache_usage"]] = SEQUENCES * CONTEXT / ROOM
+        replicas = []
+        for replica, sequences in self.sequences.items():
+            self.decode_s[replica] += steps * sequences * WORLD.step_s(batch(sequences)) * self.slower
+            gaps = float(self.steps * sequences)
+            counters = EngineCounters(
+                instance="i", steps=float(self.steps), prompt_tokens=0.0, cached_tokens=0.0, preemptions=0.0,
+                kv_cache_tokens=ROOM,
+                histograms={
+                    FIRST_TOKEN: HistogramCounts(np.zeros(23, dtype=np.int64), 0.0),
+                    INTER_TOKEN: HistogramCounts(np.full(20, gaps, dtype=np.int64), self.decode_s[replica]),
+                },
+            )  # fmt: skip
+            row = [float("nan")] * FIRST_REQUEST_COUNT
+            row[COLUMN["running"]] = float(sequences if steps else 0)
+            row[COLUMN["kv_cache_usage"]] = sequences * CONTEXT / ROOM
+            replicas.append(ObjectFigures(replica, row, "i", counters))
         frame = NodeFrame(
             node="nodes/n", boot="b", sequence=int(self.now_s), start_s=self.now_s - 10, end_s=self.now_s, gpus=[],
-            replicas=[ObjectFigures(R, row, "i", counters)], requests=[],
+            replicas=replicas, requests=[],
         )  # fmt: skip
         assert self.telemetry.add(frame, sender="nodes/n")
 
@@ -146,7 +170,7 @@ async def test_a_wrong_prior_is_corrected_stored_and_read_back_by_the_next_leade
     (known,) = first.calibrations.values()
     assert known.updates == 16  # the first look tells nothing
     assert (known.gpu_type, known.model, known.name.partition(".")[0]) == ("H100", MODEL, "calibrations/H100")
-    assert first.steps[V].fitted.predicted_s == pytest.approx(first.steps[V].step.step_s, rel=0.03)
+    assert first.steps[V].predicted.step_s == pytest.approx(first.steps[V].step.step_s, rel=0.03)
     (kept,) = await fleet.stored()
     assert known.updates / 2 <= kept.updates <= known.updates
     # The leader is gone; the next one knows what it knew, and goes on from there.
@@ -166,6 +190,51 @@ async def test_it_is_written_soon_and_then_seldom(fleet: Fleet) -> None:
     assert loop.figures.steps == 199
     # 1, 2, 4, 8, 16, ... and once a minute of six rounds.
     assert 20 <= loop.figures.writes <= 45
+
+
+async def test_a_change_of_the_world_is_noticed_over_rounds_of_one_step_each(fleet: Fleet) -> None:
+    loop = fleet.loop()
+    await load(loop)
+    await fleet.learn(loop, 200)
+    fleet.slower = 2.0
+    await fleet.learn(loop, RUN + 4)
+    assert loop.steps[V].predicted.step_s == pytest.approx(loop.steps[V].step.step_s, rel=0.15)
+
+
+async def test_a_run_outlives_the_leader(fleet: Fleet) -> None:
+    loop = fleet.loop()
+    await load(loop)
+    await fleet.learn(loop, 200)
+    fleet.slower = 2.0
+    await fleet.learn(loop, 5)
+    (known,) = loop.calibrations.values()
+    await loop.keep(known)
+    after = fleet.loop()
+    await load(after)
+    assert [each.run for each in after.calibrations.values()] == [5]
+
+
+async def test_each_variant_is_shown_its_own_step_beside_what_is_made_of_that_step(fleet: Fleet) -> None:
+    fleet.add_variant(sequences=10 * SEQUENCES)
+    loop = fleet.loop()
+    await load(loop)
+    await fleet.learn(loop, 30)
+    assert len(loop.calibrations) == 1
+    took = {variant: steps.step.step_s for variant, steps in loop.steps.items()}
+    assert took == pytest.approx({V: WORLD.step_s(batch(SEQUENCES)), OTHER_V: WORLD.step_s(batch(10 * SEQUENCES))})
+    assert took[OTHER_V] > 1.2 * took[V]
+    assert {variant: steps.predicted.step_s for variant, steps in loop.steps.items()} == pytest.approx(took, rel=0.05)
+
+
+async def test_more_variants_than_are_shown_in_one_round_take_turns(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("enova_coordinator.calibration_loop.SHOWN_MAX", 1)
+    fleet.add_variant(sequences=SEQUENCES)
+    loop = fleet.loop()
+    await load(loop)
+    await fleet.learn(loop, 4)
+    assert sorted(steps.time_s for steps in loop.steps.values()) == [fleet.now_s - 10, fleet.now_s]
 
 
 async def test_a_leader_of_the_past_writes_nothing(fleet: Fleet) -> None:

@@ -15,7 +15,7 @@ from enova_recommender.recommend.max_tokens import Kind, Limits, NoLimit
 DIMENSION = 128                    # of vectors: neighbours of one kind are found in 98 of 100 cases
 
 SAMPLES_PER_S = 20.0               # answers of one deployment that all ingresses report together: 3 kB a second
-SAMPLES_PER_S_MIN = 0.05           # of one ingress, however many there are: beyond 400 they report more than SAMPLES_PER_S
+SAMPLES_PER_S_MIN = 0.05           # of one ingress, however many there are: beyond 400, more in all
 LIMIT_STEP = 0.03                  # a limit that moved by less is not said anew
 
 _WHY_NONE = {

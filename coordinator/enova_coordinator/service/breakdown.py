@@ -117,7 +117,7 @@ def _add_steps(answer: breakdown_service_pb2.Breakdown, learner: CalibrationLoop
 
 
 def _steps(variant: Variant, steps: VariantSteps) -> breakdown_service_pb2.StepBreakdown:
-    parts, predicted_s = steps.step.parts, steps.fitted.predicted_s
+    parts, predicted_s = steps.step.parts, steps.predicted.step_s
     return breakdown_service_pb2.StepBreakdown(
         variant=variant.name,
         time_s=steps.time_s,
@@ -128,7 +128,7 @@ def _steps(variant: Variant, steps: VariantSteps) -> breakdown_service_pb2.StepB
         context_tokens=math.fsum(share * batch.context_tokens for share, batch in parts),
         shares=[
             breakdown_service_pb2.KernelShare(kernel=kernel, seconds=seconds, share=seconds / predicted_s)
-            for kernel, seconds in sorted(steps.fitted.kernels.items(), key=lambda item: -item[1])
+            for kernel, seconds in sorted(steps.predicted.kernels.items(), key=lambda item: -item[1])
             if seconds > 0
         ],
     )

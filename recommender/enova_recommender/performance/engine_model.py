@@ -100,34 +100,48 @@ def _plain(value: object) -> object:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """What is asked: the calibration after these steps, oldest first. None: nothing was measured before."""
+    """What is asked: the calibration after `steps`, oldest first, and predictions of those in `shown`.
+
+    `calibration` None: nothing was measured before.
+    """
 
     model: EngineModel
     calibration: Calibration | None
     steps: tuple[ObservedStep, ...]
+    shown: tuple[ObservedStep, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictedStep:
+    """What the corrected model makes of one observed step; `kernels` are its seconds by class."""
+
+    step_s: float
+    kernels: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
-    """The answer; `predicted_s` and `kernels` (seconds by class) are of the newest step, by the corrected model."""
+    """The answer; `predicted` are those of `Fit.shown`, in its order."""
 
     calibration: Calibration
-    predicted_s: float
-    kernels: Mapping[str, float]
+    predicted: tuple[PredictedStep, ...]
 
 
 def fitted(fit: Fit) -> Fitted:
-    """The calibration after some steps, and what the corrected model makes of the newest one."""
+    """The calibration after some steps, and what the corrected model makes of those that are shown."""
     assert fit.steps, "nothing to learn from"
     times = _times(fit.model)
     calibration = learnt(fit.calibration or prior(times.spread), times, fit.steps)
     corrected = times.corrected(calibration.correction)
-    newest = fit.steps[-1]
+    return Fitted(calibration=calibration, predicted=tuple(_predicted(corrected, step) for step in fit.shown))
+
+
+def _predicted(times: KernelTimes, step: ObservedStep) -> PredictedStep:
     kernels: dict[str, float] = {}
-    for share, batch in newest.parts:
-        for kernel, seconds in corrected.shares(batch).items():
+    for share, batch in step.parts:
+        for kernel, seconds in times.shares(batch).items():
             kernels[kernel.value] = kernels.get(kernel.value, 0.0) + share * seconds
-    return Fitted(calibration=calibration, predicted_s=math.fsum(kernels.values()), kernels=kernels)
+    return PredictedStep(step_s=math.fsum(kernels.values()), kernels=kernels)
 
 
 @lru_cache(maxsize=MODELS_REMEMBERED)

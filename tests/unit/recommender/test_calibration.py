@@ -232,10 +232,12 @@ def test_whatever_comes_factors_stay_in_range_and_the_covariance_positive(rows: 
 def test_what_is_fitted_says_what_a_step_takes_by_kernel() -> None:
     world = TIMES.corrected(TRUTH)
     steps = tuple(ObservedStep.of(decoding(n), world.step_s(decoding(n))) for n in (8, 16, 32, 64))
-    result = fitted(Fit(model=EngineModel(shape=SHAPE, gpu=H100), calibration=None, steps=steps))
+    shown = (steps[3], steps[0])
+    result = fitted(Fit(model=EngineModel(shape=SHAPE, gpu=H100), calibration=None, steps=steps, shown=shown))
     assert result.calibration.updates == 4
-    assert sum(result.kernels.values()) == pytest.approx(result.predicted_s)
-    assert result.predicted_s == pytest.approx(world.step_s(decoding(64)), rel=0.05)
+    for step, predicted in zip(shown, result.predicted, strict=True):
+        assert sum(predicted.kernels.values()) == pytest.approx(predicted.step_s)
+        assert predicted.step_s == pytest.approx(step.step_s, rel=0.05)
     again = fitted(Fit(model=EngineModel(shape=SHAPE, gpu=H100), calibration=result.calibration, steps=steps))
     assert again.calibration.updates == 8
 
