@@ -39,7 +39,7 @@ test: setup ## all tests, real etcd and real vLLM included (VLLM=0 leaves vLLM o
 	@tests/tools/run_tests "$(PYTHON)" "$(VLLM_VENV)" "$(VLLM)" $(ARGS)
 
 test-fast: setup ## the tests that need neither network nor servers, under a minute
-	@$(BIN)/pytest -q -m "$(FAST)" $(ARGS)
+	@$(BIN)/pytest -q -n auto -m "$(FAST)" $(ARGS)
 
 lint: setup ## linters, strict types, import contracts
 	$(BIN)/ruff check .

@@ -93,6 +93,8 @@ class Programme:
         if not self._row_bounds:
             return None
         low, high = self._bounds()
+        if not self.variables:  # every sum is empty
+            return (0.0, np.zeros(len(rows))) if bool((low <= 0).all() and (high >= 0).all()) else None
         matrix = self._matrix()
         above, below = np.isfinite(high), np.isfinite(low)
         bounded = vstack([matrix[above], -matrix[below]], format="csr")

@@ -257,6 +257,12 @@ def test_nothing_wanted_is_nothing_placed() -> None:
     assert found.cost_per_hour == 0
 
 
+def test_nothing_wanted_where_nothing_fits_is_an_answer_as_well() -> None:
+    found = allocate(request([node("s", SMALL, 1)], deployment("a", 0, [option("big", BIG, 1)])), EXACT)
+    assert not found.replicas
+    assert not found.unmet
+
+
 def test_an_option_that_another_outdoes_changes_nothing() -> None:
     better, worse = option("better", BIG, 2), option("worse", BIG, 1)
     found = allocate(request(nodes(1), deployment("a", 4, [worse, better])))
