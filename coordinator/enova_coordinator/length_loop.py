@@ -3,7 +3,9 @@
 Each round takes, for every deployment that asks for it, the answers that came since the last, and has its own child
 process learn from them; nothing here computes. What is known lies in a file of this coordinator, written at most once a
 minute, so that its restart costs nothing; another leader learns anew, with the same projection. A deployment that is
-switched off, or gone, is forgotten, its file included. Vectors and lengths are all that there is: no text comes here.
+switched off, or gone, is forgotten, its file included: in its first round, and then each minute, a leader removes all
+files but those of deployments that want them, or that it cannot read. Vectors and lengths are all that there is: no
+text comes here.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +52,9 @@ from enova_recommender.recommend.max_tokens import (
 
 INTERVAL_REAL_S = 5.0              # between two rounds
 WRITE_EVERY_S = 60.0               # real time, of one deployment's file
+SWEEP_EVERY_S = 60.0               # real time, of the folder; at once when a deployment is forgotten
+
+_KEPT, _DRAFT = ".json", ".draft"   # files of a deployment
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +117,7 @@ class LengthLoop:
         self._interval_s = interval_s
         self._learners: dict[str, _Learner] = {}
         self._said: dict[str, LengthRules] = {}
+        self._swept_s = -math.inf
 
     async def run(self) -> None:
         """Learn round after round, until cancelled; what is known is written at the end."""
@@ -125,12 +132,13 @@ class LengthLoop:
 
     async def round(self) -> None:
         """Learn from what came since the last round, and say the rules."""
+        snapshot = self._control.snapshot
         wanted = {
             deployment.name: deployment
-            for deployment in self._control.snapshot.deployments.values()
+            for deployment in snapshot.deployments.values()
             if deployment.spec.max_tokens_policy.mode is not MaxTokensMode.OFF and not deployment.deleting
         }
-        self._forget(wanted)
+        await self._forget(snapshot, wanted)
         self._telemetry.want_lengths(wanted)
         rules: dict[str, LengthRules] = {}
         for name, deployment in wanted.items():
@@ -154,6 +162,8 @@ class LengthLoop:
         if known is None or known.uid != deployment.uid:
             self.states.pop(deployment.name, None)
             read = await asyncio.to_thread(read_knowledge, self._path(deployment.name), deployment.uid)
+            if read is None:  # it may be of a deployment of this name that is gone
+                self.figures.failures += await asyncio.to_thread(_remove, self._path(deployment.name))
             method, knowledge = read or (METHOD, nothing_known(DIMENSION))
             known = self._learners[deployment.name] = _Learner(deployment.uid, method, knowledge)
         return known
@@ -211,19 +221,25 @@ class LengthLoop:
         assert rules is not None, deployment.name
         return rules
 
-    def _forget(self, wanted: Mapping[str, Deployment]) -> None:
-        for name in self._learners.keys() - wanted.keys():
+    async def _forget(self, snapshot: Snapshot, wanted: Mapping[str, Deployment]) -> None:
+        gone = self._learners.keys() - wanted.keys()
+        for name in gone:
             del self._learners[name]
             self.states.pop(name, None)
-            self._path(name).unlink(missing_ok=True)
+        now_s = self._monotonic_s()
+        if not snapshot.revision or not (gone or now_s - self._swept_s >= SWEEP_EVERY_S):
+            return                 # before the store was read, nothing is known to be unwanted
+        self._swept_s = now_s
+        kept = frozenset(self._path(name).name for name in (*wanted, *snapshot.frozen))
+        self.figures.failures += await asyncio.to_thread(_sweep, self._folder, kept)
 
     def _path(self, deployment: str) -> Path:
-        return self._folder / f"{deployment.removeprefix('deployments/')}.json"
+        return self._folder / f"{deployment.removeprefix('deployments/')}{_KEPT}"
 
     def _write(self, name: str, learner: _Learner) -> None:
         value = {"uid": learner.uid, "method": learner.method, "knowledge": to_plain(learner.known)}
         path = self._path(name)
-        draft = path.with_suffix(".draft")
+        draft = path.with_suffix(_DRAFT)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             draft.write_text(json.dumps(value), "utf-8")
@@ -232,6 +248,28 @@ class LengthLoop:
             log.warning("what is known of the answers of %s is not kept: %s", name, error)
             return
         learner.written_s, learner.unwritten = self._monotonic_s(), False
+
+
+def _sweep(folder: Path, kept: frozenset[str]) -> int:
+    """Remove the files of all deployments but those to be kept, and drafts that were given up; how many stayed."""
+    try:
+        found = [path for path in folder.iterdir() if path.suffix in {_KEPT, _DRAFT} and path.name not in kept]
+    except FileNotFoundError:
+        return 0                   # nothing was ever written
+    except OSError as error:
+        log.warning("what is known of answers is not looked through: %s", error)
+        return 1
+    return sum(_remove(path) for path in found)
+
+
+def _remove(path: Path) -> int:
+    """Remove a file if there is one; 1 if it stays."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("what was known of the answers of a deployment stays on disk: %s", error)
+        return 1
+    return 0
 
 
 def read_knowledge(path: Path, uid: str) -> tuple[int, Knowledge] | None:

@@ -71,6 +71,7 @@ class Fleet:
     rules: Mapping[str, LengthRules] = field(default_factory=dict)
     told: int = 0
     sequence: int = 0
+    now_s: float = 1000.0
     telemetry: Telemetry = field(init=False)
     loop: LengthLoop = field(init=False)
 
@@ -81,7 +82,7 @@ class Fleet:
     def new_leader(self) -> None:
         models = KnownModels(now_s=lambda: 0.0)
         self.loop = LengthLoop(
-            self, self.telemetry, models, self.process, folder=self.folder, monotonic_s=lambda: 1000.0
+            self, self.telemetry, models, self.process, folder=self.folder, monotonic_s=lambda: self.now_s
         )
 
     def set_length_rules(self, rules: Mapping[str, LengthRules]) -> None:
@@ -179,6 +180,80 @@ async def test_switched_off_is_forgotten(tmp_path: Path) -> None:
         assert not fleet.rules
         assert not fleet.loop.states
         assert not list((tmp_path / "lengths").iterdir())
+
+
+def _files(folder: Path, *names: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_text("{}")
+
+
+def _left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+async def test_what_an_earlier_leader_left_of_others_is_removed_in_the_first_round(tmp_path: Path) -> None:
+    async with _fleet(tmp_path) as fleet:
+        await fleet.round(*_two_kinds())
+        folder = tmp_path / "lengths"
+        _files(folder, "gone.json", "gone.draft", "d.draft", "notes.txt")
+        fleet.new_leader()
+        await fleet.loop.round()
+        assert _left(folder) == {"d.json", "notes.txt"}
+        assert len(fleet.limits) == 2
+        fleet.snapshot = _snapshot(MaxTokensMode.OFF)
+        fleet.new_leader()
+        await fleet.loop.round()
+        assert _left(folder) == {"notes.txt"}
+
+
+async def test_nothing_is_removed_before_the_store_was_read_or_where_it_cannot_be_read(tmp_path: Path) -> None:
+    async with _fleet(tmp_path) as fleet:
+        folder = tmp_path / "lengths"
+        _files(folder, "gone.json", "strange.json", "d.json")
+        fleet.snapshot = Snapshot()
+        await fleet.loop.round()
+        assert _left(folder) == {"gone.json", "strange.json", "d.json"}
+        fleet.snapshot = Snapshot(revision=1, unreadable=frozenset({"deployments/strange", f"{NAME}/variants/v1"}))
+        await fleet.loop.round()
+        assert _left(folder) == {"strange.json", "d.json"}
+
+
+async def test_a_file_that_cannot_be_removed_costs_nothing_else_and_is_tried_again(tmp_path: Path) -> None:
+    async with _fleet(tmp_path) as fleet:
+        folder = tmp_path / "lengths"
+        _files(folder, "gone.json")
+        (folder / "stuck.json" / "inside").mkdir(parents=True)  # no user can unlink a folder
+        await fleet.loop.round()
+        assert (fleet.loop.figures.failures, fleet.loop.figures.rounds) == (1, 1)
+        assert _left(folder) == {"stuck.json"}
+        assert NAME in fleet.rules
+        (folder / "stuck.json" / "inside").rmdir()
+        (folder / "stuck.json").rmdir()
+        _files(folder, "stuck.json")
+        await fleet.loop.round()
+        assert _left(folder) == {"stuck.json"}
+        fleet.now_s += 60
+        await fleet.loop.round()
+        assert _left(folder) == set()
+        assert fleet.loop.figures.failures == 1
+
+
+async def test_a_deployment_that_was_made_anew_removes_the_file_of_the_old_one(tmp_path: Path) -> None:
+    async with _fleet(tmp_path) as fleet:
+        await fleet.round(*_two_kinds())
+        fleet.snapshot = _snapshot(uid="u2")
+        await fleet.loop.round()
+        assert _left(tmp_path / "lengths") == set()
+        assert fleet.rules[NAME].kinds == ()
+
+
+async def test_a_folder_that_cannot_be_listed_ends_no_term(tmp_path: Path) -> None:
+    async with _fleet(tmp_path) as fleet:
+        (tmp_path / "lengths").write_text("a file where the folder belongs")
+        await fleet.loop.round()
+        assert fleet.loop.figures.rounds == 1
+        assert fleet.loop.figures.failures >= 1
 
 
 async def test_another_cut_share_gives_other_limits_of_the_same_answers(tmp_path: Path) -> None:
