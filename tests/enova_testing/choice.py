@@ -35,6 +35,8 @@ from enova_recommender.scaling.types import GpuFacts
 from enova_recommender.types import Batch, Experts, GpuModel, ModelShape, Parallelism, Precision
 from enova_testing.benchmark import read_rows
 
+COLD_ASSURANCE = 0.9      # chance that a choice holds, by the error that is expected of it
+TRIAL_ASSURANCE = 0.97    # after trials, which cost less than a wrong choice
 BATCHED_TOKENS = 8192     # vLLM's default on these GPUs; neither set says otherwise
 TARGETS_S = (0.020, 0.030, 0.040, 0.050, 0.075, 0.100)
 MEASURED = 3              # settings that are known after a first trial
@@ -245,6 +247,15 @@ def trials(group: Group) -> list[Trial]:
         )
         for one in group.settings
     ]  # fmt: skip
+
+
+def our_rules(taught: Taught, seeds: Iterable[int]) -> list[tuple[str, int | None, Rule]]:
+    """Ours by how much they know: the model and the GPU; other families of the set as well; three trials too."""
+    return [
+        ("cold", None, shipped_rule(taught, COLD_ASSURANCE)),
+        ("cold_taught", None, taught_rule(taught, COLD_ASSURANCE)),
+        *(("after3", seed, taught_rule(taught, TRIAL_ASSURANCE, seed=seed)) for seed in seeds),
+    ]
 
 
 def shipped_rule(taught: Taught, assurance: float) -> Rule:

@@ -3,7 +3,8 @@
 Theory of operation. With n sequences decoding at all times, n / L prompts end up in each step on average (L decode
 steps a request), and how many come into one step is Poisson. A step lasts d, or d plus what its prompts add; prompts
 beyond `max_num_batched_tokens` go on in the next. This is what clients see who send the next request as soon as one is
-answered, and what max_num_seqs means for the time between tokens when load is high.
+answered, and what max_num_seqs means for the time between tokens when load is high. Advice itself counts open arrivals
+(`capacity`); so far only the benchmark of choices, `recommender_choice`, asks this module.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ What is left over of the logarithm of a measured step is a sum of independent no
 GPU, one that changes slowly with the number of sequences on one layout, and noise. Their deviations are chosen by
 likelihood on the models that were learnt from. Given some measured settings of the model at hand the parts of the
 others follow as the conditional normal distribution (a Gaussian process): near to what was measured little is left.
+
+So far only the benchmark of choices, `recommender_choice`, learns so: live engines are corrected by `calibration`.
 """
 
 from __future__ import annotations

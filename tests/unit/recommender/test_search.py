@@ -17,6 +17,7 @@ from enova_recommender.recommend.search_space import Pool, SearchSpace
 from enova_recommender.recommend.types import Constraint, InventoryNode, Objectives, Workload
 from enova_recommender.types import ModelShape, Parallelism
 from enova_testing.advice import CHAT, gpu, model, nodes, times, workload
+from enova_testing.search_speed import evaluations, space_for
 
 PROMISED = Objectives(ttft_s=1.0, tpot_s=0.03)
 SMALL = SearchSpace(
@@ -270,3 +271,21 @@ def test_each_candidate_has_the_figures_of_its_own_settings() -> None:
         )  # fmt: skip
         assert one.prediction.ttft_s.value == pytest.approx(single.ttft_s.value, rel=0.05)
         assert one.prediction.kv_tokens == pytest.approx(single.kv_tokens, rel=1e-3)
+
+
+# -- what the benchmark of speed counts
+
+
+def test_work_is_counted_once_for_candidates_that_share_their_figures() -> None:
+    layouts = replace(SMALL, parallelisms=(Parallelism(), Parallelism(tensor=3)))  # 3 divides no model's heads
+    one, lens = (searched(space=replace(layouts, max_model_lens=values)) for values in ((16384,), (16384, 32768)))
+    assert len(lens) == 2 * len(one)
+    possible = [group for group in one.groups if group.found is not None]
+    assert evaluations(lens) == evaluations(one) == len(possible) * len(one.settings)
+    assert len(possible) < len(one.groups), "layouts that cannot be are no work"
+
+
+def test_a_space_holds_no_configuration_twice() -> None:
+    plain = workload(rate=30.0, lengths=CHAT)
+    assert space_for(plain).prefix_caching == (True,)
+    assert set(space_for(replace(plain, cached_prefix_share=0.3)).prefix_caching) == {True, False}
