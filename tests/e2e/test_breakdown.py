@@ -54,7 +54,7 @@ def test_the_parts_add_up_to_the_time_end_to_end(loaded: UpFleet) -> None:
         """
         found.update(breakdown(loaded))
         counts = [part["count"] for part in (*found["parts"], found["end_to_end"])]
-        return min(counts) >= REQUESTS and max(counts) - min(counts) <= 3
+        return bool(min(counts) >= REQUESTS and max(counts) - min(counts) <= 3)
 
     until(counted_alike, timeout_s=30, what="the same requests in all parts")
     parts = {part["name"]: part for part in found["parts"]}

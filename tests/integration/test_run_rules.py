@@ -35,6 +35,11 @@ def test_in_ci_a_skip_that_is_not_in_the_list_fails_the_run(tmp_path: Path) -> N
     assert "unexpected skip: test_planted.py::test_it" in done.stdout
 
 
+def test_a_second_try_of_what_failed_cannot_make_up_for_a_skip(tmp_path: Path) -> None:
+    done = run(tmp_path, f"{SKIPS}\n\ndef test_other():\n    assert False\n", CI="true")
+    assert done.returncode == 7
+
+
 def test_a_skip_in_the_list_and_a_skip_outside_ci_pass(tmp_path: Path) -> None:
     assert run(tmp_path, SKIPS, "test_planted.py::test_it # no such device here", CI="true").returncode == 0
     assert run(tmp_path, SKIPS).returncode == 0
