@@ -235,7 +235,8 @@ class World:
                     node=node, boot="boot", sequence=self._sequence, start_s=start_s, end_s=self.now_s,
                     gpus=tuple(engine.gpu() for engine in here),
                     replicas=tuple(engine.reading() for engine in here),
-                    requests=tuple(engine.requests() for engine in here),
+                    # As the real ingress does: nothing of replicas that nothing happened to.
+                    requests=tuple(r for each in here if (r := each.requests()).arrived or r.finished or r.held),
                 )  # fmt: skip
 
 

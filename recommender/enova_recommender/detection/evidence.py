@@ -45,6 +45,7 @@ LEAK_FACTOR = 1.1            # times what the longest sequences could hold
 CUT_FACTOR, CUT_SLACK = 2.0, 0.05
 LOAD_TAU_S = 300.0
 LOAD_MAX = 0.6               # of what one replica fewer carries
+NOT_SERVING = (Progress.SUSPECT, Progress.HUNG, Progress.DOWN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +88,7 @@ class Evidence:
         votes[:, Cause.OVERLOAD] = _overload(step, queue)
         votes[:, Cause.CUT] = self._cut(placements, step)
         votes[:, Cause.IDLE] = np.select([signals.progress == Progress.IDLE, ~reported], [1, 0], -1)
-        votes[:, Cause.SURPLUS] = self._surplus(step, placements)
+        votes[:, Cause.SURPLUS] = self._surplus(step, signals, placements)
         # A replica that starts, drains or stopped serves nobody: only what befell its process can be said.
         votes[~ready & reported, Cause.HUNG :] = -1
         votes[~reported, Cause.CRASH_LOOP :] = 0
@@ -154,12 +155,13 @@ class Evidence:
         enough = self._memory[3] >= FAILURES_MIN
         return _votes(enough & (share > CUT_FACTOR * meant + CUT_SLACK), enough & (share <= CUT_FACTOR * meant))
 
-    def _surplus(self, step: FeatureStep, placements: Mapping[str, Placement]) -> Votes:
-        """One replica fewer would hold: of a deployment of two or more that all are measured."""
+    def _surplus(self, step: FeatureStep, signals: Signals, placements: Mapping[str, Placement]) -> Votes:
+        """One replica fewer would hold: of a deployment of two or more that all are measured and all serve."""
         capacity = _column(step, placements, "capacity_rps")
         names = [placements[name].deployment if name in placements else "" for name in step.replicas]
         _, index = np.unique(np.array(names, dtype=str), return_inverse=True)
-        known = np.isfinite(capacity) & np.isfinite(self._load)
+        serves = (step.of(Feature.READY) == 1.0) & ~np.isin(signals.progress, NOT_SERVING)
+        known = np.isfinite(capacity) & np.isfinite(self._load) & serves
         count = np.bincount(index)
         whole = np.bincount(index, weights=known) == count
         load = np.bincount(index, weights=np.where(known, self._load, 0.0))

@@ -49,7 +49,7 @@ _RATES = (
 _SUMS = len(_RATES)      # then: sums of TTFT and of gaps, count and sum of queueing
 _COUNTERS = _SUMS + 4
 _PERCENTILES = ((TTFT, Feature.TTFT_P95_S), (INTER_TOKEN, Feature.TPOT_P95_S))
-_DOWN = frozenset({"FAILED", "STOPPED", "LOST"})
+_DOWN = frozenset({"FAILED", "LOST"})  # a stopped one was asked to
 
 
 class Rejection(StrEnum):
@@ -322,6 +322,9 @@ class FeatureFold:
 
     def _put_requests(self, values: Floats, pending: _Pending) -> None:
         columns = [COLUMN[each] for each in (Feature.ARRIVALS, Feature.FINISHED, Feature.FAILED, Feature.REFUSED)]
+        # An ingress that tells what it holds of a replica, and nothing else of it, had no request for it.
+        quiet = (row for row, reading in pending.newest.items() if not math.isnan(reading.held))
+        values[np.ix_([row for row in quiet if row not in pending.requests], columns)] = 0.0
         for row, counts in pending.requests.items():
             values[row, columns] = np.array(counts) / self.settings.step_s
         held: dict[int, float] = {}

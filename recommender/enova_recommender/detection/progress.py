@@ -68,16 +68,18 @@ class ProgressWatch:
         ready = step.of(Feature.READY) != 0.0
         rates = np.array([step.of(each) for each in _MOVING])
         moving, counted = (rates > 0).any(axis=0), ~np.isnan(rates).all(axis=0)
+        moving |= step.of(Feature.FINISHED) > 0.0  # as the ingress counts: also where metrics cannot be read
         held = np.fmax(step.of(Feature.HELD), step.of(Feature.RUNNING) + np.nan_to_num(step.of(Feature.WAITING)))
         works = _at_least(held, 1.0)
+        nobody = ~np.isnan(held) & ~works
         stands = reported & works & ready & ~moving & (counted | silent)
         self._stalled_s = self._grown(count)
         span_s = np.where(np.isnan(step.of(Feature.SPAN_S)), step_s, step.of(Feature.SPAN_S))
-        ended = reported & (moving | ~ready | (counted & ~works)) | _at_least(step.of(Feature.RESTARTS), 1.0)
+        ended = reported & (moving | ~ready | (counted & nobody)) | _at_least(step.of(Feature.RESTARTS), 1.0)
         # A gap in the data neither adds to a stall nor ends it.
         self._stalled_s = np.where(ended, 0.0, self._stalled_s + np.where(stands, np.minimum(span_s, 2 * step_s), 0.0))
         codes = np.full(count, Progress.UNKNOWN, dtype=np.int8)
-        codes[reported & counted & ~works] = Progress.IDLE
+        codes[reported & counted & nobody] = Progress.IDLE
         codes[reported & moving] = Progress.BUSY
         codes[stands] = self._stage(step, longest_step_s)[stands]
         codes[_at_least(step.of(Feature.DOWN), 1.0)] = Progress.DOWN

@@ -85,6 +85,18 @@ def test_an_engine_that_does_not_answer_while_requests_are_held_stands_still() -
     assert [watch.update(silent, step_s=STEP_S)[0] for _ in range(4)][-1] == Progress.HUNG
 
 
+def test_an_engine_whose_metrics_cannot_be_read_but_whose_requests_end_is_busy() -> None:
+    watch = ProgressWatch(series=1)
+    blind = step(age_s=[1.0], ready=[1.0], held=[4.0], finished=[2.0])
+    assert [watch.update(blind, step_s=STEP_S)[0] for _ in range(10)][-1] == Progress.BUSY
+
+
+def test_without_a_gauge_nobody_knows_that_an_engine_is_idle() -> None:
+    watch = ProgressWatch(series=1)
+    assert watch.update(step(age_s=[1.0], ready=[1.0], generation_tokens=[0.0]), step_s=STEP_S)[0] == Progress.UNKNOWN
+    assert watch.update(stands(held=[0.0], running=[0.0]), step_s=STEP_S)[0] == Progress.IDLE
+
+
 def test_a_gap_in_the_data_neither_adds_to_a_standstill_nor_ends_it() -> None:
     watch = ProgressWatch(series=1)
     for _ in range(2):
