@@ -47,7 +47,7 @@ class EventLog:
             severity=severity,
         )
         if len(self._ring) == self._ring.maxlen:
-            self._forgotten = _revision(self._ring[0])
+            self._forgotten = self._ring[0].revision
             if self._last.get(self._ring[0].object) is self._ring[0]:
                 del self._last[self._ring[0].object]
         self._ring.append(event)
@@ -77,7 +77,7 @@ class EventLog:
         queue: asyncio.Queue[Event] = asyncio.Queue(QUEUE_MAX)
         self._readers.add(queue)
         try:
-            past = [event for event in self._ring if _revision(event) > after and _about(event, obj)] if after else []
+            past = [event for event in self._ring if event.revision > after and _about(event, obj)] if after else []
             if past:
                 yield past
             while True:
@@ -101,10 +101,6 @@ class EventLog:
             remedy="list the events, then watch on from the revision that came with the list",
             metadata={"oldest_revision": str(self._forgotten), "newest_revision": str(self._newest)},
         )
-
-
-def _revision(event: Event) -> int:
-    return int(event.name.removeprefix("events/"))
 
 
 def _about(event: Event, obj: str) -> bool:

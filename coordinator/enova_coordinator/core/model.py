@@ -456,6 +456,11 @@ class Event:
     create_time_s: float
     severity: Severity = Severity.NORMAL
 
+    @property
+    def revision(self) -> int:
+        """Where a watch goes on behind it."""
+        return int(self.name.removeprefix("events/"))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:

@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from enova.v1 import decision_service_pb2, decision_service_pb2_grpc
-from enova_common.errors import InvalidField, NotFound
+from enova_common.errors import NotFound
 from enova_coordinator.core.explain import explain
 from enova_coordinator.core.model import Decision
 from enova_coordinator.service import convert, names, paging
 from enova_coordinator.service.leading import Chair, actor
 from enova_coordinator.service.live import live_words
-from enova_coordinator.service.watching import watch
+from enova_coordinator.service.watching import check_resume_revision, watch
 from enova_coordinator.store import Store, codec
 
 Context = Any  # grpc.aio.ServicerContext of whatever messages
@@ -96,14 +96,11 @@ class DecisionService(decision_service_pb2_grpc.DecisionServiceServicer):
         """What happened after resume_revision, or from now on, and what happens."""
         actor(context)
         log = self._chair.leading().events
-        if request.resume_revision < 0:
-            raise InvalidField(
-                f"{request.resume_revision} is negative", field="resume_revision", remedy="leave it out"
-            )
+        check_resume_revision(request.resume_revision, remedy="leave it out")
         async for events in log.watch(request.object, after=request.resume_revision):
             yield decision_service_pb2.WatchEventsResponse(
                 events=[convert.event_message(each) for each in events],
-                revision=int(events[-1].name.removeprefix("events/")),
+                revision=events[-1].revision,
             )
 
     async def Explain(  # noqa: N802

@@ -10,10 +10,11 @@ from typing import Any
 from google.protobuf.empty_pb2 import Empty
 
 from enova.v1 import cluster_pb2, node_service_pb2, node_service_pb2_grpc
-from enova_common.errors import Conflict, InvalidField, NotFound
+from enova_common.errors import Conflict, NotFound
 from enova_coordinator.core.model import Node, NodeState, NodeView
 from enova_coordinator.service import convert, names, paging
 from enova_coordinator.service.leading import Chair, Leading, actor
+from enova_coordinator.service.watching import check_resume_revision
 from enova_coordinator.service.writes import Writes, call
 
 Context = Any  # grpc.aio.ServicerContext of whatever messages
@@ -61,10 +62,7 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
         Most of a node is the leader's memory and has no history: who resumes is told everything and misses nothing.
         """
         actor(context)
-        if request.resume_revision < 0:
-            raise InvalidField(
-                f"{request.resume_revision} is negative", field="resume_revision", remedy="leave it out"
-            )
+        check_resume_revision(request.resume_revision, remedy="leave it out")
         shown: dict[str, cluster_pb2.Node] = {}
         first = True
         while True:

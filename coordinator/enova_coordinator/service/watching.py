@@ -23,11 +23,16 @@ class Batch(Generic[V]):
     deleted: tuple[str, ...] = ()
 
 
+def check_resume_revision(revision: int, *, remedy: str) -> None:
+    """Raises InvalidField for one that no answer can have borne."""
+    if revision < 0:
+        raise InvalidField(f"{revision} is negative", field="resume_revision", remedy=remedy)
+
+
 async def watch(store: Store, kind: type[V], prefix: str, *, resume_revision: int) -> AsyncIterator[Batch[V]]:
     """Changes of the objects under a prefix. Raises TooLarge (OUT_OF_RANGE) outside of the history."""
     after = resume_revision
-    if after < 0:
-        raise InvalidField(f"{after} is negative", field="resume_revision", remedy="leave it out to get everything")
+    check_resume_revision(after, remedy="leave it out to get everything")
     entries, newest = await store.range(prefix, limit=1 if after else 0)
     if after > newest:
         raise TooLarge(
