@@ -81,6 +81,7 @@ class Gpu(_message.Message):
     PCI_BUS_ID_FIELD_NUMBER: _builtins.int
     SIMULATED_FIELD_NUMBER: _builtins.int
     FREE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
     index: _builtins.int
     type: _builtins.str
@@ -90,6 +91,10 @@ class Gpu(_message.Message):
     simulated: _builtins.bool
     free_memory_bytes: _builtins.int
     """as last reported; what others than enova hold is missing from it"""
+    @_builtins.property
+    def facts(self) -> Global___GpuFacts:
+        """what its driver tells of it, absent where it has none"""
+
     def __init__(
         self,
         *,
@@ -100,14 +105,102 @@ class Gpu(_message.Message):
         pci_bus_id: _builtins.str = ...,
         simulated: _builtins.bool = ...,
         free_memory_bytes: _builtins.int = ...,
+        facts: Global___GpuFacts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_memory_bytes", b"free_memory_bytes", "index", b"index", "memory_bytes", b"memory_bytes", "pci_bus_id", b"pci_bus_id", "simulated", b"simulated", "type", b"type", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "free_memory_bytes", b"free_memory_bytes", "index", b"index", "memory_bytes", b"memory_bytes", "pci_bus_id", b"pci_bus_id", "simulated", b"simulated", "type", b"type", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Gpu: _TypeAlias = Gpu  # noqa: Y015
+
+@_typing.final
+class GpuFacts(_message.Message):
+    """What a driver tells of a GPU, from which one that no catalogue knows is described. Absent: it does not tell."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SM_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
+    MEMORY_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
+    BUS_WIDTH_BITS_FIELD_NUMBER: _builtins.int
+    CORES_FIELD_NUMBER: _builtins.int
+    COMPUTE_CAPABILITY_FIELD_NUMBER: _builtins.int
+    POWER_LIMIT_W_FIELD_NUMBER: _builtins.int
+    LINK_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    PCIE_GENERATION_FIELD_NUMBER: _builtins.int
+    PCIE_LANES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """the driver's"""
+    sm_clock_mhz: _builtins.float
+    """the highest"""
+    memory_clock_mhz: _builtins.float
+    """the highest"""
+    bus_width_bits: _builtins.int
+    cores: _builtins.int
+    compute_capability: _builtins.float
+    power_limit_w: _builtins.float
+    link_bytes_per_s: _builtins.float
+    """of all NVLinks that are up, one direction"""
+    pcie_generation: _builtins.int
+    pcie_lanes: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        sm_clock_mhz: _builtins.float | None = ...,
+        memory_clock_mhz: _builtins.float | None = ...,
+        bus_width_bits: _builtins.int | None = ...,
+        cores: _builtins.int | None = ...,
+        compute_capability: _builtins.float | None = ...,
+        power_limit_w: _builtins.float | None = ...,
+        link_bytes_per_s: _builtins.float | None = ...,
+        pcie_generation: _builtins.int | None = ...,
+        pcie_lanes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bus_width_bits", b"_bus_width_bits", "_compute_capability", b"_compute_capability", "_cores", b"_cores", "_link_bytes_per_s", b"_link_bytes_per_s", "_memory_clock_mhz", b"_memory_clock_mhz", "_pcie_generation", b"_pcie_generation", "_pcie_lanes", b"_pcie_lanes", "_power_limit_w", b"_power_limit_w", "_sm_clock_mhz", b"_sm_clock_mhz", "bus_width_bits", b"bus_width_bits", "compute_capability", b"compute_capability", "cores", b"cores", "link_bytes_per_s", b"link_bytes_per_s", "memory_clock_mhz", b"memory_clock_mhz", "pcie_generation", b"pcie_generation", "pcie_lanes", b"pcie_lanes", "power_limit_w", b"power_limit_w", "sm_clock_mhz", b"sm_clock_mhz"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bus_width_bits", b"_bus_width_bits", "_compute_capability", b"_compute_capability", "_cores", b"_cores", "_link_bytes_per_s", b"_link_bytes_per_s", "_memory_clock_mhz", b"_memory_clock_mhz", "_pcie_generation", b"_pcie_generation", "_pcie_lanes", b"_pcie_lanes", "_power_limit_w", b"_power_limit_w", "_sm_clock_mhz", b"_sm_clock_mhz", "bus_width_bits", b"bus_width_bits", "compute_capability", b"compute_capability", "cores", b"cores", "link_bytes_per_s", b"link_bytes_per_s", "memory_clock_mhz", b"memory_clock_mhz", "name", b"name", "pcie_generation", b"pcie_generation", "pcie_lanes", b"pcie_lanes", "power_limit_w", b"power_limit_w", "sm_clock_mhz", b"sm_clock_mhz"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bus_width_bits: _TypeAlias = _typing.Literal["bus_width_bits"]  # noqa: Y015
+    _WhichOneofArgType__bus_width_bits: _TypeAlias = _typing.Literal["_bus_width_bits", b"_bus_width_bits"]  # noqa: Y015
+    _WhichOneofReturnType__compute_capability: _TypeAlias = _typing.Literal["compute_capability"]  # noqa: Y015
+    _WhichOneofArgType__compute_capability: _TypeAlias = _typing.Literal["_compute_capability", b"_compute_capability"]  # noqa: Y015
+    _WhichOneofReturnType__cores: _TypeAlias = _typing.Literal["cores"]  # noqa: Y015
+    _WhichOneofArgType__cores: _TypeAlias = _typing.Literal["_cores", b"_cores"]  # noqa: Y015
+    _WhichOneofReturnType__link_bytes_per_s: _TypeAlias = _typing.Literal["link_bytes_per_s"]  # noqa: Y015
+    _WhichOneofArgType__link_bytes_per_s: _TypeAlias = _typing.Literal["_link_bytes_per_s", b"_link_bytes_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__memory_clock_mhz: _TypeAlias = _typing.Literal["memory_clock_mhz"]  # noqa: Y015
+    _WhichOneofArgType__memory_clock_mhz: _TypeAlias = _typing.Literal["_memory_clock_mhz", b"_memory_clock_mhz"]  # noqa: Y015
+    _WhichOneofReturnType__pcie_generation: _TypeAlias = _typing.Literal["pcie_generation"]  # noqa: Y015
+    _WhichOneofArgType__pcie_generation: _TypeAlias = _typing.Literal["_pcie_generation", b"_pcie_generation"]  # noqa: Y015
+    _WhichOneofReturnType__pcie_lanes: _TypeAlias = _typing.Literal["pcie_lanes"]  # noqa: Y015
+    _WhichOneofArgType__pcie_lanes: _TypeAlias = _typing.Literal["_pcie_lanes", b"_pcie_lanes"]  # noqa: Y015
+    _WhichOneofReturnType__power_limit_w: _TypeAlias = _typing.Literal["power_limit_w"]  # noqa: Y015
+    _WhichOneofArgType__power_limit_w: _TypeAlias = _typing.Literal["_power_limit_w", b"_power_limit_w"]  # noqa: Y015
+    _WhichOneofReturnType__sm_clock_mhz: _TypeAlias = _typing.Literal["sm_clock_mhz"]  # noqa: Y015
+    _WhichOneofArgType__sm_clock_mhz: _TypeAlias = _typing.Literal["_sm_clock_mhz", b"_sm_clock_mhz"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bus_width_bits) -> _WhichOneofReturnType__bus_width_bits | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__compute_capability) -> _WhichOneofReturnType__compute_capability | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cores) -> _WhichOneofReturnType__cores | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__link_bytes_per_s) -> _WhichOneofReturnType__link_bytes_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_clock_mhz) -> _WhichOneofReturnType__memory_clock_mhz | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pcie_generation) -> _WhichOneofReturnType__pcie_generation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pcie_lanes) -> _WhichOneofReturnType__pcie_lanes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_limit_w) -> _WhichOneofReturnType__power_limit_w | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sm_clock_mhz) -> _WhichOneofReturnType__sm_clock_mhz | None: ...
+
+Global___GpuFacts: _TypeAlias = GpuFacts  # noqa: Y015
 
 @_typing.final
 class Node(_message.Message):
@@ -493,6 +586,7 @@ class DeploymentAdvice(_message.Message):
     CAPACITY_RPS_FIELD_NUMBER: _builtins.int
     GAIN_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     gpu_type: _builtins.str
     """empty: there is none, for `reason`; engines run with their own defaults"""
     reason: _builtins.str
@@ -503,6 +597,8 @@ class DeploymentAdvice(_message.Message):
     """of one replica, while the objectives hold"""
     gain: _builtins.float
     """of a proposal: share of the cost of a request that it saves"""
+    etag: _builtins.str
+    """of a proposal: changes with it and with the deployment's desired fields"""
     @_builtins.property
     def configuration(self) -> Global___Configuration: ...
     @_builtins.property
@@ -520,10 +616,11 @@ class DeploymentAdvice(_message.Message):
         capacity_rps: _builtins.float = ...,
         gain: _builtins.float = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["configuration", b"configuration", "create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_rps", b"capacity_rps", "configuration", b"configuration", "cost_per_hour", b"cost_per_hour", "create_time", b"create_time", "explanation", b"explanation", "gain", b"gain", "gpu_type", b"gpu_type", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_rps", b"capacity_rps", "configuration", b"configuration", "cost_per_hour", b"cost_per_hour", "create_time", b"create_time", "etag", b"etag", "explanation", b"explanation", "gain", b"gain", "gpu_type", b"gpu_type", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

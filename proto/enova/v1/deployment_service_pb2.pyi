@@ -57,6 +57,90 @@ CONSTRAINT_INVENTORY: Constraint.ValueType  # 10
 CONSTRAINT_COST: Constraint.ValueType  # 11
 Global___Constraint: _TypeAlias = Constraint  # noqa: Y015
 
+class _Obstacle:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ObstacleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Obstacle.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OBSTACLE_UNSPECIFIED: _Obstacle.ValueType  # 0
+    OBSTACLE_NO_OPTION: _Obstacle.ValueType  # 1
+    """no configuration is known"""
+    OBSTACLE_NO_NODE: _Obstacle.ValueType  # 2
+    """none of them fits on any node that is allowed"""
+    OBSTACLE_GPUS: _Obstacle.ValueType  # 3
+    """all GPUs that would do are taken"""
+    OBSTACLE_MAX_GPUS: _Obstacle.ValueType  # 4
+    """the deployment's own bound"""
+    OBSTACLE_MAX_REPLICAS: _Obstacle.ValueType  # 5
+    """the deployment's own bound"""
+    OBSTACLE_SPREAD: _Obstacle.ValueType  # 6
+    """too few failure domains have room"""
+    OBSTACLE_TIME_LIMIT: _Obstacle.ValueType  # 7
+    """a better answer may exist"""
+
+class Obstacle(_Obstacle, metaclass=_ObstacleEnumTypeWrapper):
+    """What keeps demand from being carried."""
+
+OBSTACLE_UNSPECIFIED: Obstacle.ValueType  # 0
+OBSTACLE_NO_OPTION: Obstacle.ValueType  # 1
+"""no configuration is known"""
+OBSTACLE_NO_NODE: Obstacle.ValueType  # 2
+"""none of them fits on any node that is allowed"""
+OBSTACLE_GPUS: Obstacle.ValueType  # 3
+"""all GPUs that would do are taken"""
+OBSTACLE_MAX_GPUS: Obstacle.ValueType  # 4
+"""the deployment's own bound"""
+OBSTACLE_MAX_REPLICAS: Obstacle.ValueType  # 5
+"""the deployment's own bound"""
+OBSTACLE_SPREAD: Obstacle.ValueType  # 6
+"""too few failure domains have room"""
+OBSTACLE_TIME_LIMIT: Obstacle.ValueType  # 7
+"""a better answer may exist"""
+Global___Obstacle: _TypeAlias = Obstacle  # noqa: Y015
+
+class _SaturationEvidence:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SaturationEvidenceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SaturationEvidence.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SATURATION_EVIDENCE_UNSPECIFIED: _SaturationEvidence.ValueType  # 0
+    SATURATION_EVIDENCE_QUEUE: _SaturationEvidence.ValueType  # 1
+    """requests waited without a break"""
+    SATURATION_EVIDENCE_PLATEAU: _SaturationEvidence.ValueType  # 2
+    """the rate did not grow with the load"""
+
+class SaturationEvidence(_SaturationEvidence, metaclass=_SaturationEvidenceEnumTypeWrapper):
+    """What shows that a replica was saturated."""
+
+SATURATION_EVIDENCE_UNSPECIFIED: SaturationEvidence.ValueType  # 0
+SATURATION_EVIDENCE_QUEUE: SaturationEvidence.ValueType  # 1
+"""requests waited without a break"""
+SATURATION_EVIDENCE_PLATEAU: SaturationEvidence.ValueType  # 2
+"""the rate did not grow with the load"""
+Global___SaturationEvidence: _TypeAlias = SaturationEvidence  # noqa: Y015
+
+class _CapacityDoubt:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CapacityDoubtEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CapacityDoubt.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CAPACITY_DOUBT_UNSPECIFIED: _CapacityDoubt.ValueType  # 0
+    CAPACITY_DOUBT_TOO_FEW_FRAMES: _CapacityDoubt.ValueType  # 1
+    CAPACITY_DOUBT_TOO_FEW_REQUESTS: _CapacityDoubt.ValueType  # 2
+    CAPACITY_DOUBT_NOT_SATURATED_YET: _CapacityDoubt.ValueType  # 3
+
+class CapacityDoubt(_CapacityDoubt, metaclass=_CapacityDoubtEnumTypeWrapper):
+    """Why live capacity is not known."""
+
+CAPACITY_DOUBT_UNSPECIFIED: CapacityDoubt.ValueType  # 0
+CAPACITY_DOUBT_TOO_FEW_FRAMES: CapacityDoubt.ValueType  # 1
+CAPACITY_DOUBT_TOO_FEW_REQUESTS: CapacityDoubt.ValueType  # 2
+CAPACITY_DOUBT_NOT_SATURATED_YET: CapacityDoubt.ValueType  # 3
+Global___CapacityDoubt: _TypeAlias = CapacityDoubt  # noqa: Y015
+
 @_typing.final
 class GetDeploymentRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -973,6 +1057,7 @@ class RecommendConfigurationResponse(_message.Message):
     REJECTED_FIELD_NUMBER: _builtins.int
     NOT_MODELLED_FIELD_NUMBER: _builtins.int
     MIX_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     parameters: _builtins.int
     requests_per_s: _builtins.float
@@ -1006,6 +1091,10 @@ class RecommendConfigurationResponse(_message.Message):
     def mix(self) -> Global___AdviceMix:
         """absent: one configuration does as well"""
 
+    @_builtins.property
+    def left_out(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeftOut]:
+        """of the fleet's GPUs that could have been chosen from"""
+
     def __init__(
         self,
         *,
@@ -1023,11 +1112,556 @@ class RecommendConfigurationResponse(_message.Message):
         rejected: _abc.Iterable[Global___RejectedCount] | None = ...,
         not_modelled: _abc.Iterable[_builtins.str] | None = ...,
         mix: Global___AdviceMix | None = ...,
+        left_out: _abc.Iterable[Global___LeftOut] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "mix", b"mix", "objectives", b"objectives"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_rps", b"capacity_rps", "chosen", b"chosen", "evaluated", b"evaluated", "explanation", b"explanation", "mix", b"mix", "model", b"model", "not_modelled", b"not_modelled", "objectives", b"objectives", "parameters", b"parameters", "pareto", b"pareto", "rejected", b"rejected", "requests_per_s", b"requests_per_s", "runners_up", b"runners_up", "sensitivities", b"sensitivities"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_rps", b"capacity_rps", "chosen", b"chosen", "evaluated", b"evaluated", "explanation", b"explanation", "left_out", b"left_out", "mix", b"mix", "model", b"model", "not_modelled", b"not_modelled", "objectives", b"objectives", "parameters", b"parameters", "pareto", b"pareto", "rejected", b"rejected", "requests_per_s", b"requests_per_s", "runners_up", b"runners_up", "sensitivities", b"sensitivities"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RecommendConfigurationResponse: _TypeAlias = RecommendConfigurationResponse  # noqa: Y015
+
+@_typing.final
+class LeftOut(_message.Message):
+    """Something that an answer does not take into account, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBJECT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    object: _builtins.str
+    """a GPU type, a node, a deployment"""
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        object: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["object", b"object", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeftOut: _TypeAlias = LeftOut  # noqa: Y015
+
+@_typing.final
+class AcceptProposalRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """deployments/{deployment}"""
+    etag: _builtins.str
+    """the proposal's, as it was read; empty: whichever stands"""
+    request_id: _builtins.str
+    validate_only: _builtins.bool
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcceptProposalRequest: _TypeAlias = AcceptProposalRequest  # noqa: Y015
+
+@_typing.final
+class RecommendAllocationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADROOM_FIELD_NUMBER: _builtins.int
+    TIME_LIMIT_S_FIELD_NUMBER: _builtins.int
+    headroom: _builtins.float
+    """capacity beyond demand, as a share of it"""
+    time_limit_s: _builtins.float
+    """for the integer programme; 10"""
+    def __init__(
+        self,
+        *,
+        headroom: _builtins.float = ...,
+        time_limit_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_time_limit_s", b"_time_limit_s", "time_limit_s", b"time_limit_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_time_limit_s", b"_time_limit_s", "headroom", b"headroom", "time_limit_s", b"time_limit_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__time_limit_s: _TypeAlias = _typing.Literal["time_limit_s"]  # noqa: Y015
+    _WhichOneofArgType__time_limit_s: _TypeAlias = _typing.Literal["_time_limit_s", b"_time_limit_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__time_limit_s) -> _WhichOneofReturnType__time_limit_s | None: ...
+
+Global___RecommendAllocationRequest: _TypeAlias = RecommendAllocationRequest  # noqa: Y015
+
+@_typing.final
+class RecommendAllocationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOYMENTS_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    COST_PER_HOUR_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_PER_HOUR_FIELD_NUMBER: _builtins.int
+    BOUND_PER_HOUR_FIELD_NUMBER: _builtins.int
+    GAP_FIELD_NUMBER: _builtins.int
+    DEMAND_RPS_FIELD_NUMBER: _builtins.int
+    CARRIED_RPS_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    CARRIED_PROVEN_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    HEADROOM_FIELD_NUMBER: _builtins.int
+    TIME_LIMIT_S_FIELD_NUMBER: _builtins.int
+    SOLVE_S_FIELD_NUMBER: _builtins.int
+    CAPACITY_BASIS_FIELD_NUMBER: _builtins.int
+    cost_per_hour: _builtins.float
+    """USD, of all GPUs that are held"""
+    objective_per_hour: _builtins.float
+    """with the charge for starts, which is what is made small"""
+    bound_per_hour: _builtins.float
+    """no allocation that carries as much has less"""
+    gap: _builtins.float
+    """between the two, as a share of the objective"""
+    demand_rps: _builtins.float
+    carried_rps: _builtins.float
+    complete: _builtins.bool
+    """all demand, headroom and least replicas are there"""
+    carried_proven: _builtins.bool
+    """no allocation carries more, by priority"""
+    headroom: _builtins.float
+    """that was asked for"""
+    time_limit_s: _builtins.float
+    solve_s: _builtins.float
+    """that the programme took"""
+    capacity_basis: _builtins.str
+    """which figure replicas count with"""
+    @_builtins.property
+    def deployments(self) -> _containers.RepeatedCompositeFieldContainer[Global___AllocatedDeployment]: ...
+    @_builtins.property
+    def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___AllocatedGpus]:
+        """by type"""
+
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpusMissing]:
+        """which, added, would carry all of it"""
+
+    @_builtins.property
+    def left_out(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeftOut]:
+        """deployments, nodes and GPU types"""
+
+    def __init__(
+        self,
+        *,
+        deployments: _abc.Iterable[Global___AllocatedDeployment] | None = ...,
+        gpus: _abc.Iterable[Global___AllocatedGpus] | None = ...,
+        cost_per_hour: _builtins.float = ...,
+        objective_per_hour: _builtins.float = ...,
+        bound_per_hour: _builtins.float = ...,
+        gap: _builtins.float = ...,
+        demand_rps: _builtins.float = ...,
+        carried_rps: _builtins.float = ...,
+        complete: _builtins.bool = ...,
+        carried_proven: _builtins.bool = ...,
+        missing: _abc.Iterable[Global___GpusMissing] | None = ...,
+        left_out: _abc.Iterable[Global___LeftOut] | None = ...,
+        headroom: _builtins.float = ...,
+        time_limit_s: _builtins.float = ...,
+        solve_s: _builtins.float = ...,
+        capacity_basis: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_per_hour", b"bound_per_hour", "capacity_basis", b"capacity_basis", "carried_proven", b"carried_proven", "carried_rps", b"carried_rps", "complete", b"complete", "cost_per_hour", b"cost_per_hour", "demand_rps", b"demand_rps", "deployments", b"deployments", "gap", b"gap", "gpus", b"gpus", "headroom", b"headroom", "left_out", b"left_out", "missing", b"missing", "objective_per_hour", b"objective_per_hour", "solve_s", b"solve_s", "time_limit_s", b"time_limit_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecommendAllocationResponse: _TypeAlias = RecommendAllocationResponse  # noqa: Y015
+
+@_typing.final
+class AllocatedDeployment(_message.Message):
+    """What one deployment gets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    GROUNDS_FIELD_NUMBER: _builtins.int
+    DEMAND_RPS_FIELD_NUMBER: _builtins.int
+    CARRIED_RPS_FIELD_NUMBER: _builtins.int
+    COST_PER_HOUR_FIELD_NUMBER: _builtins.int
+    RUNNING_REPLICAS_FIELD_NUMBER: _builtins.int
+    STOPPED_REPLICAS_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
+    VARIANTS_FIELD_NUMBER: _builtins.int
+    UNMET_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    grounds: _builtins.str
+    """what its demand and lengths rest on"""
+    demand_rps: _builtins.float
+    carried_rps: _builtins.float
+    cost_per_hour: _builtins.float
+    """of its replicas"""
+    running_replicas: _builtins.int
+    """that run now"""
+    stopped_replicas: _builtins.int
+    """of them, that do not stay where they are"""
+    @_builtins.property
+    def classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___AllocatedClass]: ...
+    @_builtins.property
+    def variants(self) -> _containers.RepeatedCompositeFieldContainer[Global___AllocatedVariant]: ...
+    @_builtins.property
+    def unmet(self) -> Global___UnmetDemand:
+        """absent: nothing"""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        grounds: _builtins.str = ...,
+        demand_rps: _builtins.float = ...,
+        carried_rps: _builtins.float = ...,
+        cost_per_hour: _builtins.float = ...,
+        running_replicas: _builtins.int = ...,
+        stopped_replicas: _builtins.int = ...,
+        classes: _abc.Iterable[Global___AllocatedClass] | None = ...,
+        variants: _abc.Iterable[Global___AllocatedVariant] | None = ...,
+        unmet: Global___UnmetDemand | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["unmet", b"unmet"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["carried_rps", b"carried_rps", "classes", b"classes", "cost_per_hour", b"cost_per_hour", "demand_rps", b"demand_rps", "grounds", b"grounds", "name", b"name", "running_replicas", b"running_replicas", "stopped_replicas", b"stopped_replicas", "unmet", b"unmet", "variants", b"variants"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AllocatedDeployment: _TypeAlias = AllocatedDeployment  # noqa: Y015
+
+@_typing.final
+class AllocatedClass(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    DEMAND_RPS_FIELD_NUMBER: _builtins.int
+    CARRIED_RPS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    priority: _builtins.int
+    """of the class, lower is served earlier"""
+    demand_rps: _builtins.float
+    carried_rps: _builtins.float
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        demand_rps: _builtins.float = ...,
+        carried_rps: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["carried_rps", b"carried_rps", "demand_rps", b"demand_rps", "name", b"name", "priority", b"priority"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AllocatedClass: _TypeAlias = AllocatedClass  # noqa: Y015
+
+@_typing.final
+class AllocatedVariant(_message.Message):
+    """The replicas of one configuration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_TYPE_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    CONFIGURATION_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    CAPACITY_RPS_FIELD_NUMBER: _builtins.int
+    COST_PER_HOUR_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    RUNS_NOW_FIELD_NUMBER: _builtins.int
+    gpu_type: _builtins.str
+    layout: _builtins.str
+    """how a replica is cut: TP 2 PP 2"""
+    replicas: _builtins.int
+    weight: _builtins.float
+    """share of the deployment's requests"""
+    cost_per_hour: _builtins.float
+    """of all replicas"""
+    runs_now: _builtins.bool
+    """it is the configuration that runs"""
+    @_builtins.property
+    def configuration(self) -> _cluster_pb2.Configuration: ...
+    @_builtins.property
+    def capacity_rps(self) -> Global___PredictedInterval:
+        """of one replica"""
+
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___AllocatedNode]: ...
+    def __init__(
+        self,
+        *,
+        gpu_type: _builtins.str = ...,
+        layout: _builtins.str = ...,
+        configuration: _cluster_pb2.Configuration | None = ...,
+        replicas: _builtins.int = ...,
+        weight: _builtins.float = ...,
+        capacity_rps: Global___PredictedInterval | None = ...,
+        cost_per_hour: _builtins.float = ...,
+        nodes: _abc.Iterable[Global___AllocatedNode] | None = ...,
+        runs_now: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity_rps", b"capacity_rps", "configuration", b"configuration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_rps", b"capacity_rps", "configuration", b"configuration", "cost_per_hour", b"cost_per_hour", "gpu_type", b"gpu_type", "layout", b"layout", "nodes", b"nodes", "replicas", b"replicas", "runs_now", b"runs_now", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AllocatedVariant: _TypeAlias = AllocatedVariant  # noqa: Y015
+
+@_typing.final
+class AllocatedNode(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    replicas: _builtins.int
+    kept: _builtins.int
+    """of them, that run there already"""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        replicas: _builtins.int = ...,
+        kept: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "node", b"node", "replicas", b"replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AllocatedNode: _TypeAlias = AllocatedNode  # noqa: Y015
+
+@_typing.final
+class UnmetDemand(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_PER_S_FIELD_NUMBER: _builtins.int
+    HEADROOM_RPS_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    OBSTACLE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    requests_per_s: _builtins.float
+    headroom_rps: _builtins.float
+    replicas: _builtins.int
+    """missing from the least"""
+    obstacle: Global___Obstacle.ValueType
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        requests_per_s: _builtins.float = ...,
+        headroom_rps: _builtins.float = ...,
+        replicas: _builtins.int = ...,
+        obstacle: Global___Obstacle.ValueType = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["headroom_rps", b"headroom_rps", "obstacle", b"obstacle", "reason", b"reason", "replicas", b"replicas", "requests_per_s", b"requests_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnmetDemand: _TypeAlias = UnmetDemand  # noqa: Y015
+
+@_typing.final
+class AllocatedGpus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_TYPE_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    PRICE_PER_HOUR_FIELD_NUMBER: _builtins.int
+    SAVED_PER_HOUR_FIELD_NUMBER: _builtins.int
+    GAINED_RPS_FIELD_NUMBER: _builtins.int
+    gpu_type: _builtins.str
+    total: _builtins.int
+    held: _builtins.int
+    price_per_hour: _builtins.float
+    """of one"""
+    saved_per_hour: _builtins.float
+    """by one more, at the demand that is carried (a shadow price)"""
+    gained_rps: _builtins.float
+    """by one more, of the first priority that is not carried in full"""
+    def __init__(
+        self,
+        *,
+        gpu_type: _builtins.str = ...,
+        total: _builtins.int = ...,
+        held: _builtins.int = ...,
+        price_per_hour: _builtins.float = ...,
+        saved_per_hour: _builtins.float = ...,
+        gained_rps: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gained_rps", b"gained_rps", "gpu_type", b"gpu_type", "held", b"held", "price_per_hour", b"price_per_hour", "saved_per_hour", b"saved_per_hour", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AllocatedGpus: _TypeAlias = AllocatedGpus  # noqa: Y015
+
+@_typing.final
+class GetLiveCapacityRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLiveCapacityRequest: _TypeAlias = GetLiveCapacityRequest  # noqa: Y015
+
+@_typing.final
+class LiveCapacity(_message.Message):
+    """What one replica carries at most; either the figures or a doubt. Intervals hold the figure in 80 of 100 cases."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
+    N_LIMIT_RPS_FIELD_NUMBER: _builtins.int
+    T_LIMIT_S_FIELD_NUMBER: _builtins.int
+    SATURATION_LOAD_FIELD_NUMBER: _builtins.int
+    MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    SATURATED_FRAMES_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    DOUBT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    AT_LEAST_RPS_FIELD_NUMBER: _builtins.int
+    CONFIGURED_MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    MEMORY_REASON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """deployments/{deployment}"""
+    variant: _builtins.str
+    """the newest"""
+    replicas: _builtins.int
+    """that were looked at"""
+    frames: _builtins.int
+    """measured intervals of all of them"""
+    max_num_seqs: _builtins.int
+    """that makes this rate, by Little's law"""
+    evidence: Global___SaturationEvidence.ValueType
+    saturated_frames: _builtins.int
+    finished: _builtins.int
+    """requests in them"""
+    doubt: Global___CapacityDoubt.ValueType
+    reason: _builtins.str
+    """of the doubt"""
+    at_least_rps: _builtins.float
+    """with a doubt: that was carried; 0: not known"""
+    configured_max_num_seqs: _builtins.int
+    memory_reason: _builtins.str
+    @_builtins.property
+    def n_limit_rps(self) -> Global___PredictedInterval:
+        """requests a second"""
+
+    @_builtins.property
+    def t_limit_s(self) -> Global___PredictedInterval:
+        """that a request is in the engine at that rate"""
+
+    @_builtins.property
+    def saturation_load(self) -> Global___PredictedInterval:
+        """requests in the batch from which on the rate does not grow"""
+
+    @_builtins.property
+    def memory(self) -> Global___LiveMemory:
+        """absent: not known, for memory_reason"""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        variant: _builtins.str = ...,
+        replicas: _builtins.int = ...,
+        frames: _builtins.int = ...,
+        n_limit_rps: Global___PredictedInterval | None = ...,
+        t_limit_s: Global___PredictedInterval | None = ...,
+        saturation_load: Global___PredictedInterval | None = ...,
+        max_num_seqs: _builtins.int = ...,
+        evidence: Global___SaturationEvidence.ValueType = ...,
+        saturated_frames: _builtins.int = ...,
+        finished: _builtins.int = ...,
+        doubt: Global___CapacityDoubt.ValueType = ...,
+        reason: _builtins.str = ...,
+        at_least_rps: _builtins.float = ...,
+        configured_max_num_seqs: _builtins.int = ...,
+        memory: Global___LiveMemory | None = ...,
+        memory_reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "n_limit_rps", b"n_limit_rps", "saturation_load", b"saturation_load", "t_limit_s", b"t_limit_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_least_rps", b"at_least_rps", "configured_max_num_seqs", b"configured_max_num_seqs", "doubt", b"doubt", "evidence", b"evidence", "finished", b"finished", "frames", b"frames", "max_num_seqs", b"max_num_seqs", "memory", b"memory", "memory_reason", b"memory_reason", "n_limit_rps", b"n_limit_rps", "name", b"name", "reason", b"reason", "replicas", b"replicas", "saturated_frames", b"saturated_frames", "saturation_load", b"saturation_load", "t_limit_s", b"t_limit_s", "variant", b"variant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LiveCapacity: _TypeAlias = LiveCapacity  # noqa: Y015
+
+@_typing.final
+class LiveMemory(_message.Message):
+    """KV cache that the batch at saturation takes, by the measured lengths of prompts and answers together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    QUANTILE_FIELD_NUMBER: _builtins.int
+    CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    CONFIGURED_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
+    sequences: _builtins.int
+    quantile: _builtins.float
+    """with which it is enough"""
+    cache_bytes: _builtins.int
+    """on each GPU"""
+    configured_cache_bytes: _builtins.int
+    """that the engine has there, as the memory model tells; 0: not known"""
+    lengths: _builtins.str
+    """what the lengths rest on"""
+    def __init__(
+        self,
+        *,
+        sequences: _builtins.int = ...,
+        quantile: _builtins.float = ...,
+        cache_bytes: _builtins.int = ...,
+        configured_cache_bytes: _builtins.int = ...,
+        lengths: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "configured_cache_bytes", b"configured_cache_bytes", "lengths", b"lengths", "quantile", b"quantile", "sequences", b"sequences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LiveMemory: _TypeAlias = LiveMemory  # noqa: Y015

@@ -86,6 +86,21 @@ class DeploymentServiceStub(object):
                 request_serializer=enova_dot_v1_dot_deployment__service__pb2.RecommendConfigurationRequest.SerializeToString,
                 response_deserializer=enova_dot_v1_dot_deployment__service__pb2.RecommendConfigurationResponse.FromString,
                 _registered_method=True)
+        self.RecommendAllocation = channel.unary_unary(
+                '/enova.v1.DeploymentService/RecommendAllocation',
+                request_serializer=enova_dot_v1_dot_deployment__service__pb2.RecommendAllocationRequest.SerializeToString,
+                response_deserializer=enova_dot_v1_dot_deployment__service__pb2.RecommendAllocationResponse.FromString,
+                _registered_method=True)
+        self.AcceptProposal = channel.unary_unary(
+                '/enova.v1.DeploymentService/AcceptProposal',
+                request_serializer=enova_dot_v1_dot_deployment__service__pb2.AcceptProposalRequest.SerializeToString,
+                response_deserializer=enova_dot_v1_dot_cluster__pb2.Deployment.FromString,
+                _registered_method=True)
+        self.GetLiveCapacity = channel.unary_unary(
+                '/enova.v1.DeploymentService/GetLiveCapacity',
+                request_serializer=enova_dot_v1_dot_deployment__service__pb2.GetLiveCapacityRequest.SerializeToString,
+                response_deserializer=enova_dot_v1_dot_deployment__service__pb2.LiveCapacity.FromString,
+                _registered_method=True)
 
 
 class DeploymentServiceServicer(object):
@@ -155,6 +170,28 @@ class DeploymentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecommendAllocation(self, request, context):
+        """Variants, replicas, nodes and weights of all deployments together that carry the measured demand at the least cost,
+        or the most of it by priority, and what is missing. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AcceptProposal(self, request, context):
+        """Puts a deployment's proposal in force: a new generation, which rolls out as a user's change does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLiveCapacity(self, request, context):
+        """What one replica of the newest configuration carries at most, by its own telemetry, or why that is not known.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DeploymentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -207,6 +244,21 @@ def add_DeploymentServiceServicer_to_server(servicer, server):
                     servicer.RecommendConfiguration,
                     request_deserializer=enova_dot_v1_dot_deployment__service__pb2.RecommendConfigurationRequest.FromString,
                     response_serializer=enova_dot_v1_dot_deployment__service__pb2.RecommendConfigurationResponse.SerializeToString,
+            ),
+            'RecommendAllocation': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecommendAllocation,
+                    request_deserializer=enova_dot_v1_dot_deployment__service__pb2.RecommendAllocationRequest.FromString,
+                    response_serializer=enova_dot_v1_dot_deployment__service__pb2.RecommendAllocationResponse.SerializeToString,
+            ),
+            'AcceptProposal': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcceptProposal,
+                    request_deserializer=enova_dot_v1_dot_deployment__service__pb2.AcceptProposalRequest.FromString,
+                    response_serializer=enova_dot_v1_dot_cluster__pb2.Deployment.SerializeToString,
+            ),
+            'GetLiveCapacity': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLiveCapacity,
+                    request_deserializer=enova_dot_v1_dot_deployment__service__pb2.GetLiveCapacityRequest.FromString,
+                    response_serializer=enova_dot_v1_dot_deployment__service__pb2.LiveCapacity.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -479,6 +531,87 @@ class DeploymentService(object):
             '/enova.v1.DeploymentService/RecommendConfiguration',
             enova_dot_v1_dot_deployment__service__pb2.RecommendConfigurationRequest.SerializeToString,
             enova_dot_v1_dot_deployment__service__pb2.RecommendConfigurationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecommendAllocation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enova.v1.DeploymentService/RecommendAllocation',
+            enova_dot_v1_dot_deployment__service__pb2.RecommendAllocationRequest.SerializeToString,
+            enova_dot_v1_dot_deployment__service__pb2.RecommendAllocationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcceptProposal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enova.v1.DeploymentService/AcceptProposal',
+            enova_dot_v1_dot_deployment__service__pb2.AcceptProposalRequest.SerializeToString,
+            enova_dot_v1_dot_cluster__pb2.Deployment.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLiveCapacity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enova.v1.DeploymentService/GetLiveCapacity',
+            enova_dot_v1_dot_deployment__service__pb2.GetLiveCapacityRequest.SerializeToString,
+            enova_dot_v1_dot_deployment__service__pb2.LiveCapacity.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,14 @@ class DeploymentServiceStub:
     """The facts of a model as a host sees them."""
     RecommendConfiguration: _grpc.UnaryUnaryMultiCallable[_deployment_service_pb2.RecommendConfigurationRequest, _deployment_service_pb2.RecommendConfigurationResponse]
     """The configuration that carries a workload within its objectives at the least cost, and why. Changes nothing."""
+    RecommendAllocation: _grpc.UnaryUnaryMultiCallable[_deployment_service_pb2.RecommendAllocationRequest, _deployment_service_pb2.RecommendAllocationResponse]
+    """Variants, replicas, nodes and weights of all deployments together that carry the measured demand at the least cost,
+    or the most of it by priority, and what is missing. Changes nothing.
+    """
+    AcceptProposal: _grpc.UnaryUnaryMultiCallable[_deployment_service_pb2.AcceptProposalRequest, _cluster_pb2.Deployment]
+    """Puts a deployment's proposal in force: a new generation, which rolls out as a user's change does."""
+    GetLiveCapacity: _grpc.UnaryUnaryMultiCallable[_deployment_service_pb2.GetLiveCapacityRequest, _deployment_service_pb2.LiveCapacity]
+    """What one replica of the newest configuration carries at most, by its own telemetry, or why that is not known."""
 
 @_typing.type_check_only
 class DeploymentServiceAsyncStub(DeploymentServiceStub):
@@ -65,6 +73,14 @@ class DeploymentServiceAsyncStub(DeploymentServiceStub):
     """The facts of a model as a host sees them."""
     RecommendConfiguration: _aio.UnaryUnaryMultiCallable[_deployment_service_pb2.RecommendConfigurationRequest, _deployment_service_pb2.RecommendConfigurationResponse]  # type: ignore[assignment]
     """The configuration that carries a workload within its objectives at the least cost, and why. Changes nothing."""
+    RecommendAllocation: _aio.UnaryUnaryMultiCallable[_deployment_service_pb2.RecommendAllocationRequest, _deployment_service_pb2.RecommendAllocationResponse]  # type: ignore[assignment]
+    """Variants, replicas, nodes and weights of all deployments together that carry the measured demand at the least cost,
+    or the most of it by priority, and what is missing. Changes nothing.
+    """
+    AcceptProposal: _aio.UnaryUnaryMultiCallable[_deployment_service_pb2.AcceptProposalRequest, _cluster_pb2.Deployment]  # type: ignore[assignment]
+    """Puts a deployment's proposal in force: a new generation, which rolls out as a user's change does."""
+    GetLiveCapacity: _aio.UnaryUnaryMultiCallable[_deployment_service_pb2.GetLiveCapacityRequest, _deployment_service_pb2.LiveCapacity]  # type: ignore[assignment]
+    """What one replica of the newest configuration carries at most, by its own telemetry, or why that is not known."""
 
 class DeploymentServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -140,5 +156,31 @@ class DeploymentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_deployment_service_pb2.RecommendConfigurationResponse, _abc.Awaitable[_deployment_service_pb2.RecommendConfigurationResponse]]:
         """The configuration that carries a workload within its objectives at the least cost, and why. Changes nothing."""
+
+    @_abc_1.abstractmethod
+    def RecommendAllocation(
+        self,
+        request: _deployment_service_pb2.RecommendAllocationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_deployment_service_pb2.RecommendAllocationResponse, _abc.Awaitable[_deployment_service_pb2.RecommendAllocationResponse]]:
+        """Variants, replicas, nodes and weights of all deployments together that carry the measured demand at the least cost,
+        or the most of it by priority, and what is missing. Changes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def AcceptProposal(
+        self,
+        request: _deployment_service_pb2.AcceptProposalRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.Deployment, _abc.Awaitable[_cluster_pb2.Deployment]]:
+        """Puts a deployment's proposal in force: a new generation, which rolls out as a user's change does."""
+
+    @_abc_1.abstractmethod
+    def GetLiveCapacity(
+        self,
+        request: _deployment_service_pb2.GetLiveCapacityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_deployment_service_pb2.LiveCapacity, _abc.Awaitable[_deployment_service_pb2.LiveCapacity]]:
+        """What one replica of the newest configuration carries at most, by its own telemetry, or why that is not known."""
 
 def add_DeploymentServiceServicer_to_server(servicer: DeploymentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
