@@ -252,6 +252,8 @@ def _summary(summary: Summary) -> telemetry_pb2.RequestSummary:
         tpot_s=_sketch(summary.tpot_s),
         queue_s=_sketch(summary.queue_s),
         e2e_s=_sketch(summary.e2e_s),
+        prompt_lengths=summary.prompt_lengths,
+        output_lengths=summary.output_lengths,
     )
 
 

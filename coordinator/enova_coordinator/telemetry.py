@@ -38,6 +38,7 @@ from enova_coordinator.core.sketch import COUNT_MAX, MergedSketch, flaw
 GPUS_PER_NODE_MAX = 64
 REPLICAS_PER_NODE_MAX = 64
 LENGTHS_MAX = 4096                 # answers of one deployment that wait to be learned from
+PAIRS_MAX = 2048                   # newest lengths of prompt and answer that are kept of one deployment
 REQUEST_KEYS_MAX = 100_000         # deployment x replica x class, of the whole fleet
 _NO_REQUESTS = [0.0] * len(REQUEST_COUNTS)
 _UNCOUNTED = [math.nan] * len(REQUEST_COUNTS)
@@ -120,8 +121,10 @@ class Telemetry:
         self._senders: dict[str, _Sender] = {}
         self._replicas: dict[str, _Tracked] = {}
         self._gpus: dict[str, _Tracked] = {}
-        self._totals: dict[tuple[str, str, str], RequestTotals] = {}
+        self._totals: dict[str, dict[tuple[str, str], RequestTotals]] = {}  # by deployment: replica, class
+        self._request_keys = 0
         self._lengths: dict[str, deque[LengthFigures]] = {}
+        self._pairs: dict[str, deque[tuple[int, int]]] = {}
 
     def add(self, frame: NodeFrame, *, sender: str) -> bool:
         """Take in a frame that came over `sender`'s stream; False (and counted) if it was refused."""
@@ -234,17 +237,20 @@ class Telemetry:
         if max(*request.counts, request.prompt_tokens, request.output_tokens, request.held) > COUNT_MAX:
             self.rejected["bad_count"] += 1
             return False
-        key = (request.deployment, request.replica, request.serving_class)
-        totals = self._totals.get(key)
+        key = (request.replica, request.serving_class)
+        totals = self._totals.get(request.deployment, {}).get(key)
         if totals is None:
-            if len(self._totals) >= REQUEST_KEYS_MAX:
+            if self._request_keys >= REQUEST_KEYS_MAX:
                 self.rejected["too_many_request_keys"] += 1
                 return False
-            totals = self._totals[key] = RequestTotals()
+            self._request_keys += 1
+            totals = self._totals.setdefault(request.deployment, {})[key] = RequestTotals()
         totals.counts = [old + new for old, new in zip(totals.counts, request.counts, strict=True)]
         totals.prompt_tokens += request.prompt_tokens
         totals.output_tokens += request.output_tokens
         totals.held[node] = request.held
+        if request.lengths:
+            self._pairs.setdefault(request.deployment, deque(maxlen=PAIRS_MAX)).extend(request.lengths)
         self.samples += len(request.counts) + 3
         for merged, sketch in zip(totals.sketches(), request.sketches, strict=True):
             if sketch is None:
@@ -269,6 +275,10 @@ class Telemetry:
         if waiting is not None:
             waiting.clear()
         return taken
+
+    def length_pairs(self, deployment: str) -> tuple[tuple[int, int], ...]:
+        """Tokens of prompt and answer of a sample of its newest requests."""
+        return tuple(self._pairs.get(deployment, ()))
 
     # What others read.
 
@@ -347,14 +357,16 @@ class Telemetry:
 
     def totals(self, deployment: str) -> Mapping[tuple[str, str], RequestTotals]:
         """The sums of a deployment's requests by replica and class, since the coordinator began to listen."""
-        return {(key[1], key[2]): totals for key, totals in self._totals.items() if key[0] == deployment}
+        return dict(self._totals.get(deployment, {}))
 
     def forget(self, *, replicas: Callable[[str], bool], deployments: Callable[[str], bool]) -> None:
         """Drop the windows of replicas that are gone, and the totals of deployments that are gone."""
         for name in [name for name in self._replicas if not replicas(name)]:
             del self._replicas[name]
-        for key in [key for key in self._totals if not deployments(key[0])]:
-            del self._totals[key]
+        for name in [name for name in self._totals if not deployments(name)]:
+            self._request_keys -= len(self._totals.pop(name))
+        for name in [name for name in self._pairs if not deployments(name)]:
+            del self._pairs[name]
 
     def forget_node(self, node: str) -> None:
         """Drop what a deleted node's GPUs left."""

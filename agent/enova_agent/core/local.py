@@ -117,6 +117,8 @@ class Summary:
     tpot_s: SketchValue | None = None
     queue_s: SketchValue | None = None
     e2e_s: SketchValue | None = None       # arrival to end, of requests that were answered in full
+    prompt_lengths: tuple[int, ...] = ()   # tokens of some of these, prompt and answer at the same place
+    output_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

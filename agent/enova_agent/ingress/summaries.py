@@ -16,6 +16,24 @@ from enova_common.records import Outcome, RequestRecord
 
 Key = tuple[str, str, str]  # deployment, replica, class
 
+LENGTHS_MAX = 32  # pairs of lengths of one key in one interval: 200 bytes
+
+
+@dataclass(slots=True)
+class _Lengths:
+    """Every n-th pair of lengths, n doubling whenever there are too many: spread evenly over the interval."""
+
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    every: int = 1
+    seen: int = 0
+
+    def add(self, prompt_tokens: int, output_tokens: int) -> None:
+        if self.seen % self.every == 0:
+            self.pairs.append((prompt_tokens, output_tokens))
+        self.seen += 1
+        if len(self.pairs) > LENGTHS_MAX:
+            self.pairs, self.every = self.pairs[::2], 2 * self.every
+
 
 @dataclass(slots=True)
 class _Sums:
@@ -27,6 +45,7 @@ class _Sums:
     tpot_s: Sketch = field(default_factory=Sketch)
     queue_s: Sketch = field(default_factory=Sketch)
     e2e_s: Sketch = field(default_factory=Sketch)
+    lengths: _Lengths = field(default_factory=_Lengths)
 
 
 class Summaries:
@@ -64,6 +83,8 @@ class Summaries:
         ):
             if value is not None:
                 sketch.add(value)
+        if _answered(record) and record.prompt_tokens and record.output_tokens:
+            sums.lengths.add(record.prompt_tokens, record.output_tokens)
 
     def take(self, *, end_s: float) -> SummariesUpdate:
         """The interval up to now; the next one begins."""
@@ -104,6 +125,8 @@ class Summaries:
             tpot_s=sums.tpot_s.value(),
             queue_s=sums.queue_s.value(),
             e2e_s=sums.e2e_s.value(),
+            prompt_lengths=tuple(prompt for prompt, _ in sums.lengths.pairs),
+            output_lengths=tuple(output for _, output in sums.lengths.pairs),
         )
 
 

@@ -95,6 +95,7 @@ class RequestFigures(NamedTuple):
     output_tokens: int
     held: int
     sketches: tuple[SketchCounts | None, ...]  # in the order of REQUEST_SKETCHES
+    lengths: tuple[tuple[int, int], ...] = ()  # tokens of some requests: prompt, answer
 
 
 class LengthFigures(NamedTuple):

@@ -31,6 +31,8 @@ from enova_coordinator.telemetry import RequestTotals
 SAMPLE_AGE_S_MAX = 5.0     # real time: an older reading is no measurement of this interval
 NAME_LENGTH_MAX = 256
 LENGTHS_MAX = 1024         # answers of one frame: agents send a quarter of it
+PAIRS_MAX = 64             # lengths of one summary: ingresses send half of it
+TOKENS_MAX = 100_000_000   # beyond every context
 
 HISTOGRAM_BOUNDS: Mapping[str, tuple[float, ...]] = {each.name: each.buckets for each in METRICS if each.buckets}
 
@@ -131,7 +133,14 @@ def _request(summary: telemetry_pb2.RequestSummary) -> RequestFigures:
             _sketch(summary.queue_s) if summary.HasField("queue_s") else None,
             _sketch(summary.e2e_s) if summary.HasField("e2e_s") else None,
         ),
+        _pairs(summary) if summary.prompt_lengths else (),
     )
+
+
+def _pairs(summary: telemetry_pb2.RequestSummary) -> tuple[tuple[int, int], ...]:
+    """Lengths that can be, as many as one summary may bring."""
+    pairs = zip(summary.prompt_lengths[:PAIRS_MAX], summary.output_lengths[:PAIRS_MAX], strict=False)
+    return tuple((prompt, output) for prompt, output in pairs if 0 < prompt < TOKENS_MAX and 0 < output < TOKENS_MAX)
 
 
 def _sketch(sketch: telemetry_pb2.Sketch) -> SketchCounts:

@@ -400,11 +400,11 @@ class RequestSummary(_message.Message):
         """arrival to the last byte, of requests that were answered in full"""
 
     @_builtins.property
-    def prompt_lengths(self) -> Global___Sketch:
-        """tokens of each of them"""
+    def prompt_lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of some of them, spread evenly over the interval, prompt and answer of one request at the same place."""
 
     @_builtins.property
-    def output_lengths(self) -> Global___Sketch: ...
+    def output_lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -424,10 +424,10 @@ class RequestSummary(_message.Message):
         tpot_s: Global___Sketch | None = ...,
         queue_s: Global___Sketch | None = ...,
         e2e_s: Global___Sketch | None = ...,
-        prompt_lengths: Global___Sketch | None = ...,
-        output_lengths: Global___Sketch | None = ...,
+        prompt_lengths: _abc.Iterable[_builtins.int] | None = ...,
+        output_lengths: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["e2e_s", b"e2e_s", "output_lengths", b"output_lengths", "prompt_lengths", b"prompt_lengths", "queue_s", b"queue_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["e2e_s", b"e2e_s", "queue_s", b"queue_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "cancelled", b"cancelled", "cut", b"cut", "deployment", b"deployment", "e2e_s", b"e2e_s", "failed", b"failed", "finished", b"finished", "held", b"held", "output_lengths", b"output_lengths", "output_tokens", b"output_tokens", "prompt_lengths", b"prompt_lengths", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "refused", b"refused", "replica", b"replica", "serving_class", b"serving_class", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
