@@ -74,6 +74,7 @@ class Engine:
     lost_blocks: int = 0
     max_model_len: float = 2048.0
     instance: int = 1
+    agent: int = 1
     now_s: float = 0.0
     scheduler: Scheduler = field(init=False)
     frozen: ReplicaReading | None = field(default=None, init=False)
@@ -113,6 +114,12 @@ class Engine:
         self.instance += 1
         self._start()
 
+    def adopt(self) -> None:
+        """Another agent comes to it: what it counts begins anew, what it computes goes on."""
+        self.agent += 1
+        self._counts = dict.fromkeys(self._counts, 0.0)
+        self._histograms = {name: _Histogram(bounds) for name, bounds in BOUNDS.items()}
+
     def ask(self, *, prompt_tokens: int, output_tokens: int) -> None:
         """One request now, besides those that arrive by themselves."""
         self._submit(self.now_s, prompt_tokens, output_tokens)
@@ -147,7 +154,7 @@ class Engine:
         counts, scheduler = self._counts, self.scheduler
         used = scheduler.kv_usage * (self.limits.num_blocks - self.lost_blocks) + self.lost_blocks
         self.frozen = ReplicaReading(
-            replica=self.name, instance=str(self.instance), state=self.state,
+            replica=self.name, instance=f"uid.{self.instance}.0.000.{self.agent}", state=self.state,
             running=float(scheduler.running), waiting=float(scheduler.waiting), held=float(len(self._arrived)),
             kv_cache_usage=used / self.limits.num_blocks, resident_memory_bytes=8e9,
             prompt_tokens=counts["prompt"], generation_tokens=counts["generation"],

@@ -73,6 +73,17 @@ class BurnRate:
             self._counts[(self._now or 0) % len(self._counts)] += np.array([wrong, wrong + right])
         return self._judge()
 
+    def grow(self, series: int) -> None:
+        """Make room for so many series."""
+        more = series - self._counts.shape[2]
+        if more > 0:
+            self._counts = np.pad(self._counts, ((0, 0), (0, 0), (0, more)))
+
+    def forget(self, row: int) -> None:
+        """Another replica has this row."""
+        if row < self._counts.shape[2]:
+            self._counts[:, :, row] = 0.0
+
     def _advance(self, bucket: int) -> None:
         if self._now is None:
             self._now = self._first = bucket

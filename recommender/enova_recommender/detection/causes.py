@@ -19,8 +19,8 @@ class Cause(IntEnum):
     THROTTLED = 5        # slow by heat or power brake
     SLOW = 6             # slow for its load, or beside its siblings
     FAILING = 7          # requests fail
-    BATCH_SLACK = 8      # a queue, though more at once would cost little
-    OVERLOAD = 9         # a queue that its load explains
+    BATCH_SLACK = 8      # a queue, though more at once would cost little, or though there is room
+    OVERLOAD = 9         # a queue or missed objectives that its load explains
     CUT = 10             # a limit on answers cuts more than it is meant to
     IDLE = 11            # nothing to do
     SURPLUS = 12         # one replica fewer would hold
@@ -39,7 +39,7 @@ class SuggestedAction(StrEnum):
     INSPECT = "INSPECT"          # by a person: nothing may be done on what is not known
 
 
-DESTRUCTIVE = frozenset({SuggestedAction.RESTART, SuggestedAction.REPLACE})
+DESTRUCTIVE = frozenset({SuggestedAction.EJECT, SuggestedAction.RESTART, SuggestedAction.REPLACE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

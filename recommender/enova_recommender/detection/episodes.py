@@ -5,13 +5,15 @@ node whose replicas are unknown or degraded together, a deployment most of whose
 replica alone. When most nodes fall silent at once the coordinator itself is more likely cut off than they dead: that is
 one episode of the fleet, and nothing is to be done. An episode that is open takes in later verdicts of its root and
 kind; a narrower one that is explained by a new wider root becomes it. It closes when its members have been well for
-some time, so that what comes and goes stays one episode.
+some time, so that what comes and goes stays one episode. Open episodes outlive a restart: `adopt` goes on with them
+under their old names, and the time that nobody watched does not count as well.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -36,6 +38,7 @@ class Scope(StrEnum):
     REPLICA = "REPLICA"
 
 
+_PLAIN = ("id", "since_s", "opened_s", "seen_s", "closed_s", "score", "confidence")
 _WIDTH = {Scope.REPLICA: 0, Scope.DEPLOYMENT: 1, Scope.NODE: 2, Scope.FLEET: 3}
 
 
@@ -88,6 +91,7 @@ class EpisodeBook:
     def __init__(self, *, close_after_s: float = CLOSE_AFTER_S) -> None:
         self._close_after_s = close_after_s
         self._open: dict[str, Episode] = {}
+        self._adopted: set[str] = set()
 
     @property
     def open(self) -> tuple[Episode, ...]:
@@ -97,6 +101,10 @@ class EpisodeBook:
     def update(self, judgement: Judgement, placements: Mapping[str, Placement]) -> list[EpisodeChange]:
         """What the step changes."""
         changes: list[EpisodeChange] = []
+        for id_ in self._adopted & self._open.keys():
+            known = self._open[id_]
+            self._open[id_] = replace(known, seen_s=max(known.seen_s, judgement.end_s))
+        self._adopted.clear()
         rest = dict(judgement.verdicts)
         for root, verdicts in _gathered(rest, placements):
             changes += self._take(root, verdicts, judgement.end_s)
@@ -106,6 +114,13 @@ class EpisodeBook:
                 del self._open[episode.id]
                 changes.append(EpisodeChange(change=Change.CLOSED, episode=closed))
         return changes
+
+    def adopt(self, episodes: Iterable[Episode]) -> None:
+        """Go on with episodes that were open before a restart."""
+        for episode in episodes:
+            if episode.closed_s is None and episode.id not in self._open:
+                self._open[episode.id] = episode
+                self._adopted.add(episode.id)
 
     def _take(self, root: Root, verdicts: list[Verdict], now_s: float) -> list[EpisodeChange]:
         kind, members = verdicts[0].kind, frozenset(each.replica for each in verdicts)
@@ -226,3 +241,37 @@ def _told(episode: Episode) -> tuple[object, ...]:
         episode.root, episode.causes, episode.members, episode.action, round(episode.score, 1),
         round(episode.confidence, 1),
     )  # fmt: skip
+
+
+def to_text(episodes: Iterable[Episode]) -> str:
+    """Episodes as JSON."""
+    return json.dumps([
+        {
+            **{name: getattr(each, name) for name in _PLAIN}, "scope": each.root.scope.value, "name": each.root.name,
+            "kind": each.kind.value, "causes": [cause.name for cause in each.causes], "action": each.action.value,
+            "members": sorted(each.members),
+            "contributions": [
+                [known.feature, known.value, known.threshold, known.is_below] for known in each.contributions
+            ],
+        }
+        for each in episodes
+    ])  # fmt: skip
+
+
+def from_text(text: str) -> list[Episode]:
+    """What `to_text` made. Raises ValueError for anything else."""
+    try:
+        return [
+            Episode(
+                **{name: each[name] for name in _PLAIN}, root=Root(scope=Scope(each["scope"]), name=each["name"]),
+                kind=VerdictKind(each["kind"]), causes=tuple(Cause[cause] for cause in each["causes"]),
+                members=frozenset(each["members"]), action=SuggestedAction(each["action"]),
+                contributions=tuple(
+                    Contribution(feature=feature, value=value, threshold=threshold, is_below=is_below)
+                    for feature, value, threshold, is_below in each["contributions"]
+                ),
+            )
+            for each in json.loads(text)
+        ]  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no episodes: {error!r}") from error

@@ -7,7 +7,7 @@ nothing: what is missing never counts, neither way.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from enova_recommender.detection.causes import Cause
 from enova_recommender.detection.features import Feature, FeatureStep, Flags, Floats
 from enova_recommender.detection.observation import Placement
+from enova_recommender.detection.peers import SPREADS
 from enova_recommender.detection.progress import Codes, Progress
 from enova_recommender.detection.residual import Slowness
 
@@ -27,11 +28,9 @@ RESTART_TAU_S = 300.0        # memory of restarts: two within some 80 s, or thre
 RESTARTS_MIN, RESTARTS_CLEAR = 1.75, 1.0
 FAILURE_TAU_S = 30.0
 FAILED_SHARE, FAILURES_MIN = 0.2, 0.1  # of requests, a second
-SLOW_RATIO = 1.3             # below it nobody is harmed
-SLOW_CLEAR = 1.15
+SLOW_CLEAR = 0.5             # of the threshold of slowness, as a logarithm: below it a replica is well
 THROTTLED_RATIO = 1.1        # enough where the GPU itself says why
-PEER_SPREADS, PEER_CLEAR = 6.0, 3.0
-PEER_STEP = 0                # column of step times among the peers' figures
+PEER_SPREADS, PEER_CLEAR = SPREADS, SPREADS / 2
 QUEUE_MIN = 2.0              # requests that wait
 QUEUE_SHARE = 0.1            # of those that run
 HELD_SLACK = 2.0             # requests on their way between ingress and engine
@@ -40,12 +39,21 @@ KV_FULL = 0.85
 BATCH_FULL = 0.9             # of max_num_seqs
 BATCH_GAIN = 1.5             # throughput with twice the batch, over today's
 BATCH_KV_MAX = 0.45          # so that twice the batch fits
+ROOM_SHARE = 0.5             # of sequences, of tokens a step and of KV blocks: a queue before so little is none of load
+BURN_OBJECTIVE = 0.95        # the share of requests that objectives speak of
 LEAK_IDLE_USAGE = 0.2        # of the KV cache, with nothing running
 LEAK_FACTOR = 1.1            # times what the longest sequences could hold
 CUT_FACTOR, CUT_SLACK = 2.0, 0.05
 LOAD_TAU_S = 300.0
+CUT_TAU_S = 300.0
 LOAD_MAX = 0.6               # of what one replica fewer carries
 NOT_SERVING = (Progress.SUSPECT, Progress.HUNG, Progress.DOWN)
+# Memories: preemptions, failed and answered of late; cut and answered for long; by second.
+_MEMORIES = (
+    (PREEMPTION_TAU_S, Feature.PREEMPTIONS), (FAILURE_TAU_S, Feature.FAILED), (FAILURE_TAU_S, Feature.ENGINE_FINISHED),
+    (CUT_TAU_S, Feature.CUT), (CUT_TAU_S, Feature.ENGINE_FINISHED),
+)  # fmt: skip
+_PREEMPTED, _FAILED, _ANSWERED, _CUT, _ANSWERED_LONG = range(len(_MEMORIES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,16 +63,23 @@ class Signals:
     progress: Codes
     stalled_s: Floats
     slowness: Slowness
-    peers: Floats                  # by replica and peer feature
+    peers: Floats                  # spreads by which its steps are longer than its siblings', load taken off
     batch_gain: Floats             # throughput with twice the batch, over today's; NaN unknown
+    burn: Floats                   # how many times too fast objectives burn, over what is alarming; NaN unknown
+    rarity: Floats                 # of the step times: the negative logarithm (10) of their probability; NaN unknown
 
 
 class Evidence:
-    """Votes for every cause; it remembers decaying counts of rare events."""
+    """Votes for every cause; it remembers decaying counts of rare events.
+
+    `figures` are those of the last step that votes were held against, by name.
+    """
 
     def __init__(self, *, series: int) -> None:
-        self._memory = np.zeros((5, series))   # preemptions, restarts, failed, answered, cut: by second but restarts
+        self._memory = np.zeros((len(_MEMORIES), series))
+        self._restarts = np.zeros(series)
         self._load = np.full(series, np.nan)
+        self.figures: dict[str, Floats] = {}
 
     def update(
         self, step: FeatureStep, signals: Signals, placements: Mapping[str, Placement], *, step_s: float
@@ -78,14 +93,14 @@ class Evidence:
         votes[:, Cause.MISSING] = np.where(reported | ~placed, -1, 1)
         votes[:, Cause.CRASH_LOOP] = self._crash_loop(step, signals)
         votes[:, Cause.HUNG] = _hung(signals.progress)
-        votes[:, Cause.LEAK] = _leak(step, placements)
+        votes[:, Cause.LEAK] = self._leak(step, placements)
         votes[:, Cause.KV_THRASH] = self._kv_thrash(step)
         votes[:, Cause.THROTTLED], votes[:, Cause.SLOW] = _slow(step, signals)
         votes[:, Cause.FAILING] = self._failing()
         # A queue before an engine that stands still is no load, and nothing can be told of it.
         queue = np.where(signals.stalled_s > 0, np.nan, queued(step))
         votes[:, Cause.BATCH_SLACK] = _batch_slack(step, signals, placements, queue)
-        votes[:, Cause.OVERLOAD] = _overload(step, queue)
+        votes[:, Cause.OVERLOAD] = _overload(step, signals, placements, queue)
         votes[:, Cause.CUT] = self._cut(placements, step)
         votes[:, Cause.IDLE] = np.select([signals.progress == Progress.IDLE, ~reported], [1, 0], -1)
         votes[:, Cause.SURPLUS] = self._surplus(step, signals, placements)
@@ -97,63 +112,82 @@ class Evidence:
     @property
     def preemptions(self) -> Floats:
         """Preemptions a second of late."""
-        return np.array(self._memory[0])
-
-    @property
-    def restarts(self) -> Floats:
-        """Restarts of late, older ones counted for less."""
-        return np.array(self._memory[1])
-
-    @property
-    def failed(self) -> Floats:
-        """Failed requests a second of late."""
-        return np.array(self._memory[2])
+        return np.array(self._memory[_PREEMPTED])
 
     def forget(self, row: int) -> None:
         """Another replica has this row."""
-        self._memory[:, row] = 0.0
-        self._load[row] = np.nan
+        if row < len(self._load):
+            self._memory[:, row] = self._restarts[row] = 0.0
+            self._load[row] = np.nan
 
-    def _remember(self, step: FeatureStep, step_s: float) -> None:
-        more = len(step.values) - len(self._load)
+    def save(self) -> dict[str, Floats]:
+        """What is remembered, by row in the last dimension."""
+        return {"memory": self._memory.T.copy(), "restarts": self._restarts.copy(), "load": self._load.copy()}
+
+    def restore(self, saved: Mapping[str, Floats], *, rows: Sequence[int]) -> None:
+        """What `save` returned, for rows that had these numbers then; -1 for a new one."""
+        self._grow(len(rows))
+        for row, before in enumerate(rows):
+            if 0 <= before < len(saved["load"]):
+                self._memory[:, row] = saved["memory"][before]
+                self._restarts[row], self._load[row] = saved["restarts"][before], saved["load"][before]
+
+    def _grow(self, series: int) -> None:
+        more = series - len(self._load)
         if more > 0:
             self._memory = np.pad(self._memory, ((0, 0), (0, more)))
+            self._restarts = np.pad(self._restarts, (0, more))
             self._load = np.pad(self._load, (0, more), constant_values=np.nan)
-        taus_s = (PREEMPTION_TAU_S, FAILURE_TAU_S, FAILURE_TAU_S, LOAD_TAU_S)
-        columns = (Feature.PREEMPTIONS, Feature.FAILED, Feature.ENGINE_FINISHED, Feature.CUT)
-        for row, tau_s, feature in zip((0, 2, 3, 4), taus_s, columns, strict=True):
+
+    def _remember(self, step: FeatureStep, step_s: float) -> None:
+        self._grow(len(step.values))
+        for row, (tau_s, feature) in enumerate(_MEMORIES):
             now = step.of(feature)
             keep = math.exp(-step_s / tau_s)
             moved = keep * self._memory[row] + (1 - keep) * np.minimum(np.nan_to_num(now), 1e9)
             self._memory[row] = np.where(np.isnan(now), self._memory[row], moved)
-        self._memory[1] *= math.exp(-step_s / RESTART_TAU_S)
-        self._memory[1] += np.nan_to_num(step.of(Feature.RESTARTS))
+        self._restarts *= math.exp(-step_s / RESTART_TAU_S)
+        self._restarts += np.nan_to_num(step.of(Feature.RESTARTS))
         arrivals = step.of(Feature.ARRIVALS)
         started = np.where(np.isnan(self._load), arrivals, self._load)
         keep = math.exp(-step_s / LOAD_TAU_S)
         self._load = np.where(np.isnan(arrivals), self._load, keep * started + (1 - keep) * arrivals)
+        failed, answered = self._memory[_FAILED], self._memory[_ANSWERED]
+        self.figures = {
+            "preemptions": self._memory[_PREEMPTED], "restarts": self._restarts, "failed": failed,
+            "failed_share": failed / np.maximum(failed + answered, 1e-9),
+            "cut_share": self._memory[_CUT] / np.maximum(self._memory[_ANSWERED_LONG], 1e-9),
+            "load_rps": self._load,
+        }  # fmt: skip
 
     def _crash_loop(self, step: FeatureStep, signals: Signals) -> Votes:
-        loops = (self._memory[1] >= RESTARTS_MIN) | (signals.progress == Progress.DOWN)
-        calm = (self._memory[1] < RESTARTS_CLEAR) & (step.of(Feature.READY) == 1.0)
+        loops = (self._restarts >= RESTARTS_MIN) | (signals.progress == Progress.DOWN)
+        calm = (self._restarts < RESTARTS_CLEAR) & (step.of(Feature.READY) == 1.0)
         return _votes(loops, calm)
 
     def _kv_thrash(self, step: FeatureStep) -> Votes:
-        thrash = (self._memory[0] >= PREEMPTIONS_MIN) & (
-            (step.of(Feature.PREEMPTIONS) > 0) | (step.of(Feature.KV_USAGE) >= KV_FULL)
-        )
-        return _votes(thrash, self._memory[0] < PREEMPTIONS_MIN)
+        often = self._memory[_PREEMPTED] >= PREEMPTIONS_MIN
+        now = (step.of(Feature.PREEMPTIONS) > 0) | (step.of(Feature.KV_USAGE) >= KV_FULL)
+        return _votes(often & now, ~often)
 
     def _failing(self) -> Votes:
-        share = self._memory[2] / np.maximum(self._memory[2] + self._memory[3], 1e-9)
-        failing = (self._memory[2] >= FAILURES_MIN) & (share >= FAILED_SHARE)
+        failing = (self.figures["failed"] >= FAILURES_MIN) & (self.figures["failed_share"] >= FAILED_SHARE)
         return _votes(failing, ~failing)
 
     def _cut(self, placements: Mapping[str, Placement], step: FeatureStep) -> Votes:
         meant = _column(step, placements, "cut_share")
-        share = self._memory[4] / np.maximum(self._memory[3], 1e-9)
-        enough = self._memory[3] >= FAILURES_MIN
-        return _votes(enough & (share > CUT_FACTOR * meant + CUT_SLACK), enough & (share <= CUT_FACTOR * meant))
+        share, enough = self.figures["cut_share"], self._memory[_ANSWERED_LONG] >= FAILURES_MIN
+        self.figures["cut_limit"] = CUT_FACTOR * meant + CUT_SLACK
+        return _votes(enough & (share > self.figures["cut_limit"]), enough & (share <= CUT_FACTOR * meant))
+
+    def _leak(self, step: FeatureStep, placements: Mapping[str, Placement]) -> Votes:
+        """More than the sequences that run could hold, were each as long as the context allows."""
+        usage, running = step.of(Feature.KV_USAGE), step.of(Feature.RUNNING)
+        most = running * _column(step, placements, "max_model_len") / _column(step, placements, "kv_tokens")
+        nothing = (running == 0) & (step.of(Feature.WAITING) == 0)
+        self.figures["kv_limit"] = limit = np.where(nothing, LEAK_IDLE_USAGE, LEAK_FACTOR * most + 0.05)
+        leaks = (usage > limit) & ((running > 0) | nothing)
+        return _votes(leaks, nothing & (usage <= LEAK_IDLE_USAGE) | (usage <= most) & (most < 1.0))
 
     def _surplus(self, step: FeatureStep, signals: Signals, placements: Mapping[str, Placement]) -> Votes:
         """One replica fewer would hold: of a deployment of two or more that all are measured and all serve."""
@@ -168,7 +202,9 @@ class Evidence:
         carried = np.bincount(index, weights=np.where(known, capacity, 0.0))
         least = np.full(len(count), np.inf)
         np.minimum.at(least, index, np.where(known, capacity, np.inf))
-        spare = whole & (count > 1) & (load <= LOAD_MAX * (carried - np.where(np.isfinite(least), least, 0.0)))
+        most = LOAD_MAX * (carried - np.where(np.isfinite(least), least, 0.0))
+        spare = whole & (count > 1) & (load <= most)
+        self.figures |= {"deployment_load_rps": load[index], "deployment_spare_rps": most[index]}
         named = np.array([bool(name) for name in names])
         return _votes(named & spare[index], named & whole[index] & ~spare[index])
 
@@ -185,23 +221,15 @@ def _hung(progress: Codes) -> Votes:
     return _votes(stuck, np.isin(progress, (Progress.BUSY, Progress.IDLE, Progress.LONG_PREFILL)))
 
 
-def _leak(step: FeatureStep, placements: Mapping[str, Placement]) -> Votes:
-    """More than the sequences that run could hold, were each as long as the context allows."""
-    usage, running = step.of(Feature.KV_USAGE), step.of(Feature.RUNNING)
-    most = running * _column(step, placements, "max_model_len") / _column(step, placements, "kv_tokens")
-    nothing = (running == 0) & (step.of(Feature.WAITING) == 0)
-    leaks = (usage > LEAK_FACTOR * most + 0.05) & (running > 0) | nothing & (usage > LEAK_IDLE_USAGE)
-    return _votes(leaks, nothing & (usage <= LEAK_IDLE_USAGE) | (usage <= most) & (most < 1.0))
-
-
 def _slow(step: FeatureStep, signals: Signals) -> tuple[Votes, Votes]:
-    ratio, peers = signals.slowness.ratio, signals.peers[:, PEER_STEP]
+    ratio, peers = signals.slowness.ratio, signals.peers
     measured = step.of(Feature.STEP_S)
     now = np.isfinite(measured) & np.isfinite(ratio)
-    # A sibling's load differs: where the model explains a long step, siblings do not make it slow.
-    odd = np.isfinite(measured) & (peers >= PEER_SPREADS) & (np.isnan(ratio) | (ratio >= SLOW_CLEAR))
-    slow = now & (ratio >= SLOW_RATIO) & signals.slowness.alarm | odd
-    well = now & (ratio < SLOW_CLEAR) & ~(peers >= PEER_SPREADS)
+    clear = signals.slowness.threshold**SLOW_CLEAR
+    # Where a replica's own steps are as they always were, it is the siblings that are odd.
+    odd = np.isfinite(measured) & (peers >= PEER_SPREADS) & (np.isnan(ratio) | (ratio >= clear))
+    slow = now & signals.slowness.alarm | odd
+    well = now & (ratio < clear) & ~(peers >= PEER_SPREADS)
     hot = step.of(Feature.GPU_THROTTLED)
     throttled = (hot > 0) & (slow | now & (ratio >= THROTTLED_RATIO) | np.isnan(ratio) & (peers >= PEER_CLEAR))
     return _votes(throttled, (hot == 0) | well), _votes(slow, well | np.isnan(ratio) & (peers < PEER_CLEAR))
@@ -210,17 +238,29 @@ def _slow(step: FeatureStep, signals: Signals) -> tuple[Votes, Votes]:
 def _batch_slack(
     step: FeatureStep, signals: Signals, placements: Mapping[str, Placement], queue: Floats
 ) -> Votes:
+    """A queue before a batch that could be larger, or that is not even full."""
+    running, usage = step.of(Feature.RUNNING), step.of(Feature.KV_USAGE)
     limit = _column(step, placements, "max_num_seqs")
-    full = step.of(Feature.RUNNING) >= BATCH_FULL * limit
-    slack = full & (queue >= QUEUE_MIN) & (signals.batch_gain >= BATCH_GAIN) & (
-        step.of(Feature.KV_USAGE) <= BATCH_KV_MAX
-    )
+    small = (running >= BATCH_FULL * limit) & (signals.batch_gain >= BATCH_GAIN) & (usage <= BATCH_KV_MAX)
+    tokens = (step.of(Feature.PROMPT_TOKENS) + step.of(Feature.DECODE_TOKENS)) / step.of(Feature.ITERATIONS)
+    room = (running <= ROOM_SHARE * limit) & (usage <= ROOM_SHARE)
+    room &= tokens <= ROOM_SHARE * _column(step, placements, "max_num_batched_tokens")
+    waits = step.of(Feature.WAITING) >= np.maximum(QUEUE_MIN, QUEUE_SHARE * np.nan_to_num(running))
+    slack = small & (queue >= QUEUE_MIN) | room & waits & (queue >= QUEUE_MIN)
     return _votes(slack, np.isfinite(queue) & ~slack)
 
 
-def _overload(step: FeatureStep, queue: Floats) -> Votes:
-    long = queue >= np.maximum(QUEUE_MIN, QUEUE_SHARE * np.nan_to_num(step.of(Feature.RUNNING)))
-    return _votes(long, np.isfinite(queue) & ~long)
+def _overload(
+    step: FeatureStep, signals: Signals, placements: Mapping[str, Placement], queue: Floats
+) -> Votes:
+    """A queue, or objectives that burn while the engine is well used: too large a batch needs no queue to be late."""
+    running = np.nan_to_num(step.of(Feature.RUNNING))
+    long = queue >= np.maximum(QUEUE_MIN, QUEUE_SHARE * running)
+    used = (running >= ROOM_SHARE * _column(step, placements, "max_num_seqs")) | (
+        step.of(Feature.KV_USAGE) >= KV_FULL
+    )
+    burns = used & (signals.burn >= 1.0) & (signals.stalled_s == 0)
+    return _votes(long | burns, np.isfinite(queue) & ~long & ~burns)
 
 
 def _column(step: FeatureStep, placements: Mapping[str, Placement], name: str) -> Floats:

@@ -1,7 +1,7 @@
 """The figures that detectors look at: which there are, one step of them, and a bounded window for every replica.
 
 All rates are by second, all shares 0 to 1, NaN is what was not measured. A window is one array, step by replica by
-feature, in single precision: 10,000 replicas x 34 features x 720 steps take 0.98 GB,
+feature, in single precision: 10,000 replicas x 35 features x 720 steps take 1.01 GB,
 and less while fewer report.
 """
 
@@ -46,6 +46,7 @@ class Feature(StrEnum):
     TTFT_P95_S = "ttft_p95_s"
     TPOT_P95_S = "tpot_p95_s"
     QUEUE_S = "queue_s"                # mean
+    LATE_SHARE = "late_share"          # of requests, that missed the objective of first tokens or of those after
     GPU_UTILIZATION = "gpu_utilization"
     GPU_POWER = "gpu_power_share"      # of the limit
     GPU_CLOCK_MHZ = "gpu_sm_clock_mhz"

@@ -6,8 +6,12 @@ rates between the newest reading of this step and the newest before it, over the
 frame that repeats an old reading counts over no time and yields no rate, so it never looks like a standstill. An
 engine that restarted counts from zero. What ingresses count comes by interval and adds up.
 
+An agent that restarted, too, counts anew for an engine that it adopts: the last part of an instance's name is the
+agent's. Then counters start from zero, and yet no engine restarted.
+
 A frame counts once. Of one that comes out of order only what ingresses counted is used; one that comes after its step
-was closed, or is stamped far from the coordinator's clock, is left out and counted by reason.
+was closed, or is stamped far from the coordinator's clock, is left out and counted by reason, and so is what a node
+says of a replica that is not placed on it. After a stall of the caller the newest steps alone are closed.
 """
 
 from __future__ import annotations
@@ -33,10 +37,17 @@ from enova_recommender.detection.observation import (
     ReplicaReading,
     SketchCounts,
 )
-from enova_recommender.detection.percentiles import bucket_quantile, sketch_quantile
+from enova_recommender.detection.percentiles import (
+    bucket_quantile,
+    bucket_share_above,
+    sketch_quantile,
+    sketch_share_above,
+)
 
 ROWS_MIN = 64            # room that is made at first
 SEQUENCES_KEPT = 64      # of a node, to know a frame that comes twice
+NODES_KEPT_S = 600.0     # after its last frame a node is forgotten
+CATCH_UP_STEPS = 12      # that one call closes at most
 STALE_S = 15.0           # gauges older than this say nothing of now
 # NVML: hardware slowdown, thermal slowdown by software and hardware, power brake. Its power cap is no fault.
 THROTTLE_MASK = 0x8 | 0x20 | 0x40 | 0x80
@@ -59,6 +70,7 @@ class Rejection(StrEnum):
     LATE = "LATE"
     SKEWED = "SKEWED"
     BROKEN = "BROKEN"
+    MISPLACED = "MISPLACED"      # a reading of a replica that is not on this node: the rest of the frame counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +85,22 @@ class FoldSettings:
 
 
 @dataclass(slots=True)
+class _Node:
+    """What is remembered of a node's frames."""
+
+    boot: str
+    seen: deque[int]
+    last_s: float
+
+
+@dataclass(slots=True)
 class _Pending:
-    """What came in for one step."""
+    """What came in for one step. `fresh`: counters began anew; `restarted`: because the engine did."""
 
     rows: list[int] = field(default_factory=list)
     stamps: list[float] = field(default_factory=list)
     fresh: list[bool] = field(default_factory=list)
+    restarted: list[bool] = field(default_factory=list)
     counters: list[tuple[float, ...]] = field(default_factory=list)
     newest: dict[int, ReplicaReading] = field(default_factory=dict)
     requests: dict[int, list[float]] = field(default_factory=dict)
@@ -93,16 +115,19 @@ class FeatureFold:
     def __init__(self, settings: FoldSettings, *, rows: int = ROWS_MIN) -> None:
         self.settings = settings
         self.rejected: Counter[Rejection] = Counter()
+        self.skipped = 0                         # steps that were never closed, since the caller was late
         self._window = Window(steps=max(2, math.ceil(settings.window_s / settings.step_s)), rows=rows)
         self._placed: dict[str, Placement] = {}
         self._row: dict[str, int] = {}
         self._free: list[int] = []
+        self._width = 0                          # rows that were ever used: a step never gets narrower
         self._next: int | None = None            # the first step that is not closed
         self._pending: dict[int, _Pending] = {}
         self._instance: dict[int, str] = {}
-        self._nodes: dict[str, tuple[str, deque[int]]] = {}
+        self._nodes: dict[str, _Node] = {}
         self._counters: Floats = np.full((rows, _COUNTERS), np.nan)
         self._stamps: Floats = np.full(rows, np.nan)
+        self._limits: Floats = np.full((len(_PERCENTILES), rows), np.nan)
         self._buckets: dict[str, Floats] = {
             name: np.full((rows, len(bounds) + 1), np.nan) for name, bounds in settings.bounds.items()
         }
@@ -110,7 +135,7 @@ class FeatureFold:
     @property
     def replicas(self) -> tuple[str, ...]:
         """The replicas in the order of a step's rows; a row that nobody has is named by nothing."""
-        names = [""] * (max(self._row.values(), default=-1) + 1)
+        names = [""] * self._width
         for name, row in self._row.items():
             names[row] = name
         return tuple(names)
@@ -120,20 +145,30 @@ class FeatureFold:
         """What is placed now."""
         return self._placed
 
-    def place(self, placements: Iterable[Placement]) -> None:
-        """Say which replicas there are; the others are forgotten."""
+    def place(self, placements: Iterable[Placement]) -> tuple[int, ...]:
+        """Say which replicas there are; the others are forgotten, and those that moved begin anew.
+
+        The rows of which nothing holds any more.
+        """
         wanted = {each.replica: each for each in placements}
-        for name in [name for name in self._row if name not in wanted]:
-            self._forget(self._row.pop(name))
+        gone = [name for name in self._row if name not in wanted or _moved(self._placed[name], wanted[name])]
+        freed = tuple(self._row.pop(name) for name in gone)
+        for row in freed:
+            self._forget(row)
         for name in wanted:
             if name not in self._row:
-                self._row[name] = self._free.pop() if self._free else len(self._row)
-        if wanted and max(self._row.values()) >= self._window.rows:
-            self._grow(max(2 * self._window.rows, max(self._row.values()) + 1))
+                self._row[name] = self._free.pop() if self._free else self._width
+                self._width = max(self._width, self._row[name] + 1)
+        if self._width > self._window.rows:
+            self._grow(max(2 * self._window.rows, self._width))
         self._placed = wanted
+        self._limits[:] = np.nan
+        for name, row in self._row.items():
+            self._limits[:, row] = wanted[name].ttft_p95_s, wanted[name].tpot_p95_s
+        return freed
 
     def history(self, replica: str, *, steps: int) -> Figures:
-        """The newest steps of one replica, the oldest first."""
+        """The newest steps of one replica, the oldest first: what evidence is drawn from."""
         last = (self._next or 0) - 1
         return self._window.history(self._row[replica], first=last - steps + 1, last=last)
 
@@ -148,12 +183,12 @@ class FeatureFold:
             for gpu in frame.gpus:
                 pending.gpus[gpu.uuid] = gpu
             for reading in frame.replicas:
-                self._add_replica(pending, reading, frame.end_s)
+                self._add_replica(pending, reading, frame)
         self._add_requests(pending, frame)
         return None
 
     def close(self, now_s: float) -> list[FeatureStep]:
-        """The steps that are over, in order. After a clock that jumped ahead: the newest one alone."""
+        """The steps that are over, in order, and at most CATCH_UP_STEPS: of more, the newest that a frame came for."""
         if not math.isfinite(now_s):
             return []
         due = math.floor((now_s - self.settings.lateness_s) / self.settings.step_s)
@@ -161,10 +196,22 @@ class FeatureFold:
             self._restart(due)
             return []
         if due - self._next > self.settings.window_s / self.settings.step_s:
+            self.skipped += due - 1 - self._next
             self._restart(due - 1)
+        elif due - self._next > CATCH_UP_STEPS:
+            self._skip(due)
         closed = [self._close(number) for number in range(self._next, due)]
         self._next = max(self._next, due)
         return closed
+
+    def _skip(self, due: int) -> None:
+        """Leave out what is too long ago, and what nothing is known of since the caller stood still."""
+        assert self._next is not None
+        first = min((number for number in self._pending if number >= due - CATCH_UP_STEPS), default=due - 1)
+        first = min(first, due - 1)
+        self.skipped += first - self._next
+        self._pending = {number: each for number, each in self._pending.items() if number >= first}
+        self._next = first
 
     # -- taking in
 
@@ -173,34 +220,41 @@ class FeatureFold:
             return Rejection.BROKEN
         if not abs(frame.end_s - now_s) <= self.settings.skew_s:
             return Rejection.SKEWED
-        boot, seen = self._nodes.get(frame.node, ("", deque()))
-        if boot == frame.boot and frame.sequence in seen:
+        known = self._nodes.get(frame.node)
+        if known is not None and known.boot == frame.boot and frame.sequence in known.seen:
             return Rejection.DUPLICATE
         if self._next is not None and frame.end_s < self._next * self.settings.step_s:
             return Rejection.LATE
         return None
 
     def _in_order(self, frame: FrameReading) -> bool:
-        boot, seen = self._nodes.get(frame.node, ("", deque()))
-        if boot != frame.boot:
-            self._nodes[frame.node] = (frame.boot, deque([frame.sequence], SEQUENCES_KEPT))
+        known = self._nodes.get(frame.node)
+        if known is None or known.boot != frame.boot:
+            self._nodes[frame.node] = _Node(frame.boot, deque([frame.sequence], SEQUENCES_KEPT), frame.end_s)
             return True
-        ordered = not seen or frame.sequence > max(seen)
-        seen.append(frame.sequence)
+        ordered = not known.seen or frame.sequence > max(known.seen)
+        known.seen.append(frame.sequence)
+        known.last_s = max(known.last_s, frame.end_s)
         return ordered
 
-    def _add_replica(self, pending: _Pending, reading: ReplicaReading, end_s: float) -> None:
+    def _add_replica(self, pending: _Pending, reading: ReplicaReading, frame: FrameReading) -> None:
         row = self._row.get(reading.replica)
         if row is None:
+            return
+        nodes = self._placed[reading.replica].nodes
+        if nodes and frame.node not in nodes:
+            self.rejected[Rejection.MISPLACED] += 1
             return
         pending.newest[row] = reading
         age_s = reading.age_s if 0 <= reading.age_s < math.inf else 0.0
         known = self._instance.get(row)
         if reading.instance:
             self._instance[row] = reading.instance
+        anew = known is not None and bool(reading.instance) and known != reading.instance
         pending.rows.append(row)
-        pending.stamps.append(end_s - age_s)
-        pending.fresh.append(known is not None and bool(reading.instance) and known != reading.instance)
+        pending.stamps.append(frame.end_s - age_s)
+        pending.fresh.append(anew)
+        pending.restarted.append(anew and engine_of(reading.instance) != engine_of(known or ""))
         pending.counters.append(_counters(reading))
 
     def _add_requests(self, pending: _Pending, frame: FrameReading) -> None:
@@ -234,6 +288,7 @@ class FeatureFold:
             self._put_rates(values, pending, fresh)
         self._put_percentiles(values, pending, fresh)
         self._put_requests(values, pending)
+        self._forget_nodes(end_s)
         step = FeatureStep(number=number, end_s=end_s, replicas=names, values=clean(values).astype(np.float32))
         self._window.put(number, step.values)
         return step
@@ -276,6 +331,7 @@ class FeatureFold:
         order = np.argsort(np.array(pending.rows), kind="stable")
         rows = np.array(pending.rows)[order]
         stamps, resets = np.array(pending.stamps)[order], np.array(pending.fresh)[order]
+        restarted = np.array(pending.restarted)[order]
         counts = clean(np.array(pending.counters, dtype=np.float64))[order]
         starts = np.flatnonzero(np.concatenate(([True], rows[1:] != rows[:-1])))
         heads = rows[starts]
@@ -292,16 +348,16 @@ class FeatureFold:
             means = total[:, _SUMS : _SUMS + 2] / total[:, _SUMS - 2 : _SUMS]
             values[heads[:, None], [COLUMN[Feature.TTFT_S], COLUMN[Feature.STEP_S]]] = means
             values[heads, COLUMN[Feature.QUEUE_S]] = total[:, _SUMS + 3] / total[:, _SUMS + 2]
-        restarts = np.add.reduceat(resets.astype(float), starts)
-        values[heads, COLUMN[Feature.RESTARTS]] = restarts
-        fresh[heads] = restarts > 0
+        values[heads, COLUMN[Feature.RESTARTS]] = np.add.reduceat(restarted.astype(float), starts)
+        fresh[heads] = np.logical_or.reduceat(resets, starts)
         last = np.concatenate((starts[1:], [len(rows)])) - 1
         kept = np.where(np.isnan(counts[last]), self._counters[heads], counts[last])
-        self._counters[heads] = np.where((restarts > 0)[:, None], counts[last], kept)
+        self._counters[heads] = np.where(fresh[heads][:, None], counts[last], kept)
         self._stamps[heads] = np.fmax(self._stamps[heads], newest)
 
     def _put_percentiles(self, values: Floats, pending: _Pending, fresh: Flags) -> None:
-        for metric, feature in _PERCENTILES:
+        late = values[:, COLUMN[Feature.LATE_SHARE]]  # a view
+        for (metric, feature), limits in zip(_PERCENTILES, self._limits, strict=True):
             bounds = self.settings.bounds.get(metric)
             if bounds is None:
                 continue
@@ -317,7 +373,10 @@ class FeatureFold:
             before = np.where(newest[:, -1:] < before[:, -1:], 0.0, before)
             change = np.maximum.accumulate(np.maximum(newest - before, 0.0), axis=1)
             quantile = bucket_quantile(np.nan_to_num(change), bounds, 0.95)
-            values[rows, COLUMN[feature]] = np.where(np.isnan(change).any(axis=1), np.nan, quantile)
+            whole = ~np.isnan(change).any(axis=1)
+            values[rows, COLUMN[feature]] = np.where(whole, quantile, np.nan)
+            share = bucket_share_above(np.nan_to_num(change), bounds, limits[rows])
+            late[rows] = np.fmax(late[rows], np.where(whole, share, np.nan))
             self._buckets[metric][rows] = newest
 
     def _put_requests(self, values: Floats, pending: _Pending) -> None:
@@ -333,11 +392,15 @@ class FeatureFold:
         for row, count in held.items():
             if math.isnan(values[row, COLUMN[Feature.HELD]]):
                 values[row, COLUMN[Feature.HELD]] = count
-        for row, (ttft, tpot) in pending.sketches.items():
-            for feature, sketches in ((Feature.TTFT_P95_S, ttft), (Feature.TPOT_P95_S, tpot)):
+        for row, both in pending.sketches.items():
+            shares = []
+            for (_, feature), sketches, limit in zip(_PERCENTILES, both, self._limits[:, row].tolist(), strict=True):
                 seen = sketch_quantile(sketches, 0.95)
                 if not math.isnan(seen):  # what clients saw goes before what the engine says
                     values[row, COLUMN[feature]] = seen
+                shares.append(sketch_share_above(sketches, limit))
+            if not all(map(math.isnan, shares)):
+                values[row, COLUMN[Feature.LATE_SHARE]] = np.nanmax(shares)
 
     # -- rows
 
@@ -351,6 +414,10 @@ class FeatureFold:
                 table[:] = np.nan
             self._pending = {key: value for key, value in self._pending.items() if key >= number}
         self._next = number
+
+    def _forget_nodes(self, now_s: float) -> None:
+        for name in [name for name, each in self._nodes.items() if now_s - each.last_s > NODES_KEPT_S]:
+            del self._nodes[name]
 
     def _forget(self, row: int) -> None:
         self._free.append(row)
@@ -366,6 +433,7 @@ class FeatureFold:
             pending.rows = [pending.rows[index] for index in keep]
             pending.stamps = [pending.stamps[index] for index in keep]
             pending.fresh = [pending.fresh[index] for index in keep]
+            pending.restarted = [pending.restarted[index] for index in keep]
             pending.counters = [pending.counters[index] for index in keep]
             pending.requests.pop(row, None)
             pending.sketches.pop(row, None)
@@ -376,8 +444,20 @@ class FeatureFold:
         self._window = self._window.grown(rows)
         self._counters = np.pad(self._counters, ((0, more), (0, 0)), constant_values=np.nan)
         self._stamps = np.pad(self._stamps, (0, more), constant_values=np.nan)
+        self._limits = np.pad(self._limits, ((0, 0), (0, more)), constant_values=np.nan)
         for name, table in self._buckets.items():
             self._buckets[name] = np.pad(table, ((0, more), (0, 0)), constant_values=np.nan)
+
+
+def engine_of(instance: str) -> str:
+    """The part of an instance's name that the engine gave, without its agent's."""
+    return instance.rpartition(".")[0] or instance
+
+
+def _moved(before: Placement, now: Placement) -> bool:
+    """Whether what was learnt of a replica says nothing of it any more."""
+    elsewhere = bool(before.gpus and now.gpus) and before.gpus != now.gpus
+    return elsewhere or (before.nodes, before.variant) != (now.nodes, now.variant)
 
 
 def _increments(counts: Floats, base: Floats, resets: Flags, starts: npt.NDArray[np.int64]) -> tuple[Floats, Flags]:

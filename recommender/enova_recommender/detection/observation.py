@@ -110,3 +110,5 @@ class Placement:
     kv_tokens: float = math.nan          # that its KV cache has room for
     capacity_rps: float = math.nan       # requests a second that it carries while it meets its objectives
     cut_share: float = math.nan          # of answers, that a limit of ours is meant to cut
+    ttft_p95_s: float = math.nan         # objectives: that 95 of 100 requests should meet
+    tpot_p95_s: float = math.nan

@@ -1,56 +1,42 @@
-"""A replica beside its siblings of the same configuration, which share its load and its time of day.
+"""A replica's steps beside those of its siblings of the same variant, each held against what its own load explains.
 
-Each figure's distance from the siblings' median, in robust spreads of theirs. A group needs four members, so that
-three siblings speak: with fewer, nobody knows who the odd one is.
+The distance of the log ratio from the siblings' median, in robust spreads of theirs: loads may differ, for what is
+compared is what they leave unexplained. A group needs four members, so that three siblings speak: with fewer, nobody
+knows who the odd one is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from enova_recommender.detection.features import COLUMN, Feature, FeatureStep, Floats
+from enova_recommender.detection.features import Flags, Floats
+from enova_recommender.detection.groups import Groups
 
 SIBLINGS_MIN = 3
-SPREAD_SHARE = 0.05      # of the median: siblings are never more alike than this
+SPREAD_MIN = 0.05        # of log ratios: siblings are never more alike than this
 MAD_UNIT = 1.4826        # from the median absolute deviation to a normal law's standard deviation
 SMOOTHING = 0.3          # weight of the newest step
+SPREADS = 6.0            # that make a replica odd
 BOUND = 100.0            # spreads beyond which a figure says no more
-# What tells of a defect, not of load; and in which direction it is bad.
-PEER_FEATURES: dict[Feature, int] = {
-    Feature.STEP_S: 1,
-    Feature.TTFT_S: 1,
-    Feature.GPU_CLOCK_MHZ: -1,
-    Feature.FAILED: 1,
-}
+COMMON_SHARE = 0.25      # of siblings elsewhere: what three in four of them show as well is no replica's own
 
 
 class PeerWatch:
     """Smoothed distances of every replica to its siblings."""
 
-    def __init__(self, *, series: int, features: Sequence[Feature] = tuple(PEER_FEATURES)) -> None:
-        self.features = tuple(features)
-        self._columns = [COLUMN[each] for each in self.features]
-        self._signs = np.array([PEER_FEATURES.get(each, 1) for each in self.features], dtype=np.float64)
-        self._mean = np.full((series, len(self.features)), np.nan)
+    def __init__(self, *, series: int) -> None:
+        self._mean = np.full(series, np.nan)
 
-    def update(self, step: FeatureStep, groups: Sequence[str]) -> Floats:
-        """Distances by replica and feature, in spreads, positive where worse; NaN without enough siblings.
-
-        `groups` names each row's configuration; rows of "" belong to none.
-        """
-        more = len(step.values) - len(self._mean)
+    def update(self, logs: Floats, groups: Groups, *, doubt: Floats) -> Floats:
+        """Distances in spreads, positive where slower; NaN without enough siblings. `doubt` is that of the logs."""
+        more = len(logs) - len(self._mean)
         if more > 0:
-            self._mean = np.pad(self._mean, ((0, more), (0, 0)), constant_values=np.nan)
-        values = step.values[:, self._columns].astype(np.float64)
-        found = np.full(values.shape, np.nan)
-        names, index = np.unique(np.array(groups, dtype=str), return_inverse=True)
-        order = np.argsort(index, kind="stable")
-        for name, rows in zip(names.tolist(), np.split(order, np.cumsum(np.bincount(index))[:-1]), strict=True):
-            if name and len(rows) > SIBLINGS_MIN:
-                found[rows] = _distances(values[rows])
-        signed = found * self._signs
+            self._mean = np.pad(self._mean, (0, more), constant_values=np.nan)
+        median, count = groups.quantile(logs, 0.5)
+        apart = logs - groups.by_row(np.where(count > SIBLINGS_MIN, median, np.nan))
+        spread, _ = groups.quantile(np.abs(apart), 0.5)
+        unit = np.maximum(MAD_UNIT * groups.by_row(spread), SPREAD_MIN) + doubt / SPREADS
+        signed = np.clip(apart / unit, -BOUND, BOUND)
         known = np.isfinite(signed)
         moved = self._mean + SMOOTHING * (signed - self._mean)
         self._mean = np.where(known, np.where(np.isnan(self._mean), signed, moved), np.nan)
@@ -62,16 +48,11 @@ class PeerWatch:
             self._mean[row] = np.nan
 
 
-def _distances(values: Floats) -> Floats:
-    """Robust distances within one group, column by column."""
-    found = np.full(values.shape, np.nan)
-    for column in range(values.shape[1]):
-        known = np.isfinite(values[:, column])
-        if known.sum() <= SIBLINGS_MIN:
-            continue
-        figures = values[known, column]
-        middle = float(np.median(figures))
-        spread = MAD_UNIT * float(np.median(np.abs(figures - middle)))
-        unit = max(spread, SPREAD_SHARE * abs(middle), 1e-9)
-        found[known, column] = np.clip((figures - middle) / unit, -BOUND, BOUND)
+def common_part(residuals: Floats, groups: Groups, *, rows: Flags) -> Floats:
+    """For these rows: what most of their siblings on other nodes show too, so that no replica of its own causes it."""
+    found = np.zeros(len(residuals))
+    for row in np.flatnonzero(rows & (groups.index >= 0)).tolist():
+        others = (groups.index == groups.index[row]) & (groups.node != groups.node[row]) & np.isfinite(residuals)
+        if others.sum() >= SIBLINGS_MIN:
+            found[row] = max(0.0, float(np.quantile(residuals[others], COMMON_SHARE)))
     return found

@@ -34,6 +34,32 @@ def bucket_quantile(cumulative: Floats, bounds: Sequence[float], share: float) -
     return np.where(total > 0, found, np.nan)
 
 
+def bucket_share_above(cumulative: Floats, bounds: Sequence[float], limits: Floats) -> Floats:
+    """Which share of each row of cumulative counts lies above its limit; linear within a bucket, NaN of nothing."""
+    edges = np.concatenate(([0.0], bounds))
+    padded = np.concatenate((np.zeros((len(cumulative), 1)), cumulative[:, : len(bounds)]), axis=1)
+    upper = np.clip(np.searchsorted(edges, limits), 1, len(edges) - 1)
+    rows = np.arange(len(cumulative))
+    inside = np.clip((limits - edges[upper - 1]) / (edges[upper] - edges[upper - 1]), 0.0, 1.0)
+    below = padded[rows, upper - 1] + inside * (padded[rows, upper] - padded[rows, upper - 1])
+    total = cumulative[:, -1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where((total > 0) & np.isfinite(limits), 1.0 - below / total, np.nan)
+
+
+def sketch_share_above(sketches: Sequence[SketchCounts], limit: float) -> float:
+    """Which share of all these sketches hold lies above a limit; NaN of nothing."""
+    if not 0 < limit < math.inf:
+        return math.nan
+    above = total = 0.0
+    for each in filter(_is_sound, sketches):
+        gamma = (1 + each.relative_accuracy) / (1 - each.relative_accuracy)
+        first = math.ceil(math.log(limit) / math.log(gamma)) + 1 - each.offset
+        above += sum(each.counts[max(0, first) :])
+        total += sum(each.counts) + each.zero_count
+    return above / total if total > 0 else math.nan
+
+
 def sketch_quantile(sketches: Sequence[SketchCounts], share: float) -> float:
     """The `share` quantile of sketches together; those that cannot be merged with the first are left out."""
     sound = [each for each in sketches if _is_sound(each)]

@@ -10,6 +10,7 @@ requests are held stalls as well. A stall grows from SUSPECT to HUNG, and any pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -89,6 +90,13 @@ class ProgressWatch:
         """Another replica has this row."""
         if row < len(self._stalled_s):
             self._stalled_s[row] = 0.0
+
+    def restore(self, stalled_s: Floats, *, rows: Sequence[int]) -> None:
+        """What `stalled_s` was, for rows that had these numbers then; -1 for a new one."""
+        self._stalled_s = self._grown(len(rows))
+        for row, before in enumerate(rows):
+            if 0 <= before < len(stalled_s):
+                self._stalled_s[row] = stalled_s[before]
 
     def _stage(self, step: FeatureStep, longest_step_s: Floats | None) -> Codes:
         limits = self._limits

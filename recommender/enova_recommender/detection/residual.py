@@ -4,7 +4,8 @@ Theory of operation. The mean gap between two tokens of a sequence is the mean d
 sequences that decode in it (as `enova_recommender.performance.live_steps` explains). From the same counters follow the
 batches that those steps computed, so a model of step times says what they should have taken. The logarithm of the
 ratio is near a constant of the model's own error while hardware and software are well, whatever the load; the constant
-is taken off. Steps with preemptions are left out: their gaps are waiting, not computing.
+is taken off, as far as a model can be wrong and no further: a replica that is slow from its start must not pass for a
+model that is too quick. Steps with preemptions are left out: their gaps are waiting, not computing.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import nnls
 
 from enova_recommender.detection.extremes import DriftingThreshold
@@ -29,6 +31,11 @@ RATIO_MAX = 50.0           # beyond it is a stall, not a step
 SMOOTHING = 0.5            # weight of the newest step: the mean lags by a step
 BIAS_STEPS = 24            # of known normal time, after which a model's own error is known
 BIAS_MAX = math.log(3.0)   # of a model; more is called slow from the start
+BIAS_SPREADS = 4.0         # of a model that says how exact it is
+BIAS_MIN = math.log(1.2)
+OWN_MAX = 0.1              # by which the log of one replica's steps differs from its siblings' without a fault
+SLOW_RATIO = 1.3           # while nobody knows how high quiet residuals go: below it nobody is harmed
+SLOW_RATIO_MIN, SLOW_RATIO_MAX = 1.2, 2.5  # where they are known
 BIAS_KEEP = 1.0 - 1.0 / 720.0
 ROUNDS = 4                 # of the robust fit
 OUTLIER_SPREADS = 5.0      # robust standard deviations
@@ -46,6 +53,27 @@ class StepBatches:
     decode_sequences: Floats
     context_tokens: Floats
     observed_s: Floats         # n
+
+
+@runtime_checkable
+class ManySteps(Protocol):
+    """Step times that can be asked for many batches at once."""
+
+    def steps_s(
+        self, prefill_tokens: Floats, prefill_pairs: Floats, decode_sequences: Floats, context_tokens: Floats
+    ) -> Floats:
+        """Durations."""
+        ...
+
+
+@runtime_checkable
+class Inexact(Protocol):
+    """Step times that know how exact they are."""
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the logarithm of the error."""
+        ...
 
 
 class Expectation(Protocol):
@@ -83,29 +111,28 @@ class MixedExpectation:
     """Any model's step times, one for each replica that has one. Affine ones are computed all at once."""
 
     affine: AffineExpectation
-    others: tuple[tuple[int, StepTimes], ...]
+    others: tuple[tuple[tuple[int, ...], StepTimes], ...]
 
     @classmethod
     def of(cls, times: Sequence[StepTimes | None]) -> MixedExpectation:
         """The times of each row; None where there is no model."""
         table = np.full((len(times), 5), np.nan)
+        rows: dict[int, list[int]] = {}
         for row, each in enumerate(times):
             if isinstance(each, Affine):
                 table[row] = AffineExpectation.of(each, series=1).coefficients[0]
-        others = tuple(
-            (row, each) for row, each in enumerate(times) if each is not None and not isinstance(each, Affine)
-        )
-        return cls(AffineExpectation(table), others)
+            elif each is not None:
+                rows.setdefault(id(each), []).append(row)
+        others = tuple((tuple(found), times[found[0]]) for found in rows.values())
+        return cls(AffineExpectation(table), tuple((found, each) for found, each in others if each is not None))
 
     def expected_s(self, batches: StepBatches) -> Floats:
         """One mean duration a replica."""
         found = self.affine.expected_s(batches)
-        for row, times in self.others:
-            if np.isfinite(batches.weights[:, row]).all():
-                found[row] = sum(
-                    float(batches.weights[kind, row]) * times.step_s(_batch(batches, kind, row))
-                    for kind in (0, 1) if batches.weights[kind, row] > 0
-                )
+        for rows, times in self.others:
+            known = np.array([row for row in rows if np.isfinite(batches.weights[:, row]).all()], dtype=np.int64)
+            if known.size:
+                found[known] = (batches.weights[:, known] * _steps_s(times, batches, known)).sum(axis=0)
         return found
 
 
@@ -144,17 +171,18 @@ def step_batches(step: FeatureStep, placements: Mapping[str, Placement]) -> Step
     )
 
 
+def design(batches: StepBatches) -> Floats:
+    """What affine step times are linear in: 1, prompt tokens, pairs, sequences and context of each replica's steps."""
+    parts = (batches.prefill_tokens, batches.prefill_pairs, batches.decode_sequences, batches.context_tokens)
+    return np.array([np.ones_like(batches.observed_s), *((batches.weights * values).sum(axis=0) for values in parts)])
+
+
 def fit_affine(batches: list[StepBatches]) -> Affine:
     """The affine step times of normal steps, all of one configuration, robustly and without a negative part.
 
     Raises ValueError for fewer than BIAS_STEPS known steps.
     """
-    parts = [np.array([
-        np.ones_like(each.observed_s),
-        *((each.weights * values).sum(axis=0) for values in (
-            each.prefill_tokens, each.prefill_pairs, each.decode_sequences, each.context_tokens)),
-    ]) for each in batches]  # fmt: skip
-    table = np.concatenate(parts, axis=1).T
+    table = np.concatenate([design(each) for each in batches], axis=1).T
     observed = np.concatenate([each.observed_s for each in batches])
     sound = np.isfinite(table).all(axis=1) & np.isfinite(observed)
     if sound.sum() < BIAS_STEPS:
@@ -179,7 +207,35 @@ class Slowness:
     """How slow each replica is for its load: `ratio` of observed to expected, 1 if well, NaN if unknown."""
 
     ratio: Floats
-    alarm: Flags               # beyond what chance does at the stated rate
+    threshold: Floats          # of the ratio
+    alarm: Flags               # beyond it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """What each replica is held against: the log of its own ratio lies within `limit` of `centre` while it is well."""
+
+    expected_s: Floats
+    centre: Floats
+    limit: Floats
+    is_learnt: Flags           # expected from what its variant's own steps took
+    level: Floats              # of the log ratio, that quiet steps exceed at the stated rate; NaN unknown
+    doubt: Floats              # by how much the log of what is expected may be off at this load
+
+
+def reference(expected_s: Floats, *, level: float = math.nan) -> Reference:
+    """A model by itself."""
+    nothing = np.zeros(len(expected_s))
+    return Reference(
+        expected_s=expected_s, centre=nothing, limit=nothing + BIAS_MAX, is_learnt=nothing > 0,
+        level=nothing + level, doubt=nothing,
+    )  # fmt: skip
+
+
+def bias_limits(times: Sequence[StepTimes | None]) -> Floats:
+    """By how much, as a log ratio, the model of each row can be wrong."""
+    spreads = np.array([each.spread if isinstance(each, Inexact) else math.inf for each in times])
+    return np.clip(BIAS_SPREADS * spreads, BIAS_MIN, BIAS_MAX)
 
 
 class ResidualWatch:
@@ -190,6 +246,17 @@ class ResidualWatch:
         self._mean = np.full(series, np.nan)
         self._bias = np.full(series, np.nan)
         self._seen = np.zeros(series)
+        self._learnt = np.zeros(series, dtype=bool)
+
+    @property
+    def bias(self) -> Floats:
+        """The log ratio of each replica while it is well."""
+        return np.where(self._seen >= BIAS_STEPS, self._bias, np.nan)
+
+    @property
+    def residual(self) -> Floats:
+        """The smoothed log ratio less that."""
+        return np.where(self._seen > BIAS_STEPS, self._mean, np.nan)
 
     def fit(self, batches: list[StepBatches], expectation: Expectation, *, rate: float) -> None:
         """Learn bias and threshold from normal time of the same replicas."""
@@ -207,25 +274,37 @@ class ResidualWatch:
         self._threshold = threshold
         self._mean[:] = np.nan
 
-    def update(self, batches: StepBatches, expectation: Expectation, *, learn: Flags | None = None) -> Slowness:
+    def update(self, batches: StepBatches, against: Reference, *, learn: Flags | None = None) -> Slowness:
         """One step; bias is learnt only where `learn` says that the replica is well."""
-        logs = log_ratio(batches, expectation)
+        logs = _log_ratio(batches.observed_s, against.expected_s)
         self._grow(len(logs))
         known = np.isfinite(logs)
+        self._turn(known, against.is_learnt)
+        low, high = against.centre - against.limit, against.centre + against.limit
         fresh = known & (self._seen < BIAS_STEPS)
         learnt = known & (self._seen >= BIAS_STEPS) & (np.zeros(len(logs), bool) if learn is None else learn)
-        start = np.clip(np.where(np.isnan(self._bias), logs, self._bias), -BIAS_MAX, BIAS_MAX)
-        moved = start + (np.clip(logs, -BIAS_MAX, BIAS_MAX) - start) / (self._seen + 1.0)
-        self._bias = np.where(fresh, moved, self._bias)
+        start = np.where(np.isnan(self._bias), logs, self._bias)
+        self._bias = np.where(fresh, start + (logs - start) / (self._seen + 1.0), self._bias)
         self._seen = np.where(known, self._seen + 1.0, self._seen)
         self._bias = np.where(learnt, BIAS_KEEP * self._bias + (1.0 - BIAS_KEEP) * logs, self._bias)
-        residual = self._smooth(logs - self._bias, known)
-        ratio = np.where(self._seen > BIAS_STEPS, np.exp(np.clip(residual, -10.0, 10.0)), np.nan)
-        alarm = known & (ratio > 1.0)
-        if self._threshold is not None:
-            # One law for all, of which the level is used: each replica's own error is taken off already.
-            alarm &= residual > self._threshold.level
-        return Slowness(ratio=np.where(known | (self._seen > BIAS_STEPS), ratio, np.nan), alarm=alarm)
+        bias = np.clip(self._bias, low, high)
+        residual = self._smooth(logs - bias, known)
+        judged = self._seen > BIAS_STEPS
+        ratio = np.where(judged, np.exp(np.clip(residual, -10.0, 10.0)), np.nan)
+        # One law for all, of which the level is used: each replica's own error is taken off already.
+        level = against.level if self._threshold is None else np.full(len(logs), self._threshold.level)
+        fitted = np.clip(np.exp(np.minimum(level, 10.0)), SLOW_RATIO_MIN, SLOW_RATIO_MAX)
+        threshold = np.where(np.isnan(level), SLOW_RATIO, fitted) * np.exp(against.doubt)
+        with np.errstate(invalid="ignore"):
+            return Slowness(ratio=ratio, threshold=threshold, alarm=known & (ratio > threshold))
+
+    def _turn(self, known: Flags, is_learnt: Flags) -> None:
+        """Where another expectation holds from now on, what was learnt beside the one before is void."""
+        better, worse = known & is_learnt & ~self._learnt, known & ~is_learnt & self._learnt
+        self._bias = np.where(better, 0.0, np.where(worse, np.nan, self._bias))
+        self._seen = np.where(better, np.maximum(self._seen, BIAS_STEPS), np.where(worse, 0.0, self._seen))
+        self._mean = np.where(better | worse, np.nan, self._mean)
+        self._learnt = np.where(known, is_learnt, self._learnt)
 
     def forget(self, row: int) -> None:
         """Another replica has this row, or its engine was restarted on other hardware."""
@@ -233,10 +312,11 @@ class ResidualWatch:
             return
         self._mean[row] = self._bias[row] = np.nan
         self._seen[row] = 0.0
+        self._learnt[row] = False
 
     def save(self) -> dict[str, Floats]:
         """What it learnt, as arrays by row: it takes minutes to learn again."""
-        saved = {"bias": self._bias.copy(), "seen": self._seen.copy()}
+        saved = {"bias": self._bias.copy(), "seen": self._seen.copy(), "learnt": self._learnt.astype(np.float64)}
         if self._threshold is not None:
             saved.update({f"threshold/{key}": value for key, value in self._threshold.save().items()})
         return saved
@@ -249,6 +329,7 @@ class ResidualWatch:
         for row, before in enumerate(rows):
             if 0 <= before < len(saved["bias"]):
                 loaded._bias[row], loaded._seen[row] = saved["bias"][before], saved["seen"][before]
+                loaded._learnt[row] = saved["learnt"][before] > 0
         return loaded
 
     def _smooth(self, residual: Floats, known: Flags) -> Floats:
@@ -262,6 +343,7 @@ class ResidualWatch:
             self._mean = np.pad(self._mean, (0, more), constant_values=np.nan)
             self._bias = np.pad(self._bias, (0, more), constant_values=np.nan)
             self._seen = np.pad(self._seen, (0, more))
+            self._learnt = np.pad(self._learnt, (0, more))
 
 
 def batch_gain(batches: StepBatches, expectation: Expectation) -> Floats:
@@ -292,10 +374,27 @@ def longest_steps_s(times: Sequence[StepTimes | None], placements: Sequence[Plac
 
 def log_ratio(batches: StepBatches, expectation: Expectation) -> Floats:
     """The logarithm of observed over expected step time; NaN where either is unknown."""
+    return _log_ratio(batches.observed_s, expectation.expected_s(batches))
+
+
+def _log_ratio(observed_s: Floats, expected_s: Floats) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = batches.observed_s / expectation.expected_s(batches)
+        ratio = observed_s / expected_s
         sound = (ratio > 1 / RATIO_MAX) & np.isfinite(ratio)
         return np.where(sound, np.log(np.clip(ratio, 1 / RATIO_MAX, RATIO_MAX)), np.nan)
+
+
+def _steps_s(times: StepTimes, batches: StepBatches, rows: npt.NDArray[np.int64]) -> Floats:
+    """Both kinds of step of these rows."""
+    if isinstance(times, ManySteps):
+        return times.steps_s(
+            batches.prefill_tokens[:, rows], batches.prefill_pairs[:, rows], batches.decode_sequences[:, rows],
+            batches.context_tokens[:, rows],
+        )  # fmt: skip
+    return np.array([
+        [times.step_s(_batch(batches, kind, row)) if batches.weights[kind, row] > 0 else 0.0 for row in rows.tolist()]
+        for kind in (0, 1)
+    ])  # fmt: skip
 
 
 def _spread(errors: Floats) -> float:

@@ -1,20 +1,32 @@
-"""Verdicts with hysteresis: from votes, step by step, to what is said of a replica and since when."""
+"""Verdicts with hysteresis: from votes, step by step, to what is said of a replica and since when.
+
+A score says how improbable such figures are of a healthy replica: the negative logarithm (10) of their tail
+probability, over SCORE_DECADES, at most 1. Of step times the probability is that of the fitted tail. Of every other
+figure a healthy replica is taken to pass the threshold at THRESHOLD_RATE, with an exponential tail beyond: twice the
+threshold is the square of the rate. The most improbable figure counts. Confidence says how settled the verdict is:
+DOUBT when its rule has just been met, 1 after SURE_STEPS more of evidence of which every figure was measured.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 import numpy as np
 
 from enova_recommender.detection.causes import RULES, Cause, SuggestedAction
 from enova_recommender.detection.evidence import (
+    BATCH_GAIN,
+    BATCH_KV_MAX,
+    FAILED_SHARE,
     FAILURES_MIN,
+    KV_FULL,
     PEER_SPREADS,
     PREEMPTIONS_MIN,
     QUEUE_MIN,
     RESTARTS_MIN,
-    SLOW_RATIO,
     THROTTLED_RATIO,
     Evidence,
     Signals,
@@ -29,6 +41,10 @@ from enova_recommender.types import VerdictKind
 SURE_STEPS = 6           # of evidence beyond those that a rule asks for: then nothing more is learnt by waiting
 COUNT_MAX = 1_000_000    # of steps of evidence
 DOUBT = 0.5              # confidence when a rule has just been met
+SCORE_DECADES = 10.0
+THRESHOLD_RATE = 1e-3    # of steps
+HOT_C = 85.0             # of a GPU
+_TIMED = frozenset({Cause.SLOW, Cause.THROTTLED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,16 +54,19 @@ class Contribution:
     feature: str
     value: float
     threshold: float
+    is_below: bool = False       # bad where it is less than the threshold
 
     @property
     def weight(self) -> float:
         """How far it is beyond, as a ratio."""
-        return abs(self.value) / max(abs(self.threshold), 1e-9)
+        if self.is_below:
+            return 1.0 + (self.threshold - self.value) / max(abs(self.threshold), 1e-9)
+        return self.value / max(abs(self.threshold), 1e-9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What is the matter with a replica; `score` grows with its gravity from 0 to 1, so does `confidence`."""
+    """What is the matter with a replica; `contributions` are in order of their excess over the threshold."""
 
     replica: str
     kind: VerdictKind
@@ -140,20 +159,16 @@ class Judge:
         action = rule.action
         if cause is Cause.HUNG and signals.progress[row] != Progress.HUNG:
             action = SuggestedAction.EJECT
-        contributions = tuple(
-            sorted(
-                (each for each in self._contributions(step, signals, row, cause) if np.isfinite(each.value)),
-                key=lambda each: -each.weight,
-            )
-        )
-        weight = max((each.weight for each in contributions), default=1.0)
+        figures = self._contributions(step, signals, row, cause)
+        known = [each for each in figures if np.isfinite(each.value) and np.isfinite(each.threshold)]
+        contributions = tuple(sorted(known, key=lambda each: -each.weight))
         beyond = min(1.0, max(0, int(self._for[row, cause]) - rule.enter) / SURE_STEPS)
         return Verdict(
             replica=step.replicas[row],
             kind=rule.kind,
             cause=cause,
-            score=weight / (1.0 + weight),
-            confidence=DOUBT + (1.0 - DOUBT) * beyond,
+            score=_score(contributions, float(signals.rarity[row]) if cause in _TIMED else math.nan),
+            confidence=DOUBT + (1.0 - DOUBT) * beyond * len(known) / max(1, len(figures)),
             since_s=float(self._since[row, cause]),
             action=action,
             contributions=contributions,
@@ -162,40 +177,67 @@ class Judge:
     def _contributions(
         self, step: FeatureStep, signals: Signals, row: int, cause: Cause
     ) -> tuple[Contribution, ...]:
-        def figure(name: str, value: float, threshold: float) -> Contribution:
-            return Contribution(feature=name, value=float(value), threshold=threshold)
+        held = self._evidence.figures
 
-        def of(feature: Feature, threshold: float) -> Contribution:
-            return figure(feature.value, step.of(feature)[row], threshold)
+        def figure(name: str, value: float, threshold: float, *, is_below: bool = False) -> Contribution:
+            return Contribution(feature=name, value=float(value), threshold=float(threshold), is_below=is_below)
 
-        ratio = figure("step_time_ratio", signals.slowness.ratio[row], SLOW_RATIO)
-        queue = figure("queue", queued(step)[row], QUEUE_MIN)
-        stalled = figure("stalled_s", signals.stalled_s[row], self._limits.suspect_after_s)
-        preemptions = figure(Feature.PREEMPTIONS.value, self._evidence.preemptions[row], PREEMPTIONS_MIN)
+        def of(feature: Feature, threshold: float, *, is_below: bool = False) -> Contribution:
+            return figure(feature.value, step.of(feature)[row], threshold, is_below=is_below)
+
+        ratio, queue = signals.slowness.ratio[row], figure("queue", queued(step)[row], QUEUE_MIN)
         match cause:
+            case Cause.MISSING:
+                return (figure("silent_steps", self._for[row, cause], RULES[cause].enter),)
             case Cause.HUNG:
-                return stalled, of(Feature.HELD, 1.0), of(Feature.GPU_POWER, self._limits.active_power)
+                return (
+                    figure("stalled_s", signals.stalled_s[row], self._limits.suspect_after_s), of(Feature.HELD, 1.0),
+                    of(Feature.GPU_POWER, self._limits.active_power, is_below=True),
+                )  # fmt: skip
             case Cause.CRASH_LOOP:
-                return figure("restarts", self._evidence.restarts[row], RESTARTS_MIN), of(Feature.DOWN, 1.0)
+                return figure("restarts", held["restarts"][row], RESTARTS_MIN), of(Feature.DOWN, 1.0)
             case Cause.KV_THRASH:
-                return preemptions, of(Feature.KV_USAGE, 1.0), queue
+                thrash = figure("preemptions", held["preemptions"][row], PREEMPTIONS_MIN)
+                return thrash, of(Feature.KV_USAGE, KV_FULL)
             case Cause.LEAK:
-                return of(Feature.KV_USAGE, 1.0), preemptions, of(Feature.RESIDENT_BYTES, np.inf)
+                return (of(Feature.KV_USAGE, held["kv_limit"][row]),)
             case Cause.SLOW:
-                return ratio, figure("step_time_beside_siblings", signals.peers[row, 0], PEER_SPREADS), queue
+                beside = figure("step_time_beside_siblings", signals.peers[row], PEER_SPREADS)
+                return figure("step_time_ratio", ratio, signals.slowness.threshold[row]), beside
             case Cause.THROTTLED:
-                slow = figure("step_time_ratio", signals.slowness.ratio[row], THROTTLED_RATIO)
-                return of(Feature.GPU_THROTTLED, 1.0), slow, of(Feature.GPU_TEMPERATURE_C, 85.0)
+                slow = figure("step_time_ratio", ratio, THROTTLED_RATIO)
+                return of(Feature.GPU_THROTTLED, 1.0), slow, of(Feature.GPU_TEMPERATURE_C, HOT_C)
             case Cause.FAILING:
-                return (figure(Feature.FAILED.value, self._evidence.failed[row], FAILURES_MIN),)
+                failed = figure("failed", held["failed"][row], FAILURES_MIN)
+                return failed, figure("failed_share", held["failed_share"][row], FAILED_SHARE)
             case Cause.BATCH_SLACK:
-                return queue, figure("throughput_of_twice_the_batch", signals.batch_gain[row], 1.0)
+                gain = figure("throughput_of_twice_the_batch", signals.batch_gain[row], BATCH_GAIN)
+                return queue, gain, of(Feature.KV_USAGE, BATCH_KV_MAX, is_below=True)
             case Cause.OVERLOAD:
-                return queue, of(Feature.QUEUE_S, 1.0), of(Feature.KV_USAGE, 1.0), ratio
+                return queue, figure("objectives_burnt", signals.burn[row], 1.0), of(Feature.KV_USAGE, KV_FULL)
             case Cause.CUT:
-                return (of(Feature.CUT, 1.0),)
-            case Cause.MISSING | Cause.IDLE | Cause.SURPLUS:
-                return of(Feature.ARRIVALS, 1.0), of(Feature.RUNNING, 1.0)
+                return (figure("cut_share", held["cut_share"][row], held["cut_limit"][row]),)
+            case Cause.IDLE:
+                return of(Feature.HELD, 1.0, is_below=True), of(Feature.RUNNING, 1.0, is_below=True)
+            case Cause.SURPLUS:
+                load, spare = held["deployment_load_rps"][row], held["deployment_spare_rps"][row]
+                return (figure("deployment_load_rps", load, spare, is_below=True),)
+            case _:
+                assert_never(cause)
+
+    def save(self) -> dict[str, Floats]:
+        """What it counted and remembers, by row."""
+        counted = {"for": self._for, "against": self._against, "active": self._active, "since": self._since}
+        return {name: values.astype(np.float64) for name, values in counted.items()} | self._evidence.save()
+
+    def restore(self, saved: Mapping[str, Floats], *, rows: Sequence[int]) -> None:
+        """What `save` returned, for rows that had these numbers then; -1 for a new one."""
+        self._grow(len(rows))
+        self._evidence.restore(saved, rows=rows)
+        for row, before in enumerate(rows):
+            if 0 <= before < len(saved["for"]):
+                self._for[row], self._against[row] = saved["for"][before], saved["against"][before]
+                self._active[row], self._since[row] = saved["active"][before] > 0, saved["since"][before]
 
     def _grow(self, series: int) -> None:
         more = series - len(self._for)
@@ -204,3 +246,9 @@ class Judge:
             self._for, self._against = np.pad(self._for, wider), np.pad(self._against, wider)
             self._active = np.pad(self._active, wider)
             self._since = np.pad(self._since, wider, constant_values=np.nan)
+
+
+def _score(contributions: Sequence[Contribution], rarity: float) -> float:
+    """How improbable of a healthy replica."""
+    decades = -math.log10(THRESHOLD_RATE) * max((each.weight for each in contributions), default=1.0)
+    return float(np.clip((decades if math.isnan(rarity) else rarity) / SCORE_DECADES, 0.0, 1.0))

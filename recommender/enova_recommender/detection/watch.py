@@ -5,6 +5,7 @@ It holds no clock: frames bring model time, and `close` is told it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,28 +13,37 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from enova_recommender.detection.episodes import EpisodeBook, EpisodeChange
-from enova_recommender.detection.evidence import Signals
-from enova_recommender.detection.features import Feature, FeatureStep, Floats
+from enova_recommender.detection.burn import BurnRate, BurnRule
+from enova_recommender.detection.episodes import Episode, EpisodeBook, EpisodeChange, from_text, to_text
+from enova_recommender.detection.evidence import BURN_OBJECTIVE, PEER_CLEAR, QUEUE_MIN, Signals, queued
+from enova_recommender.detection.features import Feature, FeatureStep, Flags, Floats
 from enova_recommender.detection.folding import FeatureFold, FoldSettings, Rejection
+from enova_recommender.detection.groups import Groups
 from enova_recommender.detection.observation import FrameReading, Placement
-from enova_recommender.detection.peers import PeerWatch
+from enova_recommender.detection.peers import SIBLINGS_MIN, PeerWatch, common_part
 from enova_recommender.detection.progress import Progress, ProgressLimits, ProgressWatch
 from enova_recommender.detection.residual import (
-    Expectation,
+    OWN_MAX,
     MixedExpectation,
+    Reference,
     ResidualWatch,
+    Slowness,
     StepBatches,
     batch_gain,
+    bias_limits,
     longest_steps_s,
     step_batches,
 )
+from enova_recommender.detection.variant_times import RATE, Learnt, VariantTimes
 from enova_recommender.detection.verdicts import Judge, Judgement
 from enova_recommender.performance import StepTimes
 
 Array = npt.NDArray[Any]     # Any: of figures or of names
 
 PREEMPTIONS_OVER = 0.01      # a second, of late: below it no gap is left that a preemption made
+# Fast enough for a queue that grows in minutes; a day's slow burn is for people, not for a controller.
+BURN_RULES = (BurnRule(long_s=300.0, short_s=30.0, factor=10.0), BurnRule(long_s=1800.0, short_s=180.0, factor=4.0))
+SAVED_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,70 +67,162 @@ class FleetWatch:
         self.book = EpisodeBook()
         self._progress = ProgressWatch(series=0, limits=limits)
         self._residual = residual or ResidualWatch(series=0)
+        self._variants = VariantTimes()
         self._peers = PeerWatch(series=0)
+        self._burn = BurnRate(series=0, objective=BURN_OBJECTIVE, rules=BURN_RULES)
         self._judge = Judge(series=0, limits=limits)
-        self._expectation: Expectation | None = None
+        self._groups = Groups.of((), {})
         self._times: Mapping[str, StepTimes] = {}
-        self._longest_s: Floats = np.empty(0)
-        self._well: Floats = np.empty(0)
+        self._model: _Model | None = None
+        self._well: Flags = np.zeros(0, dtype=bool)
 
     def place(self, placements: Iterable[Placement]) -> None:
         """Say which replicas there are, where, and with what settings."""
-        before = self.fold.replicas
-        self.fold.place(placements)
-        after = self.fold.replicas
-        for row, name in enumerate(before):
-            if row >= len(after) or after[row] != name:
-                self._forget(row)
-        self._expectation = None
+        for row in self.fold.place(placements):
+            for each in (self._progress, self._residual, self._peers, self._burn, self._judge):
+                each.forget(row)
+        self._groups = Groups.of(self.fold.replicas, self.fold.placements)
+        self._variants.place(self._groups.names)
+        self._model = None
 
     def expect(self, times: Mapping[str, StepTimes]) -> None:
-        """Say how long steps should take, by replica; those without a model are judged by their siblings."""
+        """Say how long steps should take, by replica; of those without a model their own quiet steps tell."""
         self._times = dict(times)
-        self._expectation = None
+        self._model = None
 
     def save(self) -> dict[str, Array]:
-        """What outlives a restart, as arrays: how far each replica's steps are from the model of them."""
-        return {"replicas": np.array(self.fold.replicas, dtype=str), **self._residual.save()}
+        """What outlives a restart, as arrays: what was learnt, what verdicts rest on, and the open episodes."""
+        parts: dict[str, Mapping[str, Array]] = {
+            "residual": self._residual.save(), "judge": self._judge.save(), "times": self._variants.save(),
+        }  # fmt: skip
+        return {
+            "version": np.array([SAVED_VERSION]),
+            "replicas": np.array(self.fold.replicas, dtype=str),
+            "stalled_s": self._progress.stalled_s,
+            "episodes": np.array([to_text(self.book.open)]),
+            **{f"{part}/{name}": values for part, saved in parts.items() for name, values in saved.items()},
+        }
 
     def restore(self, saved: Mapping[str, Array]) -> None:
-        """Go on from what `save` returned; call it after `place`. Replicas that it does not know start anew."""
-        before = {name: row for row, name in enumerate(saved["replicas"].tolist())}
+        """Go on from what `save` returned; call it after `place`. Replicas that it does not know start anew.
+
+        Raises ValueError for what another version saved.
+        """
+        if "version" not in saved or int(saved["version"][0]) != SAVED_VERSION:
+            raise ValueError("what was saved is of another version")
+
+        def part(name: str) -> dict[str, Array]:
+            return {key.removeprefix(f"{name}/"): each for key, each in saved.items() if key.startswith(f"{name}/")}
+
+        before = {name: row for row, name in enumerate(saved["replicas"].tolist()) if name}
         rows = [before.get(name, -1) for name in self.fold.replicas]
-        self._residual = ResidualWatch.load({key: saved[key] for key in saved if key != "replicas"}, rows=rows)
+        self._residual = ResidualWatch.load(part("residual"), rows=rows)
+        self._judge.restore(part("judge"), rows=rows)
+        self._variants.restore(part("times"))
+        self._progress.restore(saved["stalled_s"], rows=rows)
+        self.adopt(from_text(str(saved["episodes"][0])))
+
+    def adopt(self, episodes: Iterable[Episode]) -> None:
+        """Go on with open episodes under their names: those of `save`, or such as were stored elsewhere since."""
+        self.book.adopt(episodes)
 
     def add(self, frame: FrameReading, *, now_s: float) -> Rejection | None:
         """Take in one frame; the reason if it was left out."""
         return self.fold.add(frame, now_s=now_s)
 
     def close(self, now_s: float) -> list[Watched]:
-        """Judge every step that is over."""
+        """Judge every step that is over; after a stall of the caller, the newest."""
         return [self._judged(step) for step in self.fold.close(now_s)]
 
     def _judged(self, step: FeatureStep) -> Watched:
-        placements, step_s = self.fold.placements, self.fold.settings.step_s
-        groups = [placements[name].variant if name in placements else "" for name in step.replicas]
+        step_s, count = self.fold.settings.step_s, len(step.values)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            batches = self._undisturbed(step_batches(step, placements))
-            expectation = self._expected(step.replicas)
-            progress = self._progress.update(step, step_s=step_s, longest_step_s=self._longest_s)
-            quiet = (progress == Progress.BUSY) & (_padded(self._well, len(step.values)) > 0)
+            batches = self._undisturbed(step_batches(step, self.fold.placements))
+            model = self._modelled(step.replicas)
+            progress = self._progress.update(step, step_s=step_s, longest_step_s=model.longest_s)
+            quiet = (progress == Progress.BUSY) & np.pad(self._well, (0, max(0, count - len(self._well))))[:count]
+            slowness, peers, rarity = self._timed(step, batches, model, quiet)
             signals = Signals(
                 progress=progress,
                 stalled_s=self._progress.stalled_s,
-                slowness=self._residual.update(batches, expectation, learn=quiet),
-                peers=self._peers.update(step, groups),
-                batch_gain=batch_gain(batches, expectation),
+                slowness=slowness,
+                peers=peers,
+                batch_gain=self._gain(step, batches, model),
+                burn=self._burnt(step),
+                rarity=rarity,
             )
-        judgement = self._judge.update(step, signals, placements, step_s=step_s)
-        well = np.array([name not in judgement.verdicts for name in step.replicas], dtype=float)
-        self._well = well * (step.of(Feature.READY) == 1.0)
+        judgement = self._judge.update(step, signals, self.fold.placements, step_s=step_s)
+        self._well = np.array([name not in judgement.verdicts for name in step.replicas], dtype=bool)
+        self._well &= step.of(Feature.READY) == 1.0
         return Watched(
             step=step,
             batches=batches,
             judgement=judgement,
-            changes=tuple(self.book.update(judgement, placements)),
+            changes=tuple(self.book.update(judgement, self.fold.placements)),
         )
+
+    def _timed(
+        self, step: FeatureStep, batches: StepBatches, model: _Model, quiet: Flags
+    ) -> tuple[Slowness, Floats, Floats]:
+        """How slow each replica is for its load, beside its siblings, and how rare that is."""
+        given_s = model.expectation.expected_s(batches)
+        learnt = self._variants.expected(batches, given_s, self._groups)
+        # No model is so wrong: what exceeds it so far was slow already when it was learnt from.
+        bounded = np.clip(learnt.expected_s, given_s * np.exp(-model.limits), given_s * np.exp(model.limits))
+        expected_s = np.where(np.isfinite(given_s), bounded, learnt.expected_s)
+        against = self._reference(learnt, expected_s, model)
+        slowness = self._residual.update(batches, against, learn=quiet)
+        common = common_part(self._residual.residual, self._groups, rows=slowness.alarm)
+        ratio = slowness.ratio * np.exp(-common)
+        slowness = replace(slowness, ratio=ratio, alarm=slowness.alarm & (ratio > slowness.threshold))
+        peers = self._peers.update(np.log(batches.observed_s / expected_s), self._groups, doubt=learnt.doubt)
+        calm = quiet & ~slowness.alarm & ~(peers >= PEER_CLEAR)
+        self._variants.learn(
+            batches, given_s, self._residual.residual, self._groups, quiet=calm, number=step.number
+        )
+        rarity = np.full(len(ratio), np.nan)
+        for row in np.flatnonzero(slowness.alarm).tolist():
+            rarity[row] = self._rarity(step.replicas[row], float(ratio[row]), float(slowness.threshold[row]))
+        return slowness, peers, rarity
+
+    def _rarity(self, replica: str, ratio: float, threshold: float) -> float:
+        placement = self.fold.placements.get(replica)
+        tail = self._variants.tail(placement.variant) if placement else None
+        if tail is None:
+            return -math.log10(RATE) * math.log(ratio) / math.log(threshold)
+        return -math.log10(max(float(tail.probability(math.log(ratio))), 1e-30))
+
+    def _reference(self, learnt: Learnt, expected_s: Floats, model: _Model) -> Reference:
+        """A replica without a learnt expectation may differ from its siblings by little, from its model by much."""
+        median, known = self._groups.quantile(self._residual_bias(len(expected_s)), 0.5)
+        centre = self._groups.by_row(np.where(known > SIBLINGS_MIN, median, np.nan))
+        alone = learnt.is_learnt | np.isnan(centre)
+        return Reference(
+            expected_s=expected_s,
+            centre=np.where(alone, 0.0, np.clip(centre, -model.limits, model.limits)),
+            limit=np.where(learnt.is_learnt | ~alone, OWN_MAX, model.limits),
+            is_learnt=learnt.is_learnt,
+            level=learnt.level,
+            doubt=learnt.doubt,
+        )
+
+    def _residual_bias(self, count: int) -> Floats:
+        bias = self._residual.bias
+        return np.pad(bias, (0, max(0, count - len(bias))), constant_values=np.nan)[:count]
+
+    def _gain(self, step: FeatureStep, batches: StepBatches, model: _Model) -> Floats:
+        """Only where somebody waits is it asked what a larger batch would bring."""
+        waits = queued(step) >= QUEUE_MIN
+        return batch_gain(batches, model.expectation) if waits.any() else np.full(len(step.values), np.nan)
+
+    def _burnt(self, step: FeatureStep) -> Floats:
+        """How many times beyond a rule's factor each replica's objectives burn; NaN where there are none."""
+        self._burn.grow(len(step.values))
+        started = step.of(Feature.FIRST_TOKENS) * step.of(Feature.SPAN_S)
+        late = np.clip(step.of(Feature.LATE_SHARE), 0.0, 1.0) * started
+        burn = self._burn.update(now_s=step.end_s, good=started - late, bad=late)
+        over = burn.rates / np.array([rule.factor for rule in BURN_RULES])[:, None]
+        return np.asarray(np.fmax.reduce(np.where(burn.complete[:, None], over, np.nan)))[: len(step.values)]
 
     def _undisturbed(self, batches: StepBatches) -> StepBatches:
         """Without replicas that stood still or preempted of late: gaps between tokens then hold more than a step."""
@@ -129,16 +231,24 @@ class FleetWatch:
         preempted = _padded(self._judge.preemptions, count) > PREEMPTIONS_OVER
         return replace(batches, observed_s=np.where(stalled | preempted, np.nan, batches.observed_s))
 
-    def _expected(self, replicas: tuple[str, ...]) -> Expectation:
-        if self._expectation is None:
+    def _modelled(self, replicas: tuple[str, ...]) -> _Model:
+        if self._model is None or len(self._model.limits) != len(replicas):
             times = [self._times.get(name) for name in replicas]
-            self._expectation = MixedExpectation.of(times)
-            self._longest_s = longest_steps_s(times, [self.fold.placements.get(name) for name in replicas])
-        return self._expectation
+            self._model = _Model(
+                expectation=MixedExpectation.of(times),
+                longest_s=longest_steps_s(times, [self.fold.placements.get(name) for name in replicas]),
+                limits=bias_limits(times),
+            )
+        return self._model
 
-    def _forget(self, row: int) -> None:
-        for each in (self._progress, self._residual, self._peers, self._judge):
-            each.forget(row)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Model:
+    """What is expected of each row: step times, the longest step, and how far the model may be off."""
+
+    expectation: MixedExpectation
+    longest_s: Floats
+    limits: Floats
 
 
 def _padded(values: Floats, count: int) -> Floats:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from enova_recommender.detection.causes import RULES, Cause, SuggestedAction
-from enova_recommender.detection.episodes import Change, EpisodeBook, Scope
+from enova_recommender.detection.episodes import Change, EpisodeBook, Scope, from_text, to_text
 from enova_recommender.detection.features import COLUMN, Feature, FeatureStep, Window
-from enova_recommender.detection.folding import FoldSettings
+from enova_recommender.detection.folding import CATCH_UP_STEPS, FoldSettings, Rejection
+from enova_recommender.detection.groups import Groups
 from enova_recommender.detection.observation import Placement
-from enova_recommender.detection.peers import PeerWatch
+from enova_recommender.detection.peers import PeerWatch, common_part
 from enova_recommender.detection.progress import Progress, ProgressWatch
 from enova_recommender.detection.residual import AffineExpectation, StepBatches, fit_affine, log_ratio
 from enova_recommender.detection.verdicts import Judgement, Verdict
@@ -105,19 +107,51 @@ def test_a_gap_in_the_data_neither_adds_to_a_standstill_nor_ends_it() -> None:
     assert watch.stalled_s[0] == 10.0
 
 
+def groups(*variants: str, nodes: tuple[str, ...] | None = None) -> Groups:
+    names = tuple(f"replica-{row}" for row in range(len(variants)))
+    placements = {
+        name: Placement(replica=name, deployment="chat", variant=variant, nodes=(nodes[row] if nodes else "node",))
+        for row, (name, variant) in enumerate(zip(names, variants, strict=True))
+    }
+    return Groups.of(names, placements)
+
+
+def beside(logs: list[float], *variants: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return PeerWatch(series=0).update(np.array(logs), groups(*variants), doubt=np.zeros(len(logs)))
+
+
 def test_siblings_speak_from_three_on_and_the_odd_one_stands_out() -> None:
-    watch = PeerWatch(series=5)
-    now = step(step_s=[0.02, 0.021, 0.02, 0.06, 0.05])
-    found = watch.update(now, ["a", "a", "a", "a", "b"])
-    assert found[3, 0] > 20
-    assert abs(found[0, 0]) < 1
-    assert np.isnan(found[4, 0])
-    assert np.isnan(PeerWatch(series=3).update(step(step_s=[0.02, 0.02, 0.06]), ["a"] * 3)).all()
+    found = beside([0.0, 0.02, -0.01, 0.9, 0.7], "a", "a", "a", "a", "b")
+    assert found[3] > 6
+    assert np.abs(found[:3]).max() < 1
+    assert np.isnan(found[4])
+    assert np.isnan(beside([0.0, 0.0, 0.9], "a", "a", "a")).all()
 
 
 def test_equal_siblings_are_not_apart_by_a_rounding_error() -> None:
-    found = PeerWatch(series=4).update(step(step_s=[0.02, 0.02, 0.02, 0.0200001]), ["a"] * 4)
-    assert np.abs(found[:, 0]).max() < 0.01
+    assert np.abs(beside([0.1, 0.1, 0.1, 0.1001], "a", "a", "a", "a")).max() < 0.01
+
+
+def test_what_most_siblings_on_other_nodes_show_too_is_taken_off() -> None:
+    nodes = ("n0", "n1", "n2", "n3")
+    everywhere = groups("a", "a", "a", "a", nodes=nodes)
+    assert common_part(np.full(4, 0.5), everywhere, rows=np.ones(4, bool)) == pytest.approx(0.5)
+    one_node = groups("a", "a", "a", "a")
+    assert common_part(np.full(4, 0.5), one_node, rows=np.ones(4, bool)).max() == 0.0
+    alone = common_part(np.array([0.5, 0.0, 0.01, -0.02]), everywhere, rows=np.ones(4, bool))
+    assert alone[0] == 0.0
+
+
+def test_a_group_is_sampled_by_turns() -> None:
+    both = groups("a", "b", "a", "a")
+    assert {tuple(both.turn(number).tolist()) for number in range(3)} == {(0, 1), (2, 1), (3, 1)}
+
+
+def test_a_quantile_by_group_leaves_out_what_is_missing() -> None:
+    found, count = groups("a", "b", "a", "a").quantile(np.array([3.0, math.nan, 1.0, 2.0]), 0.5)
+    assert found[0] == 2.0
+    assert math.isnan(found[1])
+    assert count.tolist() == [3, 0]
 
 
 def batches(times: Affine, *, count: int, seed: int, factor: float = 1.0) -> list[StepBatches]:
@@ -169,6 +203,124 @@ def test_what_was_learnt_of_a_replica_outlives_a_restart() -> None:
     steps = again.until(210.0)
     assert steps[-1].judgement.kind("replica-1") is VerdictKind.DEGRADED
     assert steps[-1].judgement.kind("replica-0") is VerdictKind.NORMAL
+
+
+def test_an_open_episode_goes_on_under_its_name_after_a_restart() -> None:
+    detector = watching(cluster(replicas=2))
+    detector.until(150.0)
+    detector.world.engines[1].slow(2.0)
+    before = next(change.episode for told in detector.until(190.0) for change in told.changes)
+    again = watching(detector.world, watch=FleetWatch(FoldSettings(bounds=BOUNDS)))
+    again.watch.restore(detector.watch.save())
+    detector.world.now_s = 250.0          # nobody watched for a minute
+    steps = again.until(300.0)
+    assert {change.episode.id for told in steps for change in told.changes} <= {before.id}
+    assert [each.id for each in again.watch.book.open] == [before.id]
+    detector.world.engines[1].slow(1.0)
+    changes = [change for told in again.until(400.0) for change in told.changes]
+    assert [(each.change, each.episode.id) for each in changes] == [(Change.CLOSED, before.id)]
+
+
+def test_what_another_version_saved_is_refused() -> None:
+    watch = FleetWatch(FoldSettings())
+    with pytest.raises(ValueError, match="another version"):
+        watch.restore({**watch.save(), "version": np.array([1])})
+
+
+def test_an_episode_is_the_same_after_it_was_text() -> None:
+    detector = watching(cluster(replicas=2))
+    detector.until(150.0)
+    detector.world.engines[1].slow(2.0)
+    detector.until(190.0)
+    assert from_text(to_text(detector.watch.book.open)) == list(detector.watch.book.open)
+    with pytest.raises(ValueError, match="no episodes"):
+        from_text('[{"id": 3}]')
+
+
+def test_after_a_stall_of_the_caller_the_newest_steps_are_judged_and_the_rest_counted() -> None:
+    detector = watching(cluster())
+    detector.until(100.0)
+    world, watch = detector.world, detector.watch
+    for frame in world.frames(300.0):
+        watch.add(frame, now_s=world.now_s)
+    told = watch.close(world.now_s)
+    assert 0 < len(told) <= CATCH_UP_STEPS
+    assert watch.fold.skipped > 20
+    assert all(not each.judgement.verdicts for each in told)
+
+
+def test_what_a_node_says_of_a_replica_elsewhere_is_left_out_and_counted() -> None:
+    detector = watching(cluster(replicas=2))
+    detector.until(60.0)
+    (frame, _) = detector.world.frames(61.0)
+    liar = frame._replace(node="node-1", boot="other", sequence=1)
+    before = detector.watch.fold.rejected[Rejection.MISPLACED]
+    assert detector.watch.add(liar, now_s=61.0) is None
+    assert detector.watch.fold.rejected[Rejection.MISPLACED] == before + 1
+
+
+def test_a_replica_that_moved_begins_anew() -> None:
+    detector = watching(cluster(replicas=2))
+    detector.until(200.0)
+    placements = [each.placement() for each in detector.world.engines]
+    detector.watch.place([replace(placements[0], nodes=("node-9",)), placements[1]])
+    detector.world.engines[0].node = "node-9"
+    detector.world.engines[0].slow(1.2)
+    assert not [step for step in detector.until(320.0) if step.judgement.verdicts]
+
+
+def test_a_replica_that_is_slow_from_its_start_does_not_pass_for_a_wrong_model() -> None:
+    world = cluster(replicas=6)
+    world.engines[2].slow(2.0)
+    detector = watching(world)
+    steps = detector.until(240.0)
+    assert steps[-1].judgement.kind("replica-2") is VerdictKind.DEGRADED
+    assert {steps[-1].judgement.kind(f"replica-{other}") for other in (0, 1, 3, 4, 5)} == {VerdictKind.NORMAL}
+
+
+def test_a_model_that_is_wrong_for_all_siblings_makes_none_of_them_slow() -> None:
+    world = cluster(replicas=5)
+    for engine in world.engines:
+        engine.slow(1.8)
+    assert not [step for step in watching(world).until(300.0) if step.judgement.verdicts]
+
+
+def test_siblings_under_unequal_load_are_not_slow() -> None:
+    world = cluster(replicas=5, rate_rps=2.0)
+    world.engines[4].rate_rps = 6.5
+    detector = watching(world, times=None)
+    steps = detector.until(200.0)
+    world.engines[4].rate_rps = 2.0
+    world.engines[0].rate_rps = 6.5
+    steps += detector.until(400.0)
+    assert not [step for step in steps if step.judgement.verdicts]
+
+
+def test_the_threshold_of_slowness_is_fitted_to_quiet_time() -> None:
+    detector = watching(cluster())
+    detector.until(150.0)
+    assert detector.watch.save()["times/level"].size == 0 or math.isnan(detector.watch.save()["times/level"][0])
+    detector.until(1500.0)
+    (level,) = detector.watch.save()["times/level"]
+    assert 0.0 < level < math.log(1.3)
+    detector.world.engines[0].slow(1.4)
+    (ratio,) = detector.until(1560.0)[-1].judgement.verdicts["replica-0"].contributions
+    assert math.exp(level) == pytest.approx(ratio.threshold, rel=0.1)
+
+
+def test_figures_of_a_verdict_come_in_order_of_their_excess_and_its_score_is_a_probability() -> None:
+    detector = watching(cluster())
+    detector.until(150.0)
+    detector.world.engines[0].hung = True
+    verdicts = [told.judgement.verdicts["replica-0"] for told in detector.until(230.0) if told.judgement.verdicts]
+    for verdict in verdicts:
+        weights = [each.weight for each in verdict.contributions]
+        assert weights == sorted(weights, reverse=True)
+        assert 0.3 <= verdict.score <= 1.0
+        assert 0.5 <= verdict.confidence <= 1.0
+    assert verdicts[-1].score == 1.0       # ten decades
+    assert verdicts[-1].confidence == 1.0
+    assert verdicts[0].confidence < 1.0
 
 
 def placed(*nodes: str) -> dict[str, Placement]:

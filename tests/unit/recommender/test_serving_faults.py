@@ -117,11 +117,29 @@ def test_siblings_tell_of_a_slow_replica_where_no_model_of_its_steps_is_known() 
     assert all(kinds(steps, f"replica-{other}") == ["NORMAL"] for other in (0, 1, 2, 4, 5))
 
 
-def test_three_replicas_are_too_few_to_tell_which_is_odd() -> None:
-    detector = watching(cluster(replicas=3), times=None)
+def test_three_replicas_without_a_model_are_too_few_to_tell_which_was_slow_from_its_start() -> None:
+    world = cluster(replicas=3)
+    world.engines[1].slow(1.6)
+    assert {kind for index in range(3) for kind in kinds(watching(world, times=None).until(QUIET_S), f"replica-{index}")
+            } == {"NORMAL"}  # fmt: skip
+
+
+def test_a_replica_without_model_or_siblings_is_held_against_its_own_past() -> None:
+    detector = watching(cluster(), times=None)
     quiet(detector)
-    detector.world.engines[1].slow(1.6)
-    assert kinds(detector.until(QUIET_S + 60.0), "replica-1") == ["NORMAL"]
+    detector.world.engines[0].slow(1.8)
+    assert kinds(detector.until(QUIET_S + 60.0), ONE) == ["NORMAL", "DEGRADED"]
+
+
+def test_an_agent_that_restarts_restarts_no_engine() -> None:
+    detector = watching(cluster())
+    quiet(detector)
+
+    def restart_agent(now_s: float) -> None:
+        if now_s % 25 == 0:
+            detector.world.engines[0].adopt()
+
+    assert kinds(detector.until(QUIET_S + 150.0, each=restart_agent), ONE) == ["NORMAL"]
 
 
 @pytest.mark.parametrize("blind", [False, True])
