@@ -48,7 +48,7 @@ ENDLESS_GPUS = 4096        # of a type, where the question is what would be enou
 
 def advise(request: AdviceRequest) -> Advice:
     """The cheapest configuration that carries the workload, and why. RecommendError says what cannot be answered."""
-    result = _search(request)
+    result = searched(request)
     verified = result.finalists(FINALISTS) if request.deployable else _verified_finalists(request, result)
     feasible = sorted(
         (each for each in verified if each.constraint is not Constraint.INVENTORY),
@@ -79,6 +79,7 @@ def evaluate(request: AdviceRequest, settings: EngineSettings) -> Candidate | No
         max_model_lens=(settings.max_model_len,),
         kv_cache_dtypes=(settings.precision.kv_cache_dtype,),
         prefix_caching=(settings.enable_prefix_caching,),
+        is_guarded=False,  # asked is what these very settings do
     )
     nodes = _endless(tuple(node for node in request.nodes if node.gpu.name == settings.gpu.name) or _node_of(settings))
     found = search(
@@ -98,7 +99,8 @@ def tier_of(request: AdviceRequest, settings: EngineSettings) -> Tier:
     return times_of(request)(request.shape, settings.gpu, settings.parallelism, settings.precision).tier
 
 
-def _search(request: AdviceRequest) -> SearchResult:
+def searched(request: AdviceRequest) -> SearchResult:
+    """All configurations that a request allows, evaluated in closed form."""
     return search(
         request.shape, _within(request.nodes, request.max_gpus), request.workload, request.objectives,
         space=_space(request), times_of=times_of(request),
@@ -298,7 +300,7 @@ def _bought(
 ) -> Iterator[Sensitivity]:
     """The best under an easier wish; what was chosen under the harder one is open to it as well."""
     try:
-        best = _search(request).best
+        best = searched(request).best
     except RecommendError:
         return                             # the changed wish cannot be answered either
     options = [] if best is None else [(best.cost_per_hour, -_carried(best) * factor)]

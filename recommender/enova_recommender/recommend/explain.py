@@ -270,7 +270,7 @@ def _sensitivity(sensitivity: Sensitivity) -> Answer:
     return plain
 
 
-def _layout(sizes: Parallelism) -> str:
+def layout_words(sizes: Parallelism) -> str:
     """How a replica is cut, in vLLM's abbreviations."""
     parts = [f"TP {sizes.tensor}"]
     parts += [f"{word} {size}" for word, size in (("PP", sizes.pipeline), ("DP", sizes.data)) if size > 1]
@@ -291,7 +291,7 @@ def _candidate(candidate: Candidate, shape: ModelShape) -> Answer:
         "gpus": candidate.replicas * settings.parallelism.gpus,
         "configuration": flags(settings, shape),
         "reason": candidate.reason,
-        "layout": _layout(settings.parallelism),
+        "layout": layout_words(settings.parallelism),
         "capacity_rps": capacity_rps(candidate),
     }
     if math.isfinite(candidate.cost_per_hour):

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
+from typing import Any
 
 from enova_recommender import catalog
 from enova_recommender.performance import Correction
@@ -212,7 +213,49 @@ def _gpu(fields: _Fields) -> GpuModel:
     price = fields.number("price_per_hour", least=0) if fields.has("price_per_hour") else known.price_per_hour
     if price is None or price <= 0:
         raise _priceless(fields, name)
-    return replace(known, price_per_hour=price)
+    return replace(known, price_per_hour=price, **_stated(fields))
+
+
+def _stated(fields: _Fields) -> dict[str, Any]:
+    """What is said of a type that the catalogue knows too: it holds instead of the catalogue's."""
+    given: dict[str, Any] = {
+        field: fields.positive(field) for field in (*_DESCRIBED, "fp8_flops") if fields.has(field)
+    }
+    if "memory_bytes" in given:
+        given["memory_bytes"] = int(given["memory_bytes"])
+    if fields.has("compute_capability"):
+        given["compute_capability"] = fields.number("compute_capability", least=1)
+    return given
+
+
+def described_gpus(rows: object) -> tuple[GpuModel, ...]:
+    """The GPU types of an operator's file: rows as `gpus` of a request has them (counts are ignored), or as
+    `catalog.parse_gpu` reads them. Raises RequestError."""
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        raise RequestError("gpus", "must be a list of GPU types", '[{"type": "H20", "price_per_hour": 1.5}]')
+    return tuple(_described_gpu(row, f"gpus[{index}]") for index, row in enumerate(rows))
+
+
+def _described_gpu(row: object, path: str) -> GpuModel:
+    if not isinstance(row, Mapping) or "type" in row:
+        return _gpu(_Fields(row, path, _SUPPLY))
+    try:
+        return catalog.parse_gpu(row, known=catalog.gpus())
+    except catalog.GpuError as error:
+        raise RequestError(f"{path}.{error.field}", str(error).removeprefix(f"{error.field}: ")) from error
+
+
+def supply_row(gpu: GpuModel) -> dict[str, object]:
+    """A type as `gpus` of a request takes it, without a count: what the catalogue does not say of it is stated."""
+    known = catalog.find_gpu(gpu.name)
+    row: dict[str, object] = {"type": gpu.name}
+    if known is None or known.price_per_hour != gpu.price_per_hour:
+        row["price_per_hour"] = gpu.price_per_hour
+    for name in (*_DESCRIBED, "fp8_flops", "compute_capability"):
+        value = getattr(gpu, name)
+        if value is not None and (known is None or getattr(known, name) != value):
+            row[name] = value
+    return row
 
 
 def _described(name: str, fields: _Fields) -> GpuModel:
@@ -269,7 +312,10 @@ def _corrections(given: object) -> Mapping[str, Correction]:
 
 def _current(fields: _Fields, shape: ModelShape) -> EngineSettings:
     """The configuration that runs now, by vLLM's flags and, where they say nothing, vLLM's defaults."""
-    inner = _Fields(fields.mapping("current"), "current", ("gpu_type", "configuration"))
+    inner = _Fields(fields.mapping("current"), "current", ("gpu_type", "configuration", "gpu"))
+    if inner.has("gpu"):  # one that the catalogue need not know
+        gpu = _gpu(_Fields(inner.mapping("gpu"), "current.gpu", _SUPPLY))
+        return settings_of_flags(gpu, inner.mapping("configuration"), shape)
     gpu = catalog.find_gpu(inner.text("gpu_type"))
     if gpu is None:
         raise RequestError("current.gpu_type", f"{inner.text('gpu_type')!r} is not in the catalogue")
