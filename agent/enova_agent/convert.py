@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 from enova.v1 import agent_service_pb2, cluster_pb2, telemetry_pb2
@@ -164,6 +165,7 @@ def replica_status(view: ReplicaView) -> agent_service_pb2.ReplicaStatus:
 
 def gpu(facts: GpuFacts) -> cluster_pb2.Gpu:
     """What a GPU is, for the wire."""
+    told = facts.driver
     return cluster_pb2.Gpu(
         uuid=facts.uuid,
         index=facts.index,
@@ -172,6 +174,7 @@ def gpu(facts: GpuFacts) -> cluster_pb2.Gpu:
         pci_bus_id=facts.pci_bus_id,
         simulated=facts.simulated,
         free_memory_bytes=facts.free_memory_bytes,
+        facts=None if told is None else cluster_pb2.GpuFacts(**dataclasses.asdict(told)),
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import pynvml
 
 from enova_agent.core.telemetry import GpuFacts, GpuSample
+from enova_agent.nvml_facts import driver_facts, value_of
 
 DEADLINE_S = 2.0             # of a round: a healthy driver takes milliseconds
 START_TIMEOUT_S = 10.0       # of the first round, in which the driver may have to wake up
@@ -149,7 +150,7 @@ class NvmlGpus:
 
     def read(self, index: int) -> None:
         """Reads one GPU; whatever the driver does not say stays unknown."""
-        handle = _value(pynvml.nvmlDeviceGetHandleByIndex, index)
+        handle = value_of(pynvml.nvmlDeviceGetHandleByIndex, index)
         if handle is None:
             self.complain(f"lost {index}", f"GPU {index} cannot be read any more")
             return
@@ -158,9 +159,9 @@ class NvmlGpus:
         if facts is None:
             return
         memory = _memory(handle)
-        power_limit_mw = _value(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)
-        use = _value(pynvml.nvmlDeviceGetUtilizationRates, handle)
-        power_mw = _value(pynvml.nvmlDeviceGetPowerUsage, handle)
+        power_limit_mw = value_of(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+        use = value_of(pynvml.nvmlDeviceGetUtilizationRates, handle)
+        power_mw = value_of(pynvml.nvmlDeviceGetPowerUsage, handle)
         if memory is None and use is None and power_mw is None:
             # A lost GPU answers nothing. What was read before grows old, which says it.
             self.complain(f"lost {index}", f"GPU {index} ({facts.uuid}) does not answer any more")
@@ -173,11 +174,11 @@ class NvmlGpus:
             memory_total_bytes=None if memory is None else memory.total,
             power_w=None if power_mw is None else power_mw / 1000,
             power_limit_w=None if power_limit_mw is None else power_limit_mw / 1000,
-            temperature_c=_float(_value(_temperature, handle)),
-            sm_clock_mhz=_float(_value(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM)),
-            memory_clock_mhz=_float(_value(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM)),
-            throttle_reasons=_value(_throttle_reasons, handle),
-            ecc_errors_total=_value(
+            temperature_c=_float(value_of(_temperature, handle)),
+            sm_clock_mhz=_float(value_of(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM)),
+            memory_clock_mhz=_float(value_of(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM)),
+            throttle_reasons=value_of(_throttle_reasons, handle),
+            ecc_errors_total=value_of(
                 pynvml.nvmlDeviceGetTotalEccErrors,
                 handle,
                 pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
@@ -190,25 +191,26 @@ class NvmlGpus:
 
     def _facts(self, handle: Any, index: int) -> GpuFacts | None:
         uuid, name, memory = (
-            _value(pynvml.nvmlDeviceGetUUID, handle),
-            _value(pynvml.nvmlDeviceGetName, handle),
+            value_of(pynvml.nvmlDeviceGetUUID, handle),
+            value_of(pynvml.nvmlDeviceGetName, handle),
             _memory(handle),
         )
         if uuid is None or memory is None:
             self.complain(f"facts {index}", f"GPU {index} says neither its UUID nor its memory; it is left out")
             return None
-        pci = _value(pynvml.nvmlDeviceGetPciInfo, handle)
+        pci = value_of(pynvml.nvmlDeviceGetPciInfo, handle)
         return GpuFacts(
             uuid=_text(uuid),
             index=index,
             type=self._types(_text(name or "unknown")),
             memory_bytes=memory.total,
             pci_bus_id="" if pci is None else _text(pci.busId),
+            driver=driver_facts(handle, _text(name or "unknown")),
         )
 
     def _held_by_us(self, handle: Any) -> int:
         """Bytes that processes of our own engines hold: the coordinator counts those by its claims."""
-        processes: Collection[Any] = _value(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()
+        processes: Collection[Any] = value_of(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()
         return sum(process.usedGpuMemory or 0 for process in processes if self._is_ours(process.pid))
 
 
@@ -272,17 +274,9 @@ def engine_sessions(pids: Callable[[], Collection[int]]) -> Callable[[int], bool
     return is_ours
 
 
-def _value(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What NVML says, or None where this GPU, driver or moment does not know."""
-    try:
-        return call(*arguments)
-    except pynvml.NVMLError:
-        return None
-
-
 def _memory(handle: Any) -> Any:
     """Memory with what the driver reserves told apart; older drivers count that as used."""
-    return _value(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)) or _value(
+    return value_of(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)) or value_of(
         pynvml.nvmlDeviceGetMemoryInfo, handle
     )
 

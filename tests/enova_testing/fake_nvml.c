@@ -3,7 +3,8 @@
  * The file is read again at every call, line by line; later lines win:
  *   gpus N               so many GPUs, all alike until a line below says otherwise
  *   gpu I KEY NUMBER     a figure of GPU I: total used reserved util memutil temp power_mw limit_mw sm_mhz mem_mhz
- *                        throttle ecc
+ *                        throttle ecc, and what is told once: max_sm_mhz max_mem_mhz bus_bits cores capability (10 x)
+ *                        default_mw links link_version pcie_gen pcie_lanes (0, as at first: it does not tell)
  *   name I TEXT          what the driver calls it
  *   process I PID BYTES  a process that holds memory of GPU I
  *   fail I FUNCTION CODE that function of GPU I returns CODE; FUNCTION * means all; I = -1 means all GPUs
@@ -29,6 +30,7 @@ static int initialised;
 
 struct figures {
     ulong64 total, used, reserved, util, memutil, temp, power_mw, limit_mw, sm_mhz, mem_mhz, throttle, ecc;
+    ulong64 max_sm_mhz, max_mem_mhz, bus_bits, cores, capability, default_mw, links, link_version, pcie_gen, pcie_lanes;
     char name[96];
     uint pids[PROCESSES_MAX];
     ulong64 held[PROCESSES_MAX];
@@ -39,7 +41,10 @@ static void set(struct figures *f, const char *key, ulong64 value) {
     const struct { const char *key; ulong64 *at; } keys[] = {
         {"total", &f->total}, {"used", &f->used}, {"reserved", &f->reserved}, {"util", &f->util},
         {"memutil", &f->memutil}, {"temp", &f->temp}, {"power_mw", &f->power_mw}, {"limit_mw", &f->limit_mw},
-        {"sm_mhz", &f->sm_mhz}, {"mem_mhz", &f->mem_mhz}, {"throttle", &f->throttle}, {"ecc", &f->ecc}};
+        {"sm_mhz", &f->sm_mhz}, {"mem_mhz", &f->mem_mhz}, {"throttle", &f->throttle}, {"ecc", &f->ecc},
+        {"max_sm_mhz", &f->max_sm_mhz}, {"max_mem_mhz", &f->max_mem_mhz}, {"bus_bits", &f->bus_bits},
+        {"cores", &f->cores}, {"capability", &f->capability}, {"default_mw", &f->default_mw}, {"links", &f->links},
+        {"link_version", &f->link_version}, {"pcie_gen", &f->pcie_gen}, {"pcie_lanes", &f->pcie_lanes}};
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         if (!strcmp(keys[i].key, key)) *keys[i].at = value;
 }
@@ -205,6 +210,44 @@ int nvmlDeviceGetTotalEccErrors(struct handle *handle, uint error, uint counter,
     CALL("TotalEccErrors");
     if (error != 1 || counter != 1) return NOT_SUPPORTED;  /* uncorrected, aggregate */
     *out = f.ecc;
+    return SUCCESS;
+}
+/* Facts that are told once; a card that the file says nothing of does not tell them. */
+#define TOLD(function, figure) \
+    int nvmlDeviceGet##function(struct handle *handle, uint *out) { \
+        CALL(#function); \
+        if (!f.figure) return NOT_SUPPORTED; \
+        *out = (uint)f.figure; \
+        return SUCCESS; \
+    }
+TOLD(MemoryBusWidth, bus_bits)
+TOLD(NumGpuCores, cores)
+TOLD(PowerManagementDefaultLimit, default_mw)
+TOLD(MaxPcieLinkGeneration, pcie_gen)
+TOLD(MaxPcieLinkWidth, pcie_lanes)
+int nvmlDeviceGetMaxClockInfo(struct handle *handle, uint type, uint *out) {
+    CALL("MaxClockInfo");
+    if (type != 1 && type != 2) return NOT_SUPPORTED;
+    *out = (uint)(type == 2 ? f.max_mem_mhz : f.max_sm_mhz);
+    return SUCCESS;
+}
+int nvmlDeviceGetCudaComputeCapability(struct handle *handle, int *major, int *minor) {
+    CALL("CudaComputeCapability");
+    if (!f.capability) return NOT_SUPPORTED;
+    *major = (int)f.capability / 10;
+    *minor = (int)f.capability % 10;
+    return SUCCESS;
+}
+int nvmlDeviceGetNvLinkState(struct handle *handle, uint link, uint *out) {
+    CALL("NvLinkState");
+    if (link >= 18) return INVALID;
+    *out = link < f.links;
+    return SUCCESS;
+}
+int nvmlDeviceGetNvLinkVersion(struct handle *handle, uint link, uint *out) {
+    CALL("NvLinkVersion");
+    if (link >= f.links) return INVALID;
+    *out = (uint)f.link_version;
     return SUCCESS;
 }
 struct process { uint pid; ulong64 bytes; uint gpu_instance, compute_instance; };

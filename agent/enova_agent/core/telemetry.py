@@ -13,6 +13,22 @@ from enova_agent.core.local import LengthSample, Summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DriverFacts:
+    """What a driver tells of a GPU beyond its memory; from it one that no catalogue knows is described."""
+
+    name: str                                 # the driver's
+    sm_clock_mhz: float | None = None         # the highest
+    memory_clock_mhz: float | None = None     # the highest
+    bus_width_bits: int | None = None
+    cores: int | None = None
+    compute_capability: float | None = None
+    power_limit_w: float | None = None
+    link_bytes_per_s: float | None = None     # of all NVLinks that are up, one direction
+    pcie_generation: int | None = None
+    pcie_lanes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuFacts:
     """What a GPU is. `type` is the driver's name where nobody knows a catalogue name for it."""
 
@@ -23,6 +39,7 @@ class GpuFacts:
     pci_bus_id: str = ""
     simulated: bool = False
     free_memory_bytes: int = 0     # what nobody holds, processes that are not ours included
+    driver: DriverFacts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
