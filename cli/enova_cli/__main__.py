@@ -12,7 +12,8 @@ import click
 
 from enova_cli.commands.breakdown import breakdown
 from enova_cli.commands.certs import certs
-from enova_cli.commands.deployments import apply, delete, deploy, pause, resume, scale, wait
+from enova_cli.commands.deployments import accept, apply, delete, deploy, pause, resume, scale, wait
+from enova_cli.commands.episodes import episodes
 from enova_cli.commands.load import load
 from enova_cli.commands.recommend import recommend
 from enova_cli.commands.resources import describe, events, explain, get
@@ -78,6 +79,7 @@ for command in (
     up,
     deploy,
     apply,
+    accept,
     get,
     describe,
     wait,
@@ -86,6 +88,7 @@ for command in (
     logs,
     events,
     explain,
+    episodes,
     breakdown,
     chat,
     load,

@@ -15,9 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from enova_common.errors import EnovaError
+from enova_coordinator import traffic
 from enova_coordinator.advisor import Advisor
 from enova_coordinator.controller import Controller
 from enova_coordinator.core import advice
@@ -31,7 +30,6 @@ from enova_coordinator.core.model import (
     Reconfiguration,
 )
 from enova_coordinator.core.plan import Put, Write
-from enova_coordinator.core.series import COLUMN, REQUEST_COUNTS
 from enova_coordinator.election import Leadership
 from enova_coordinator.events import EventLog
 from enova_coordinator.known_models import KnownModels
@@ -40,7 +38,6 @@ from enova_coordinator.store import Store, codec
 from enova_coordinator.store.changes import commit
 from enova_coordinator.telemetry import Telemetry
 
-MINUTES = 9                        # of arrivals that are looked at
 INTERVAL_REAL_S_MIN = 0.5          # under a fast model clock
 GAIN_STEP = 0.05                   # of a proposal, from which on it is worth writing anew
 ACTOR = "policy/recommender"
@@ -110,7 +107,8 @@ class AdviceLoop:
         if deployment.deleting or not settled or deployment.spec.reconfiguration is Reconfiguration.OFF:
             return
         observed = self.observed(deployment)
-        current = advice.current_of(self._controller.snapshot.variants_of(deployment.name), deployment)
+        types = self._advisor.types
+        current = advice.current_of(self._controller.snapshot, deployment, types=types)
         advised = bool(deployment.spec.configuration) or bool(deployment.advised_gpu_type)
         if current is None or (observed is None and advised):
             return                     # without traffic nothing is known that the advice on creation did not know
@@ -118,40 +116,28 @@ class AdviceLoop:
         facts = self._models.get(deployment.spec.model)
         config_json = facts.config_json if facts is not None else ""
         snapshot, spec = self._controller.snapshot, deployment.spec
-        request = advice.request_for(snapshot, deployment.name, spec, config_json=config_json, observed=observed)
-        if isinstance(request, str):
+        question = advice.request_for(
+            snapshot, deployment.name, spec, config_json=config_json, observed=observed, types=types
+        )
+        if isinstance(question, str):
             self.figures.count("no_request")
             return
-        answer = await self._advisor.answer({**request, "current": current})
-        await self._conclude(deployment, self._better(deployment, answer, current, observed))
+        answer = await self._advisor.answer({**question.request, "current": current})
+        grounds = advice.grounds_of(observed, question.left_out)
+        await self._conclude(deployment, self._better(deployment, answer, current, grounds))
 
     def observed(self, deployment: Deployment) -> Observed | None:
         """What was counted of a deployment's requests; None where that is too little."""
-        minutes = np.zeros(MINUTES)
-        seen = False
-        for replica in self._controller.snapshot.replicas_of(deployment.name):
-            series = self._telemetry.replica_minutes(replica.name, count=MINUTES)
-            if series is None:
-                continue
-            arrived = series.values[-MINUTES:, COLUMN["arrived"]]
-            minutes[MINUTES - len(arrived) :] += np.nan_to_num(arrived)
-            seen = seen or not np.isnan(arrived).all()
-        # Tokens are counted whatever became of a request, so requests are as well.
-        ended = [REQUEST_COUNTS.index(name) for name in ("finished", "failed", "cut", "cancelled")]
-        totals = (
-            (sum(each.counts[at] for at in ended), each.prompt_tokens, each.output_tokens)
-            for each in self._telemetry.totals(deployment.name).values()
-        )
-        return advice.observed_of([float(count) for count in minutes] if seen else [], totals)
+        return traffic.observed(self._telemetry, self._controller.snapshot, deployment.name)
 
     def _better(
-        self, deployment: Deployment, answer: Plain, current: Plain, observed: Observed | None
+        self, deployment: Deployment, answer: Plain, current: Plain, grounds: str
     ) -> DeploymentAdvice | None:
         """The configuration that is better by enough; None if what runs is good."""
         gain = advice.gain_of(answer)
         if gain is None or gain < self._settings.gain_min:
             return None
-        found = advice.advice_of(answer, reason=advice.grounds_of(observed), now_s=time.time(), gain=gain)
+        found = advice.advice_of(answer, reason=grounds, now_s=time.time(), gain=gain)
         same = found.gpu_type == current["gpu_type"] and dict(found.configuration) == dict(deployment.configuration)
         return None if same else found
 

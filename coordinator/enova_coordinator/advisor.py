@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from enova_common.errors import EnovaError, InvalidField, TimedOut
 from enova_coordinator.core import advice
 from enova_coordinator.core.advice import Observed
+from enova_coordinator.core.gpu_types import GpuTypes
 from enova_coordinator.core.model import DeploymentAdvice, DeploymentSpec, Snapshot
 from enova_coordinator.policy_process import PolicyProcess
 from enova_recommender.performance import Correction
@@ -26,8 +28,21 @@ log = logging.getLogger(__name__)
 class Advisor:
     """The recommender's door. `now_s` is the wall clock; `creation_wait_s` bounds what a user's write waits for."""
 
-    def __init__(self, process: PolicyProcess, *, now_s: Callable[[], float], creation_wait_s: float) -> None:
+    def __init__(
+        self,
+        process: PolicyProcess,
+        *,
+        now_s: Callable[[], float],
+        creation_wait_s: float,
+        types: GpuTypes = advice.CATALOGUE,
+    ) -> None:
+        self.types = types
+        """The fleet's types of GPU that an operator described."""
+SOLVE_TIMES_MAX = 3.0              # of its time limit that the programme may take with all that is around it
+SOLVE_BESIDE_S = 15.0
+
         self.corrections: Callable[[], Mapping[str, Correction]] = dict
+Found = TypeVar("Found")
         """What live engines taught of step times, by engine; the leader sets it."""
         self._process = process
         self._now_s = now_s
@@ -65,10 +80,12 @@ class Advisor:
     ) -> DeploymentAdvice:
         """The advice for a deployment, or why there is none; never raises."""
         now_s = self._now_s()
-        request = advice.request_for(snapshot, name, spec, config_json=config_json, observed=observed)
-        if isinstance(request, str):
-            return advice.none_for(request, now_s=now_s)
-        grounds = advice.grounds_of(observed)
+        question = advice.request_for(
+            snapshot, name, spec, config_json=config_json, observed=observed, types=self.types
+        )
+        if isinstance(question, str):
+            return advice.none_for(question, now_s=now_s)
+        request, grounds = question.request, advice.grounds_of(observed, question.left_out)
         try:
             answer = await self._within_objectives(request)
             if answer is None:
@@ -106,3 +123,10 @@ class Advisor:
 def _first(answer: Plain) -> str:
     sentences = answer["explanation"]
     return str(sentences[0]["text"]) if sentences else "nothing that is free can serve it"
+def _usable(found: Found | Problem) -> Found:
+    """The answer. Raises InvalidField where it is what is wrong with the question."""
+    if isinstance(found, Problem):
+        raise InvalidField(found.message, field=found.field, remedy=found.remedy)
+    return found
+
+

@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 
 
 async def open_store(settings: CoordinatorSettings) -> Store:
+DETECTION_TIMEOUT_S = 15.0         # a step of ten thousand replicas takes under two
     """The store that the settings name."""
     store = settings.store
     if store.kind is StoreKind.SQLITE:
@@ -98,6 +99,7 @@ class Coordinator:
         self.advice_figures = AdviceFigures()
         self.policy_figures = PolicyLoopFigures()
         self.rollups = Rollups(settings.data_dir / "rollups.sqlite", file_bytes_max=settings.rollup_bytes_max)
+            types=read_gpu_types(settings.advice.gpus_file),
         self.events = EventLog()
         self.mirror = Mirror(store, changed=self._wake)
         self.agents = Agents(now_s=time.monotonic, changed=self._wake)
@@ -282,3 +284,4 @@ def _controller_settings(settings: CoordinatorSettings) -> ControllerSettings:
         liveness=LivenessLimits(suspect_s=settings.suspect_after_s, lost_s=settings.lost_after_s),
         reconcile=ReconcileLimits(lost_grace_s=settings.lost_grace_s),
     )
+            await self.detector.close()

@@ -69,6 +69,8 @@ class AdviceSettings:
     """Model time between two looks for better configurations."""
     gain_min: float = field(default=0.1, metadata=between(0.0, 1.0))
     """Share of the cost of a request that a better configuration must save to be worth a rollout."""
+    gpus_file: Path | None = None
+    """JSON list of GPU types that the catalogue lacks or prices otherwise, as for `enova recommend --gpus-file`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from enova.v1 import cluster_pb2
 from enova.v1.deployment_service_pb2 import (
+    AcceptProposalRequest,
     DeleteDeploymentRequest,
     ScaleDeploymentRequest,
     UpdateDeploymentRequest,
@@ -210,6 +211,28 @@ def scale(context: Context, what: str, replicas: int) -> None:
 
     async def action(client: Client) -> None:
         result = await client.call(lambda s: s.deployments.ScaleDeployment(request, timeout=CALL_TIMEOUT_S))
+        output.print_object("deployments", to_plain(result), context.form)
+
+    context.run(action)
+
+
+@click.command()
+@click.argument("what", metavar="deployment/NAME")
+@click.option("--etag", default="", help="The proposal's, as it was read: one that came meanwhile is not taken.")
+@click.option("--validate-only", is_flag=True, help="Check everything, change nothing.")
+@output_option
+@pass_context
+def accept(context: Context, what: str, etag: str, validate_only: bool) -> None:
+    """Put the configuration that is proposed for a deployment in force; it rolls out replica by replica.
+
+    A configuration of your own is thereby turned over to enova: leave it out of the file that you apply next.
+    """
+    request = AcceptProposalRequest(
+        name=_deployment_name(what), etag=etag, request_id=request_id(), validate_only=validate_only
+    )
+
+    async def action(client: Client) -> None:
+        result = await client.call(lambda s: s.deployments.AcceptProposal(request, timeout=CALL_TIMEOUT_S))
         output.print_object("deployments", to_plain(result), context.form)
 
     context.run(action)

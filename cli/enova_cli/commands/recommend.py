@@ -20,6 +20,7 @@ from enova.v1.deployment_service_pb2 import RecommendConfigurationRequest, Recom
 from enova_cli import output
 from enova_cli.client import Client
 from enova_cli.commands.deployments import Duration
+from enova_cli.commands.fleet import print_allocation
 from enova_cli.context import Context, output_option, pass_context, run
 from enova_cli.output import Format
 from enova_cli.plain import from_plain, to_plain
@@ -41,37 +42,53 @@ Plain = dict[str, Any]
 
 
 @click.command()
-@click.option("--model", required=True, help="Name of the catalogue, or the path of a config.json (or its folder).")
+@click.option("--fleet", is_flag=True, help="For all deployments of the running fleet together; needs no other option.")
+@click.option("--model", help="Name of the catalogue, or the path of a config.json (or its folder).")
 @click.option("--gpus", default="", help="TYPE:COUNT[@USD_AN_HOUR],...: H100:8,L40S:16. With --api: what is free.")
-@click.option("--gpu-file", type=click.Path(path_type=Path), help="JSON list of GPU types that the catalogue lacks.")
-@click.option("--workload", required=True, help="Trace CSV (or .gz), or rate=5,prompt=512,output=128.")
+@click.option(
+    "--gpus-file", "--gpu-file", "gpu_file", type=click.Path(path_type=Path),
+    help="JSON list of GPU types that the catalogue lacks.",
+)
+@click.option("--workload", help="Trace CSV (or .gz), or rate=5,prompt=512,output=128.")
 @click.option("--lengths", default="", help="prompt=512,output=128: for a trace that counts requests alone.")
 @click.option("--allow-gaps", is_flag=True, help="Take long silences in the trace as they are.")
 @click.option("--ttft-p95", type=Duration(), help="Objective: time to first token, 500ms.")
 @click.option("--tpot-p95", type=Duration(), help="Objective: time per output token, 50ms.")
 @click.option("--max-gpus", type=int, help="Of all replicas together.")
 @click.option("--kv-cache-dtype", "kv_cache_dtypes", multiple=True, help="To try: auto, fp8; may be repeated.")
+@click.option("--headroom", type=float, default=0.0, help="With --fleet: capacity beyond demand, as a share of it.")
+@click.option("--time-limit", type=Duration(), help="With --fleet: of the integer programme; 10s.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write the Pareto picture to this .svg or .png.")
 @output_option
 @pass_context
 def recommend(
     context: Context,
-    model: str,
+    fleet: bool,
+    model: str | None,
     gpus: str,
     gpu_file: Path | None,
-    workload: str,
+    workload: str | None,
     lengths: str,
     allow_gaps: bool,
     ttft_p95: float | None,
     tpot_p95: float | None,
     max_gpus: int | None,
     kv_cache_dtypes: tuple[str, ...],
+    headroom: float,
+    time_limit: float | None,
     plot: Path | None,
 ) -> None:
     """Say which GPUs, how many and which settings carry a workload within its objectives, and why.
 
-    Without --api it is computed here; with it, by the coordinator, which knows the fleet and the hosts' models.
+    Without --api it is computed here; with it, by the coordinator, which knows the fleet and the hosts' models. With
+    --fleet the coordinator says it of all deployments together, for the traffic that it counted.
     """
+    if fleet:
+        _refuse_beside_fleet()
+        run(print_allocation(context, headroom=headroom, time_limit_s=time_limit), context.form)
+        return
+    if model is None or workload is None:
+        raise click.UsageError(f"Missing option '{'--model' if model is None else '--workload'}'.")
     remote = _asks_coordinator()
 
     async def action() -> None:
@@ -92,6 +109,16 @@ def recommend(
         _print(shown, context.form)
 
     run(action(), context.form)
+
+
+def _refuse_beside_fleet() -> None:
+    """Raises UsageError for an option that says nothing of a fleet."""
+    context = click.get_current_context()
+    known = {"fleet", "headroom", "time_limit", "output"}
+    for param in context.command.params:
+        given = context.get_parameter_source(param.name or "") is not click.core.ParameterSource.DEFAULT
+        if given and param.name not in known:
+            raise click.UsageError(f"--fleet asks about what runs: it takes no {param.opts[-1]}")
 
 
 def parse_supply(text: str) -> list[Plain]:

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from enova_cli import output
 from enova_cli.client import Client, Stubs
 from enova_cli.context import Context, output_option, pass_context
+from enova_cli.live_text import live_capacity, live_line
 from enova_cli.plain import to_plain
 from enova_cli.step_text import calibration_line
 from enova_common.errors import NotFound
@@ -93,11 +94,13 @@ def describe(context: Context, what: str) -> None:
 
     async def action(client: Client) -> None:
         plain = await find(client, kind, name)
+        live = await live_capacity(client, str(plain["name"])) if kind == "deployments" else None
         if context.form is not output.Format.TABLE:
-            output.print_object(kind, plain, context.form)
+            output.print_object(kind, plain | ({"live_capacity": live} if live is not None else {}), context.form)
             return
         output.print_description(plain)
-        if kind == "deployments":
+        if live is not None:
+            print(live_line(live))
             await _describe_steps(client, str(plain["name"]))
         events = [to_plain(event) for event in await client.list_events(str(plain.get("name", "")))]
         output.print_objects("events", events[:10], context.form)
@@ -190,7 +193,8 @@ def explain(context: Context, what: str) -> None:
         request = ExplainRequest(name=full)
         response = await client.call(lambda s: s.decisions.Explain(request, timeout=CALL_TIMEOUT_S))
         if context.form is not output.Format.TABLE:
-            output.print_object(kind, to_plain(response), context.form)
+            live = {"live_capacity": await live_capacity(client, full)} if kind == "deployments" else {}
+            output.print_object(kind, to_plain(response) | live, context.form)
             return
         print(f"{output.short(response.name)} is {response.state}")
         for sentence in response.sentences:

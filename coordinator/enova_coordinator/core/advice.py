@@ -5,6 +5,7 @@ Requests and answers are plain values under the names of the API's `RecommendCon
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -12,19 +13,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from enova_coordinator.core.gpu_types import GpuTypes, LeftOut, priced
 from enova_coordinator.core.model import (
     Configuration,
     Deployment,
     DeploymentAdvice,
     DeploymentSpec,
     FlagValue,
+    Gpu,
     NodeState,
+    NodeView,
     Reconfiguration,
     Snapshot,
-    Variant,
 )
 from enova_coordinator.core.placement import in_clusters
 from enova_recommender import catalog
+from enova_recommender.recommend.request import supply_row
 from enova_recommender.shape import ShapeError, parse_shape
 
 Plain = Mapping[str, Any]
@@ -35,8 +39,16 @@ ASSUMED_WORKLOAD: Plain = {
     "prompt_tokens": {"p50": 512, "p95": 2048},
     "output_tokens": {"p50": 128, "p95": 512},
 }
+CATALOGUE = GpuTypes()      # no type but those of the catalogue, and what drivers tell
 REQUESTS_MIN = 50          # counted, before lengths are taken from them
+LENGTHS_MAX = 512          # pairs of a request: percentiles up to the 99th need no more
 SENTENCES_MAX = 12
+# Flags that a proposal speaks of, be it by leaving them at vLLM's default. Types of weights and cache are not among
+# them: another one changes answers.
+PROPOSED_FLAGS = frozenset({
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel",
+    "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "enable_prefix_caching",
+})
 MEETS = 1.0                # as a gain: what runs cannot meet the objectives, the advice can
 IMPOSSIBLE = frozenset({"MEMORY", "CONTEXT", "LAYOUT", "PRECISION"})  # reasons against what never ran
 # Of log-normal lengths whose deviation is their mean, as far as only the mean is known: median and 95th percentile.
@@ -46,12 +58,13 @@ P95_OF_MEAN = MEDIAN_OF_MEAN * math.exp(1.6449 * math.sqrt(math.log(2)))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """What was counted of a deployment's requests: the busiest minute's rate, and mean lengths."""
+    """What was counted of a deployment's requests: the busiest minute's rate, mean lengths, and lengths together."""
 
     requests_per_s: float
     prompt_tokens: float
     output_tokens: float
     requests: int
+    lengths: tuple[tuple[int, int], ...] = ()  # prompt and answer of a sample of the newest
 
 
 def is_asked(before: Deployment | None, wanted: DeploymentSpec) -> bool:
@@ -66,7 +79,7 @@ def is_asked(before: Deployment | None, wanted: DeploymentSpec) -> bool:
 
 def _grounds(spec: DeploymentSpec) -> tuple[object, ...]:
     hardware = (spec.hardware.allow, spec.hardware.max_gpus, spec.hardware.clusters)
-    return spec.model, spec.engine, hardware, _objectives(spec), bool(spec.configuration)
+    return spec.model, spec.engine, hardware, objectives_of(spec), bool(spec.configuration)
 
 
 def kept(before: Deployment, wanted: DeploymentSpec) -> DeploymentAdvice | None:
@@ -76,66 +89,90 @@ def kept(before: Deployment, wanted: DeploymentSpec) -> DeploymentAdvice | None:
     return before.advice
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What the recommender is asked about a deployment, and what of the fleet that leaves out."""
+
+    request: Plain
+    left_out: tuple[LeftOut, ...] = ()
+
+
 def request_for(
-    snapshot: Snapshot, name: str, spec: DeploymentSpec, *, config_json: str, observed: Observed | None = None
-) -> Plain | str:
+    snapshot: Snapshot,
+    name: str,
+    spec: DeploymentSpec,
+    *,
+    config_json: str,
+    observed: Observed | None = None,
+    types: GpuTypes = CATALOGUE,
+) -> Question | str:
     """The request about a deployment, or why none can be made."""
-    supply = fleet_supply(snapshot, spec, without=name)
-    if not supply:
-        return _no_supply(snapshot, spec)
+    supply = fleet_supply(snapshot, spec, without=name, types=types)
+    if not supply.rows:
+        return _no_supply(spec, supply.left_out)
     model = model_of(spec.model, config_json)
     if isinstance(model, str):
         return model
-    request = {**model, "gpus": supply, "workload": workload(observed), "deployable": True}
-    if objectives := _objectives(spec):
+    request = {**model, "gpus": list(supply.rows), "workload": workload(observed), "deployable": True}
+    if objectives := objectives_of(spec):
         request["objectives"] = objectives
     if spec.hardware.max_gpus is not None:
         request["max_gpus"] = spec.hardware.max_gpus
-    return request
+    return Question(request=request, left_out=supply.left_out)
 
 
-def fleet_supply(snapshot: Snapshot, spec: DeploymentSpec | None = None, *, without: str = "") -> list[Plain]:
-    """GPUs on nodes that are ready, which no deployment but `without` holds, by type and number.
+@dataclass(frozen=True, slots=True)
+class Supply:
+    """GPUs to choose from, as a request has them; types that could have been there but for what is not known."""
 
-    Only of types whose data sheet and price are known.
-    """
+    rows: tuple[Plain, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+
+def fleet_supply(
+    snapshot: Snapshot, spec: DeploymentSpec | None = None, *, without: str = "", types: GpuTypes = CATALOGUE
+) -> Supply:
+    """GPUs on nodes that are ready, which no deployment but `without` holds, by type and number."""
     held = {gpu for each in snapshot.replicas.values() if each.deployment != without for gpu in each.gpus}
     probe = None if spec is None else Deployment(name=without or "deployments/new", uid="", spec=spec)
-    free: Counter[tuple[str, int]] = Counter()
-    for view in snapshot.nodes.values():
-        node = view.node
-        if view.state is not NodeState.READY or node.draining or not node.schedulable:
-            continue
-        if probe is not None and (not in_clusters(view, probe) or probe.spec.engine not in {"", node.engine}):
-            continue
-        here = Counter(gpu.type for gpu in view.gpus if gpu.uuid not in held)
-        free.update((kind, count) for kind, count in here.items() if _is_allowed(kind, spec))
-    return [
-        {"type": kind, "count": count * nodes, "gpus_per_node": count}
-        for (kind, count), nodes in sorted(free.items(), key=lambda item: (item[0][0], -item[0][1]))
-    ]
-
-
-def _is_allowed(kind: str, spec: DeploymentSpec | None) -> bool:
     allowed = spec.hardware.allow if spec is not None else ()
-    return _is_priced(kind) and (not allowed or kind in allowed)
+    by_node = [
+        [gpu for gpu in view.gpus if gpu.uuid not in held and (not allowed or gpu.type in allowed)]
+        for view in snapshot.nodes.values()
+        if takes_replicas(view) and (probe is None or _takes(view, probe))
+    ]
+    known = priced((gpu for gpus in by_node for gpu in gpus), types)
+    free: Counter[tuple[str, int]] = Counter()
+    for gpus in by_node:
+        free.update(Counter(gpu.type for gpu in gpus if gpu.type in known.models).items())
+    return Supply(
+        tuple(
+            {**supply_row(known.models[kind]), "count": count * nodes, "gpus_per_node": count}
+            for (kind, count), nodes in sorted(free.items(), key=lambda item: (item[0][0], -item[0][1]))
+        ),
+        known.left_out,
+    )
 
 
-def _is_priced(kind: str) -> bool:
-    gpu = catalog.find_gpu(kind)
-    return gpu is not None and gpu.price_per_hour is not None
+def takes_replicas(view: NodeView) -> bool:
+    """Whether a node may be given anything at all."""
+    return view.state is NodeState.READY and not view.node.draining and view.node.schedulable
 
 
-def _no_supply(snapshot: Snapshot, spec: DeploymentSpec) -> str:
-    types = sorted({gpu.type for view in snapshot.nodes.values() for gpu in view.gpus})
-    unknown = [kind for kind in types if catalog.find_gpu(kind) is None]
-    if types and unknown == types:
-        return f"the catalogue does not know the GPUs of the fleet ({', '.join(types)})"
-    priceless = [kind for kind in types if not _is_priced(kind)]
-    if types and priceless == types:
-        return f"the catalogue has no price for the GPUs of the fleet ({', '.join(types)})"
+def _takes(view: NodeView, deployment: Deployment) -> bool:
+    return in_clusters(view, deployment) and deployment.spec.engine in {"", view.node.engine}
+
+
+def _no_supply(spec: DeploymentSpec, left_out: tuple[LeftOut, ...]) -> str:
+    if left_out:
+        return f"of the GPUs that are free, {in_words(left_out)}"
     allowed = f" of {' or '.join(spec.hardware.allow)}" if spec.hardware.allow else ""
     return f"no GPU{allowed} is free on a node that is ready"
+
+
+def in_words(left_out: Iterable[LeftOut]) -> str:
+    """What is left out, as part of a sentence."""
+    return "; ".join(f"{each.object} {each.reason}" for each in left_out)
 
 
 def model_of(name: str, config_json: str) -> dict[str, Any] | str:
@@ -157,6 +194,9 @@ def workload(observed: Observed | None) -> Plain:
     """The workload to be carried: as it was counted, or as it is assumed."""
     if observed is None:
         return ASSUMED_WORKLOAD
+    if len(observed.lengths) >= REQUESTS_MIN:
+        pairs = [{"prompt_tokens": prompt, "output_tokens": output} for prompt, output in _sampled(observed.lengths)]
+        return {"requests_per_s": observed.requests_per_s, "lengths": pairs}
     means = {"prompt_tokens": observed.prompt_tokens, "output_tokens": observed.output_tokens}
     return {
         "requests_per_s": observed.requests_per_s,
@@ -167,7 +207,15 @@ def workload(observed: Observed | None) -> Plain:
     }
 
 
-def _objectives(spec: DeploymentSpec) -> dict[str, float]:
+def _sampled(lengths: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """At most LENGTHS_MAX of the pairs, taken evenly over them as they are sorted, so that the tails stay."""
+    ordered = sorted(lengths, key=sum)
+    if len(ordered) <= LENGTHS_MAX:
+        return tuple(ordered)
+    return tuple(ordered[(2 * place + 1) * len(ordered) // (2 * LENGTHS_MAX)] for place in range(LENGTHS_MAX))
+
+
+def objectives_of(spec: DeploymentSpec) -> dict[str, float]:
     """The strictest objectives of all classes."""
     found: dict[str, float] = {}
     for field, name in (("ttft_p95_s", "ttft_s"), ("tpot_p95_s", "tpot_s")):
@@ -199,22 +247,28 @@ def none_for(reason: str, *, now_s: float) -> DeploymentAdvice:
     return DeploymentAdvice(reason=f"engines run with their own defaults: {reason}", create_time_s=now_s)
 
 
-def grounds_of(observed: Observed | None) -> str:
-    """What advice rests on, in words."""
+def grounds_of(observed: Observed | None, left_out: Sequence[LeftOut] = ()) -> str:
+    """What advice rests on, and what it leaves out, in words."""
+    without = f" (of the GPUs that are free, {in_words(left_out)})" if left_out else ""
     if observed is None:
         assumed = ASSUMED_WORKLOAD
         return (
             f"advised for an assumed {assumed['requests_per_s']:g} request/s with a median of "
-            f"{assumed['prompt_tokens']['p50']} prompt and {assumed['output_tokens']['p50']} output tokens"
+            f"{assumed['prompt_tokens']['p50']} prompt and {assumed['output_tokens']['p50']} output tokens{without}"
         )
+    by = f", with the lengths of {len(observed.lengths)} of them" if len(observed.lengths) >= REQUESTS_MIN else ""
     return (
         f"advised for the {observed.requests_per_s:.3g} requests/s that were counted, on average "
-        f"{observed.prompt_tokens:.0f} prompt and {observed.output_tokens:.0f} output tokens"
+        f"{observed.prompt_tokens:.0f} prompt and {observed.output_tokens:.0f} output tokens{by}{without}"
     )
 
 
-def observed_of(arrivals_per_minute: Sequence[float], totals: Iterable[tuple[int, int, int]]) -> Observed | None:
-    """What was counted: the arrivals of each minute, and (requests, prompt tokens, output tokens) of each sum."""
+def observed_of(
+    arrivals_per_minute: Sequence[float],
+    totals: Iterable[tuple[int, int, int]],
+    lengths: Sequence[tuple[int, int]] = (),
+) -> Observed | None:
+    """What was counted: the arrivals of each minute, (requests, prompt tokens, output tokens) of each sum, lengths."""
     finished = prompts = outputs = 0
     for requests, prompt_tokens, output_tokens in totals:
         finished, prompts, outputs = finished + requests, prompts + prompt_tokens, outputs + output_tokens
@@ -226,6 +280,7 @@ def observed_of(arrivals_per_minute: Sequence[float], totals: Iterable[tuple[int
         prompt_tokens=max(1.0, prompts / finished),
         output_tokens=max(1.0, outputs / finished),
         requests=finished,
+        lengths=tuple(lengths),
     )
 
 
@@ -243,12 +298,20 @@ def gain_of(answer: Plain) -> float | None:
     return float(1 - chosen["cost_per_hour"] / current["cost_per_hour"])
 
 
-def current_of(variants: Sequence[Variant], deployment: Deployment) -> Plain | None:
-    """What runs, as the request names it; None where no replica has found its place yet."""
-    living = [variant for variant in variants if not variant.retired and variant.gpu_type]
-    if not living or catalog.find_gpu(living[-1].gpu_type) is None:
+def current_of(
+    snapshot: Snapshot, deployment: Deployment, *, types: GpuTypes = CATALOGUE
+) -> Plain | None:
+    """What runs, as the request names it; None where no replica has found its place yet, or its GPU is not known."""
+    living = [each for each in snapshot.variants_of(deployment.name) if not each.retired and each.gpu_type]
+    if not living:
         return None
-    return {"gpu_type": living[-1].gpu_type, "configuration": dict(deployment.configuration)}
+    kind, allowed = living[-1].gpu_type, deployment.spec.hardware.allow
+    gpus = [gpu for view in snapshot.nodes.values() for gpu in view.gpus if not allowed or gpu.type in allowed]
+    model = priced(gpus or [Gpu(uuid="", type=kind)], types).models.get(kind)
+    if model is None:
+        return None
+    row = {**supply_row(model), "count": 1}
+    return {"gpu_type": kind, "gpu": row, "configuration": dict(deployment.configuration)}
 
 
 def words(configuration: Configuration) -> str:
@@ -261,6 +324,29 @@ def is_same(one: DeploymentAdvice | None, other: DeploymentAdvice | None) -> boo
     if one is None or other is None:
         return one is other
     return (one.gpu_type, dict(one.configuration)) == (other.gpu_type, dict(other.configuration))
+
+
+def proposal_etag(deployment: Deployment) -> str:
+    """Changes with what is proposed and with the deployment's desired fields; empty without a proposal."""
+    proposal = deployment.proposal
+    if proposal is None:
+        return ""
+    content = json.dumps([proposal.gpu_type, dict(proposal.configuration)], sort_keys=True)
+    return f"{deployment.etag}.{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def accepted(deployment: Deployment, *, now_s: float) -> Deployment:
+    """The deployment with its proposal in force, which must be there.
+
+    A configuration that a user gave is turned over to enova: of its flags those stay that no proposal speaks of, and
+    from now on the GPU type is the proposal's.
+    """
+    proposal = deployment.proposal
+    assert proposal is not None, "there is nothing to accept"
+    kept_flags = {name: value for name, value in deployment.spec.configuration.items() if name not in PROPOSED_FLAGS}
+    advice = replace(proposal, configuration={**kept_flags, **proposal.configuration})
+    spec = replace(deployment.spec, configuration={})
+    return applied(replace(deployment, spec=spec), advice, now_s=now_s)
 
 
 def applied(deployment: Deployment, advice: DeploymentAdvice, *, now_s: float) -> Deployment:

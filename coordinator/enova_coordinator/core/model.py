@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from enova_coordinator.core.episode import Episode
+from enova_coordinator.core.gpu_facts import GpuFacts
+
 FlagValue = bool | int | float | str
 Configuration = Mapping[str, FlagValue]  # vLLM's flag names in snake_case; absent = vLLM's default or enova's choice
 
@@ -114,6 +117,7 @@ class Gpu:
     pci_bus_id: str = ""
     simulated: bool = False
     free_memory_bytes: int = 0
+    facts: GpuFacts | None = None  # what its driver tells of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from enova_coordinator.core.model import (
     DeploymentSpec,
     Hardware,
     MaxTokensPolicy,
+    Reconfiguration,
     ServingClass,
 )
 
@@ -61,7 +62,18 @@ def spec_problems(spec: DeploymentSpec, *, policies: Iterable[str]) -> tuple[Fie
         *_configuration(spec.configuration),
         *_known("policy", spec.policy, tuple(policies)),
         *_max_tokens(spec.max_tokens_policy),
+        *_reconfiguration(spec),
     )
+
+
+def _reconfiguration(spec: DeploymentSpec) -> Iterator[FieldProblem]:
+    """A configuration that a user gave is never replaced by itself: to ask for that is a misunderstanding."""
+    if spec.configuration and spec.reconfiguration is Reconfiguration.APPLY:
+        yield FieldProblem(
+            field="reconfiguration",
+            message="APPLY replaces configurations that enova chose, and this deployment has one of its own",
+            remedy="leave out configuration, or set PROPOSE and take proposals up by enova accept",
+        )
 
 
 def conflicts(

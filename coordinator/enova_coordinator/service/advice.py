@@ -10,7 +10,8 @@ from google.protobuf.message import Message
 
 from enova.v1 import deployment_service_pb2
 from enova_common.errors import InvalidField, RetryableError
-from enova_coordinator.core.advice import fleet_supply, model_of
+from enova_coordinator.core.advice import fleet_supply, in_words, model_of
+from enova_coordinator.core.gpu_types import LeftOut
 from enova_coordinator.core.model import NodeState
 from enova_coordinator.service.leading import Leading
 from enova_recommender.recommend.types import LENGTHS_MAX
@@ -30,22 +31,29 @@ async def recommend(
     ):
         if count > most:  # before it is converted, on the loop that all share
             raise InvalidField(f"at most {most} are taken, not {count}", field=field, remedy="give a sample")
-    plain = plain_of(request)
+    plain, left_out = plain_of(request), tuple[LeftOut, ...]()
     if not request.gpus:
-        plain["gpus"] = fleet_supply(leading.control.snapshot)
+        supply = fleet_supply(leading.control.snapshot, types=leading.advisor.types)
+        plain["gpus"] = list(supply.rows)
+        left_out = supply.left_out
         if not plain["gpus"]:
+            why = f": {in_words(left_out)}" if left_out else ""
             remedy = "give types and counts, H100:8"
-            raise InvalidField("the fleet has no free GPU of a known type", field="gpus", remedy=remedy)
+            raise InvalidField(f"the fleet has no free GPU of a known type{why}", field="gpus", remedy=remedy)
     if request.model and not request.config_json:
-        plain |= await _known_model(leading, request.model)
+        plain |= await known_model(leading, request.model)
     response = deployment_service_pb2.RecommendConfigurationResponse()
     fill(response, await leading.advisor.answer(plain))
+    response.left_out.extend(
+        deployment_service_pb2.LeftOut(object=each.object, reason=each.reason) for each in left_out
+    )
     return response
 
 
-async def _known_model(leading: Leading, model: str) -> Plain:
-    """The model as the catalogue or a host has it. Raises InvalidField where neither knows it."""
-    found = model_of(model, "")
+async def known_model(leading: Leading, model: str) -> Plain:
+    """The model as a host said it before, the catalogue or a host has it. Raises InvalidField where nobody knows it."""
+    known = leading.models.get(model)
+    found = model_of(model, known.config_json if known is not None else "")
     if isinstance(found, str):
         views = leading.control.snapshot.nodes.items()
         ready = tuple(name for name, view in sorted(views) if view.state is NodeState.READY)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from enova.v1 import agent_service_pb2, cluster_pb2, decision_service_pb2
+from enova_coordinator.core.advice import proposal_etag
+from enova_coordinator.core.gpu_facts import GpuFacts
 from enova_coordinator.core.lengths import LengthState
 from enova_coordinator.core.model import (
     AssignedMember,
@@ -169,7 +172,7 @@ def _reconfiguration(value: cluster_pb2.Reconfiguration.ValueType) -> Reconfigur
     return words.get(value, Reconfiguration.PROPOSE)
 
 
-def _advice_message(value: DeploymentAdvice | None) -> cluster_pb2.DeploymentAdvice | None:
+def _advice_message(value: DeploymentAdvice | None, *, etag: str = "") -> cluster_pb2.DeploymentAdvice | None:
     if value is None:
         return None
     message = cluster_pb2.DeploymentAdvice(
@@ -180,6 +183,7 @@ def _advice_message(value: DeploymentAdvice | None) -> cluster_pb2.DeploymentAdv
         cost_per_hour=value.cost_per_hour,
         capacity_rps=value.capacity_rps,
         gain=value.gain,
+        etag=etag,
     )
     _set_time(message.create_time, value.create_time_s)
     return message
@@ -219,7 +223,7 @@ def deployment_message(
         max_tokens_policy=_max_tokens_message(wanted.max_tokens_policy),
         length_limits=_length_limits(lengths),
         advice=_advice_message(value.advice),
-        proposal=_advice_message(value.proposal),
+        proposal=_advice_message(value.proposal, etag=proposal_etag(value)),
     )
     _set_time(message.create_time, value.create_time_s)
     _set_time(message.update_time, value.update_time_s)
@@ -291,7 +295,13 @@ def gpu(message: cluster_pb2.Gpu) -> Gpu:
         pci_bus_id=message.pci_bus_id,
         simulated=message.simulated,
         free_memory_bytes=message.free_memory_bytes,
+        facts=_gpu_facts(message.facts) if message.HasField("facts") else None,
     )
+
+
+def _gpu_facts(message: cluster_pb2.GpuFacts) -> GpuFacts:
+    """What a driver told; what it did not stays unknown."""
+    return GpuFacts(**{"name": message.name, **{field.name: value for field, value in message.ListFields()}})
 
 
 def gpu_message(value: Gpu) -> cluster_pb2.Gpu:
@@ -304,6 +314,7 @@ def gpu_message(value: Gpu) -> cluster_pb2.Gpu:
         pci_bus_id=value.pci_bus_id,
         simulated=value.simulated,
         free_memory_bytes=value.free_memory_bytes,
+        facts=None if value.facts is None else cluster_pb2.GpuFacts(**asdict(value.facts)),
     )
 
 

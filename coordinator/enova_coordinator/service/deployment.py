@@ -34,8 +34,11 @@ from enova_coordinator.core.validation import (
 )
 from enova_coordinator.service import convert, names, paging
 from enova_coordinator.service.advice import recommend
+from enova_coordinator.service.fleet import recommend_allocation
 from enova_coordinator.service.leading import Chair, Leading, actor
+from enova_coordinator.service.live import get_live_capacity
 from enova_coordinator.service.masks import merged
+from enova_coordinator.service.proposal import accept_proposal
 from enova_coordinator.service.watching import watch
 from enova_coordinator.service.writes import Call, Writes, call, check_etag
 from enova_coordinator.store import Store, codec
@@ -263,6 +266,31 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         """The configuration that carries a workload within its objectives at the least cost, and why."""
         actor(context)
         return await recommend(self._chair.leading(), request)
+
+    async def RecommendAllocation(  # noqa: N802
+        self, request: deployment_service_pb2.RecommendAllocationRequest, context: Context
+    ) -> deployment_service_pb2.RecommendAllocationResponse:
+        """Variants, replicas, nodes and weights of all deployments together at the least cost, and what is missing."""
+        actor(context)
+        return await recommend_allocation(self._chair.leading(), request)
+
+    async def AcceptProposal(  # noqa: N802
+        self, request: deployment_service_pb2.AcceptProposalRequest, context: Context
+    ) -> cluster_pb2.Deployment:
+        """Puts a deployment's proposal in force."""
+        who = actor(context)
+        leading = self._chair.leading()
+        written = await accept_proposal(
+            leading, self._writes, request, who=who, now_s=self._now_s, model_time_s=self._model_time_s
+        )
+        return await self._message(written)
+
+    async def GetLiveCapacity(  # noqa: N802
+        self, request: deployment_service_pb2.GetLiveCapacityRequest, context: Context
+    ) -> deployment_service_pb2.LiveCapacity:
+        """What one replica of the newest configuration carries at most, by its own telemetry."""
+        actor(context)
+        return await get_live_capacity(self._chair.leading(), request)
 
     async def _find(self, name: str) -> Deployment | None:
         try:
