@@ -18,9 +18,21 @@ from enova_coordinator.core.gpu_types import GpuTypes
 from enova_coordinator.core.model import DeploymentAdvice, DeploymentSpec, Snapshot
 from enova_coordinator.policy_process import PolicyProcess
 from enova_recommender.performance import Correction
+from enova_recommender.recommend.allocation_types import Allocation
+from enova_recommender.recommend.fleet import (
+    AllocationQuestion,
+    FleetOptions,
+    OptionsQuestion,
+    allocated,
+    fleet_options,
+)
 from enova_recommender.recommend.respond import Problem, respond
 
+SOLVE_TIMES_MAX = 3.0              # of its time limit that the programme may take with all that is around it
+SOLVE_BESIDE_S = 15.0
+
 Plain = Mapping[str, Any]
+Found = TypeVar("Found")
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +50,7 @@ class Advisor:
     ) -> None:
         self.types = types
         """The fleet's types of GPU that an operator described."""
-SOLVE_TIMES_MAX = 3.0              # of its time limit that the programme may take with all that is around it
-SOLVE_BESIDE_S = 15.0
-
         self.corrections: Callable[[], Mapping[str, Correction]] = dict
-Found = TypeVar("Found")
         """What live engines taught of step times, by engine; the leader sets it."""
         self._process = process
         self._now_s = now_s
@@ -51,10 +59,17 @@ Found = TypeVar("Found")
 
     async def answer(self, request: Plain) -> Plain:
         """The answer to a request. Raises InvalidField, TimedOut, Unavailable, PolicyRaised."""
-        found = await self._process.run(respond, {**request, "corrections": dict(self.corrections())})
-        if isinstance(found, Problem):
-            raise InvalidField(found.message, field=found.field, remedy=found.remedy)
-        return found
+        return _usable(await self._process.run(respond, {**request, "corrections": dict(self.corrections())}))
+
+    async def options(self, question: OptionsQuestion) -> FleetOptions:
+        """The ways to run one deployment of a fleet. Raises as `answer` does."""
+        asked = replace(question, request={**question.request, "corrections": dict(self.corrections())})
+        return _usable(await self._process.run(fleet_options, asked))
+
+    async def allocation(self, question: AllocationQuestion) -> Allocation:
+        """Replicas for the whole fleet. Raises as `answer` does."""
+        timeout_s = SOLVE_TIMES_MAX * question.limits.time_limit_s + SOLVE_BESIDE_S
+        return _usable(await self._process.run(allocated, question, timeout_s=timeout_s))
 
     async def on_creation(
         self, snapshot: Snapshot, name: str, spec: DeploymentSpec, *, config_json: str
@@ -120,9 +135,6 @@ Found = TypeVar("Found")
         await self._process.close()
 
 
-def _first(answer: Plain) -> str:
-    sentences = answer["explanation"]
-    return str(sentences[0]["text"]) if sentences else "nothing that is free can serve it"
 def _usable(found: Found | Problem) -> Found:
     """The answer. Raises InvalidField where it is what is wrong with the question."""
     if isinstance(found, Problem):
@@ -130,3 +142,6 @@ def _usable(found: Found | Problem) -> Found:
     return found
 
 
+def _first(answer: Plain) -> str:
+    sentences = answer["explanation"]
+    return str(sentences[0]["text"]) if sentences else "nothing that is free can serve it"

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from enova_coordinator.core.episode import Episode
 from enova_coordinator.core.gpu_facts import GpuFacts
 
 FlagValue = bool | int | float | str
