@@ -7,8 +7,8 @@ KPA, each 10 s: v(180 s) and v(60 s); d(v) = ceil(v / T) outside T x (1 +- 0.1),
 the mean of the pods although the formula treats it as a total, so that with KV usage it never asks for more than
 ceil(1 / T): as shipped.
 Both: more at once; less to the *smallest* wish of the last 300 s (one old low sample drags it down). No guard while
-pods start. T = 0.5 (the shipped sample on gpu_cache_usage_perc). Missing: pods that do not report are left out of the mean;
-with none R stays. Never to zero. Knob: T / knob.
+pods start. T = 0.5 (the shipped sample on gpu_cache_usage_perc). Missing: pods that do not report are left out of the
+mean; with none R stays. Never to zero. Knob: T / knob.
 Source: vllm-project/aibrix, pkg/controller/podautoscaler (scaler, algorithm, metrics client), samples/autoscaling.
 """
 

@@ -77,7 +77,8 @@ def keep(situation: Situation, *, reason: str, memory: Memory, missing: bool = F
     """No act; `missing`: for want of figures."""
     targets = {variant.name: variant.target for variant in situation.variants}
     verdict = VerdictKind.UNKNOWN if missing else VerdictKind.NORMAL
-    return Decided(Wish(action=Action.KEEP, targets=targets, verdict=verdict, reason=reason), memory)
+    wish = Wish(action=Action.KEEP, targets=targets, verdict=verdict, reason=reason)
+    return Decided(wish=wish, memory=memory)
 
 
 def _decided(situation: Situation, targets: Mapping[str, int], reason: str, memory: Memory) -> Decided:
@@ -89,4 +90,4 @@ def _decided(situation: Situation, targets: Mapping[str, int], reason: str, memo
         wish = Wish(action=Action.SCALE_DOWN, targets=targets, verdict=VerdictKind.UNDERUSED, reason=reason)
     else:
         wish = Wish(action=Action.KEEP, targets=targets, verdict=VerdictKind.NORMAL, reason=reason)
-    return Decided(wish, memory)
+    return Decided(wish=wish, memory=memory)

@@ -94,7 +94,7 @@ class DynamoLoad:
         if any(math.isnan(one) for one in ttft + tpot):
             return 0, f"fewer than {SAMPLES_MIN} samples of a worker"
         ttft_s, tpot_s = situation.objective.ttft_s / self.knob, situation.objective.tpot_s / self.knob
-        reason = f"{min(ttft):.3g} to {max(ttft):.3g} s to the first token, {min(tpot):.3g} to {max(tpot):.3g} s a token"
+        reason = f"first token in {min(ttft):.3g} to {max(ttft):.3g} s, a token in {min(tpot):.3g} to {max(tpot):.3g}"
         if min(ttft) > ttft_s or min(tpot) > tpot_s:
             return 1, reason
         return (-1 if max(ttft) < SLA_DOWN * ttft_s and max(tpot) < SLA_DOWN * tpot_s else 0), reason

@@ -1,8 +1,8 @@
 """Ray Serve's autoscaling on ongoing requests (P10).
 
 Formula: desired = ceil(R + f x (total / target - R)), total = ongoing requests over a look-back of 30 s, f = 1, target
-2 a replica. More is done once it was wished for 30 s in a row, less for 600 s; a sample that wishes the opposite, or what
-there is, starts the count anew, and the size that is applied is the last wish. With no replica, any request makes
+2 a replica. More is done once it was wished for 30 s in a row, less for 600 s; a sample that wishes the opposite, or
+what there is, starts the count anew, and the size that is applied is the last wish. With no replica, any request makes
 ceil(1 x f) at once. The controller looks each 0.1 s, but its metric comes each 10 s, so here it looks each 10 s.
 Missing: a replica that does not report adds nothing to the total (as a metric that was never pushed), so lost telemetry
 looks like idleness. To zero where min is 0, by the same 600 s. Knob: target / knob.
