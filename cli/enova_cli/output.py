@@ -80,8 +80,23 @@ COLUMNS: dict[str, Sequence[Column]] = {
     "verdicts": (
         Column("OBJECT", "object"),
         Column("VERDICT", "kind"),
+        Column("CAUSE", "cause"),
         Column("SINCE", "since_time"),
         Column("REASON", "reason"),
+        Column("SUGGESTED", "suggested_action"),
+    ),
+    "episodes": (
+        Column("NAME", "name"),
+        Column("STATE", "state"),
+        Column("OBJECT", "object"),
+        Column("VERDICT", "kind"),
+        Column("CAUSES", "causes"),
+        Column("SINCE", "since_time"),
+        Column("REPLICAS", "member_count"),
+        Column("SCORE", "score"),
+        Column("CONFIDENCE", "confidence"),
+        Column("SUGGESTED", "suggested_action"),
+        Column("LABEL", "label"),
     ),
     "events": (
         Column("TIME", "create_time"),
@@ -164,9 +179,11 @@ def cell(value: Any) -> str:
             return "yes" if value else "no"
         case float():
             return f"{value:g}"
+        case list() if value and all(isinstance(each, str) and each.isupper() for each in value):
+            return ", ".join(value)
         case list():
             return str(len(value))
-        case str() if value.startswith(("deployments/", "nodes/", "decisions/")) and " " not in value:
+        case str() if value.startswith(("deployments/", "nodes/", "decisions/", "episodes/")) and " " not in value:
             return short(value)
         case _:
             return str(value)

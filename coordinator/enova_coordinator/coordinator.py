@@ -22,10 +22,11 @@ from enova_coordinator.core.liveness import LivenessLimits
 from enova_coordinator.core.reconcile import ReconcileLimits
 from enova_coordinator.core.series import pace
 from enova_coordinator.core.verdicts import Verdict
+from enova_coordinator.detection_loop import DetectionFigures, DetectionLoop
 from enova_coordinator.election import Election, Leadership
 from enova_coordinator.events import EventLog
 from enova_coordinator.figures import figures
-from enova_coordinator.gpus_file import read_gpu_types
+from enova_coordinator.frame_inbox import FrameInbox
 from enova_coordinator.housekeeping import Housekeeping
 from enova_coordinator.known_models import KnownModels
 from enova_coordinator.length_loop import LearningFigures, LengthLoop
@@ -34,7 +35,7 @@ from enova_coordinator.policy_loop import PolicyLoop, PolicyLoopFigures
 from enova_coordinator.policy_process import PolicyProcess
 from enova_coordinator.rollups import Rollups
 from enova_coordinator.service.agent import AgentPace
-from enova_coordinator.service.frames import engine_counters
+from enova_coordinator.service.frames import HISTOGRAM_BOUNDS, engine_counters
 from enova_coordinator.service.leading import Chair, Leading
 from enova_coordinator.service.register import SERVICES, add_services
 from enova_coordinator.service_log import ServiceLog
@@ -48,12 +49,14 @@ from enova_coordinator.telemetry import Telemetry, TelemetryLimits
 
 FUTURE_REAL_S = 30.0               # clocks of hosts differ by less, or something is wrong with them
 STOP_GRACE_S = 0.5
+DETECTION_TIMEOUT_S = 15.0         # a step of ten thousand replicas takes under two
 LEARNING_TIMEOUT_S = 60.0          # seeking communities takes seconds of one core
 
 log = logging.getLogger(__name__)
 
 
 async def open_store(settings: CoordinatorSettings) -> Store:
+DETECTION_TIMEOUT_S = 15.0         # a step of ten thousand replicas takes under two
     """The store that the settings name."""
     store = settings.store
     if store.kind is StoreKind.SQLITE:
@@ -93,13 +96,15 @@ class Coordinator:
             PolicyProcess(timeout_s=settings.advice.timeout_s, module="enova_coordinator.advice_child"),
             now_s=time.time,
             creation_wait_s=settings.advice.creation_wait_s,
-            types=read_gpu_types(settings.advice.gpus_file),
         )
         self.learner = PolicyProcess(timeout_s=LEARNING_TIMEOUT_S, module="enova_coordinator.length_child")
         self.learning_figures = LearningFigures()
+        self.detector = PolicyProcess(timeout_s=DETECTION_TIMEOUT_S, module="enova_coordinator.detection_child")
+        self.detection_figures = DetectionFigures()
         self.advice_figures = AdviceFigures()
         self.policy_figures = PolicyLoopFigures()
         self.rollups = Rollups(settings.data_dir / "rollups.sqlite", file_bytes_max=settings.rollup_bytes_max)
+            types=read_gpu_types(settings.advice.gpus_file),
         self.events = EventLog()
         self.mirror = Mirror(store, changed=self._wake)
         self.agents = Agents(now_s=time.monotonic, changed=self._wake)
@@ -113,6 +118,7 @@ class Coordinator:
             future_s=max(FUTURE_REAL_S, FUTURE_REAL_S * clock.scale),
         )
         self.telemetry = Telemetry(limits, now_s=clock.now, owns=self._owns)
+        self.inbox = FrameInbox(now_s=clock.now, old_s=limits.future_s)
         self.server = rpc.create_server()
         self.address = rpc.listen(self.server, settings.listen, settings.tls)
         self.advertised = settings.advertise or self.address
@@ -149,6 +155,16 @@ class Coordinator:
         """What only the leader runs, for one term."""
         verdicts: dict[str, Verdict] = {}
         models = KnownModels(now_s=time.monotonic)
+        calibration = CalibrationLoop(
+            self.store,
+            ServiceLog(self.telemetry, read=engine_counters),
+            self.policies,
+            models,
+            snapshot=lambda: self.controller.snapshot,
+            guard=leadership.guard,
+            real_s=self.clock.real_s,
+        )
+        detection = self._detection(leadership, calibration)
         policy_loop = PolicyLoop(
             self.store,
             self.controller,
@@ -159,17 +175,9 @@ class Coordinator:
             real_s=self.clock.real_s,
             verdicts_by_name=verdicts,
             models=models,
+            dead=detection.dead,
         )
         self.policy_figures = policy_loop.figures
-        calibration = CalibrationLoop(
-            self.store,
-            ServiceLog(self.telemetry, read=engine_counters),
-            self.policies,
-            models,
-            snapshot=lambda: self.controller.snapshot,
-            guard=leadership.guard,
-            real_s=self.clock.real_s,
-        )
         housekeeping = Housekeeping(
             self.store,
             self.telemetry,
@@ -191,6 +199,8 @@ class Coordinator:
             events=self.events,
             advisor=self.advisor,
             calibration=calibration,
+            detection=detection,
+            inbox=self.inbox,
             verdicts=verdicts,
             lengths=length_loop.states,
             models=models,
@@ -203,6 +213,7 @@ class Coordinator:
             advice_loop.run(),
             calibration.run(),
             length_loop.run(),
+            detection.run(),
             housekeeping.run(),
         )
         try:
@@ -226,6 +237,24 @@ class Coordinator:
         self.advice_figures = loop.figures
         return loop
 
+    def _detection(self, leadership: Leadership, calibration: CalibrationLoop) -> DetectionLoop:
+        loop = DetectionLoop(
+            self.store,
+            self.inbox,
+            self.detector,
+            calibration,
+            self.events,
+            snapshot=lambda: self.controller.snapshot,
+            guard=leadership.guard,
+            session=f"{self.settings.name}.{leadership.term}",
+            clock=self.clock,
+            telemetry_step_s=self.pace.step_s,
+            bounds=HISTOGRAM_BOUNDS,
+            state_file=self.settings.data_dir / "detection.npz",
+        )
+        self.detection_figures = loop.figures
+        return loop
+
     @contextlib.asynccontextmanager
     async def _serving(self) -> AsyncIterator[None]:
         await self.server.start()
@@ -236,6 +265,7 @@ class Coordinator:
             await self.policies.close()
             await self.advisor.close()
             await self.learner.close()
+            await self.detector.close()
             await asyncio.to_thread(self.rollups.close)
             await self.store.close()
 
@@ -284,3 +314,4 @@ def _controller_settings(settings: CoordinatorSettings) -> ControllerSettings:
         liveness=LivenessLimits(suspect_s=settings.suspect_after_s, lost_s=settings.lost_after_s),
         reconcile=ReconcileLimits(lost_grace_s=settings.lost_grace_s),
     )
+            await self.detector.close()

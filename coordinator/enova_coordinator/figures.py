@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from enova_coordinator.core.engine_facts import restored
 from enova_coordinator.observability import Figure
+from enova_recommender.types import VerdictKind
 
 if TYPE_CHECKING:
     from enova_coordinator.coordinator import Coordinator
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def figures(coordinator: Coordinator) -> list[Figure]:
     """All of them, as they are now. Called from the metrics server's thread: it reads, and copies what may change."""
-    parts = (_leadership, _telemetry, _policy, _advice, _calibration, _lengths)
+    parts = (_leadership, _telemetry, _policy, _advice, _calibration, _lengths, _detection, _verdicts)
     return [figure for part in parts for figure in part(coordinator)]
 
 
@@ -119,3 +120,57 @@ def _lengths(coordinator: Coordinator) -> list[Figure]:
         ),
         Figure(name="length_failures", help="Lessons that failed", values={"": float(loop.failures)}, counter=True),
     ]
+
+
+def _detection(coordinator: Coordinator) -> list[Figure]:
+    loop, process = coordinator.detection_figures, coordinator.detector.figures
+    dropped = {reason: float(count) for reason, count in dict(coordinator.inbox.dropped).items()}
+    rejected = {reason: float(count) for reason, count in dict(loop.rejected).items()}
+    opened = {kind: float(count) for kind, count in dict(loop.episodes).items()}
+    return [
+        Figure(name="detection_steps", help="Of the fleet, judged", values={"": float(loop.steps)}, counter=True),
+        Figure(name="detection_step_seconds", help="Of the newest round", values={"": loop.took_s}),
+        Figure(name="detection_seconds", help="In all rounds", values={"": loop.total_s}, counter=True),
+        Figure(name="detection_failures", help="Rounds in vain", values={"": float(loop.failures)}, counter=True),
+        Figure(name="detection_starts", help="Child processes begun", values={"": float(process.starts)}, counter=True),
+        Figure(
+            name="detection_dropped_frames", help="Not taken in", values=dropped, label="reason", counter=True
+        ),
+        Figure(
+            name="detection_rejected_frames", help="Left out by the detector", values=rejected, label="reason",
+            counter=True,
+        ),
+        Figure(
+            name="detection_omitted", help="Findings over the bound of an answer", values={"": float(loop.omitted)},
+            counter=True,
+        ),
+        Figure(name="episodes_opened", help="By verdict", values=opened, label="verdict", counter=True),
+    ]  # fmt: skip
+
+
+def _verdicts(coordinator: Coordinator) -> list[Figure]:
+    leading = coordinator.chair.current
+    detection = leading.detection if leading is not None else None
+    if leading is None or detection is None:
+        return []
+    standing = {**dict(leading.verdicts), **dict(detection.verdicts)}
+    episodes = Counter(each.kind.value for each in dict(detection.open_episodes).values())
+    return [
+        Figure(
+            name="verdict",
+            help="Score of the verdict on an object that is not NORMAL; 1 where the detector gives no score",
+            values={
+                (name, each.kind.value, each.cause): each.score or 1.0
+                for name, each in standing.items() if each.kind is not VerdictKind.NORMAL
+            },
+            label=("object", "verdict", "cause"),
+        ),
+        Figure(
+            name="open_episodes", help="By verdict", values={k: float(v) for k, v in episodes.items()}, label="verdict"
+        ),
+        Figure(
+            name="false_alarms_per_replica_day",
+            help="Episodes that users called false, by replica and day of model time watched in this term",
+            values={"": detection.false_alarm_rate},
+        ),
+    ]  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from enova_common.errors import Corrupt, EnovaError
+from enova_coordinator.core.episode import Episode, EpisodeState
 from enova_coordinator.core.model import Decision, RequestRecord, Snapshot
 from enova_coordinator.core.series import MINUTE_S
 from enova_coordinator.rollups import NodeMinute, Rollups
@@ -23,9 +24,11 @@ REQUEST_KEEP_S = 86_400.0
 DECISIONS_KEPT = 200               # of one deployment; each holds what its policy saw
 ORPHANS_KEPT = 20                  # of a deployment that is no more, and only for ORPHAN_KEEP_S
 ORPHAN_KEEP_S = 7 * 86_400.0
+EPISODES_KEPT = 1_000              # that are over; 7 MB
+EPISODE_KEEP_S = 90 * 86_400.0     # of those that are over
 PRUNE_BATCH = 100                  # deletes in one transaction
 
-V = TypeVar("V", RequestRecord, Decision)
+V = TypeVar("V", RequestRecord, Decision, Episode)
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +97,7 @@ class Housekeeping:
     async def _prune(self) -> None:
         await self._prune_requests()
         await self._prune_decisions()
+        await self._prune_episodes()
         await self._compact()
 
     async def _prune_requests(self) -> None:
@@ -114,6 +118,13 @@ class Housekeeping:
                 old = [each for each in found[-ORPHANS_KEPT:] if each[2].create_time_s < oldest_s]
                 old += found[:-ORPHANS_KEPT]
             await self._delete([(key, revision) for key, revision, _ in old])
+
+    async def _prune_episodes(self) -> None:
+        found = await self._readable("episodes", Episode)
+        over = [each for each in found if each[2].state is EpisodeState.CLOSED]
+        oldest_s = time.time() - EPISODE_KEEP_S
+        old = over[:-EPISODES_KEPT] + [each for each in over[-EPISODES_KEPT:] if each[2].close_time_s < oldest_s]
+        await self._delete([(key, revision) for key, revision, _ in old])
 
     async def _readable(self, collection: str, kind: type[V]) -> list[tuple[str, int, V]]:
         """Keys, revisions and values; one that cannot be read stays, is named, and keeps no other from going."""

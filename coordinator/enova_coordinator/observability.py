@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,12 @@ from enova_common.settings import TlsSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One family of figures: by label value, or by "" where there is no label."""
+    """One family of figures: by label value (by several: their values), or by "" where there is no label."""
 
     name: str
     help: str
-    values: dict[str, float]
-    label: str = ""
+    values: Mapping[str, float] | Mapping[tuple[str, ...], float]
+    label: str | tuple[str, ...] = ""
     counter: bool = False
 
 
@@ -36,10 +36,11 @@ class _Figures(Collector):
     def collect(self) -> Iterator[Metric]:
         for figure in self._read():
             family = CounterMetricFamily if figure.counter else GaugeMetricFamily
-            labels = [figure.label] if figure.label else []
+            labels = [figure.label] if isinstance(figure.label, str) else list(figure.label)
+            labels = labels if figure.label else []
             metric = family(f"enova_coordinator_{figure.name}", figure.help, labels=labels)
             for value, number in figure.values.items():
-                metric.add_metric([value] if figure.label else [], number)
+                metric.add_metric(([value] if isinstance(value, str) else list(value)) if labels else [], number)
             yield metric
 
 

@@ -85,6 +85,7 @@ class PolicyLoop:
         real_s: Callable[[float], float],
         verdicts_by_name: dict[str, verdicts.Verdict],
         models: KnownModels,
+        dead: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self.figures = PolicyLoopFigures()
         self._store = store
@@ -96,6 +97,7 @@ class PolicyLoop:
         self._interval_s = max(INTERVAL_REAL_S_MIN, real_s(settings.interval_s))
         self._verdicts = verdicts_by_name
         self._models = models
+        self._dead = dead
         self._last_act_s: dict[str, float] = {}
         self._held: dict[str, tuple[str, int]] = {}
         self._asked: dict[str, asyncio.Task[ModelFacts]] = {}
@@ -138,13 +140,18 @@ class PolicyLoop:
     async def _decide(self, deployment: Deployment, policy: str) -> None:
         now_s = self._telemetry.now_s
         model = await self._model(deployment)
-        observed = self._observe(deployment, model, now_s)
+        dead = self._dead_of(deployment)
+        observed = self._observe(deployment, model, now_s, dead)
         if observed is None:
             reason = "no replica has been measured yet, or its model or GPU is not known"
+            if dead:
+                reason = f"of its replicas none is left to go by: {len(dead)} are hung or fail again and again"
             self._say(verdicts.unknown(deployment.name, policy, reason, now_s=time.time()))
             return
         frames = self._frames(deployment)
         proposal = await self._process.decide(policy, observed)
+        # The policy decided on those that serve. The dead stay wanted: they are restarted, not scaled away.
+        proposal = replace(proposal, replicas=proposal.replicas + len(dead))
         self.figures.proposals += 1
         self._say(verdicts.of_proposal(deployment.name, policy, proposal, now_s=time.time()))
         current = self._control.snapshot.deployments.get(deployment.name)
@@ -158,6 +165,7 @@ class PolicyLoop:
             now_s=now_s,
             cooldown_s=self._settings.cooldown_s,
             gpus_per_node=max((len(view.gpus) for view in self._control.snapshot.nodes.values()), default=0),
+            dead=dead,
         )
         if ruling is not None:
             decision = _decision(current, policy=policy, ruling=ruling, proposal=proposal, observed=observed)
@@ -184,12 +192,19 @@ class PolicyLoop:
             self._last_act_s[deployment] = last_act_s(entries, now_s=now_s)
         return self._last_act_s[deployment]
 
-    def _observe(self, deployment: Deployment, model: PolicyModelFacts | None, now_s: float) -> Observation | None:
+    def _dead_of(self, deployment: Deployment) -> frozenset[str]:
+        """Replicas of a deployment that do not serve, and are left out of the arithmetic."""
+        wanted = {each.name for each in wanted_replicas(self._control.snapshot, deployment)}
+        return self._dead() & wanted
+
+    def _observe(
+        self, deployment: Deployment, model: PolicyModelFacts | None, now_s: float, dead: frozenset[str]
+    ) -> Observation | None:
         snapshot = self._control.snapshot
         gpu = gpu_facts(snapshot, deployment)
         if model is None or gpu is None:
             return None
-        replicas = wanted_replicas(snapshot, deployment)
+        replicas = [each for each in wanted_replicas(snapshot, deployment) if each.name not in dead]
         found: list[ReplicaSeries] = []
         for replica in replicas:
             minutes = self._telemetry.replica_minutes(replica.name, count=MINUTES)
@@ -198,7 +213,7 @@ class PolicyLoop:
             return None
         return Observation(
             now_s=now_s,
-            replicas=deployment.status.target_replicas,
+            replicas=max(0, deployment.status.target_replicas - len(dead)),
             series=tuple(found),
             configuration=sizes(snapshot, deployment),
             model=model,

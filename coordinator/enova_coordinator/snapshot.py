@@ -17,6 +17,7 @@ from typing import assert_never
 
 from enova_common.backoff import Backoff
 from enova_common.errors import EnovaError, Unavailable
+from enova_coordinator.core.episode import Episode
 from enova_coordinator.core.liveness import Liveness
 from enova_coordinator.core.model import (
     Assignment,
@@ -166,7 +167,7 @@ class Mirror:
                 self.nodes[name] = value
             case Assignment():
                 self.assignments[name] = value
-            case Decision() | RequestRecord() | StoredCalibration():
+            case Decision() | RequestRecord() | StoredCalibration() | Episode():
                 _log.error("left alone: a %s lies where %s belongs", type(value).__name__, name)
             case _:
                 assert_never(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -28,17 +28,23 @@ def explain(
     *,
     verdicts: Mapping[str, Verdict],
     lengths: Mapping[str, LengthState] = MappingProxyType({}),
+    found: Mapping[str, Verdict] = MappingProxyType({}),
+    trouble: str = "",
 ) -> Explanation | None:
-    """What is known of the object; None if there is none of that name."""
+    """What is known of the object; None if there is none of that name.
+
+    `found`: verdicts on replicas. `trouble`: why there are none.
+    """
     if (deployment := snapshot.deployments.get(name)) is not None:
         sentences = (
             *_deployment(snapshot, deployment, verdicts.get(name)),
             *length_sentences(deployment.spec.max_tokens_policy, lengths.get(name)),
+            *_found(snapshot.replicas_of(name), found, trouble),
         )
         state = "DELETING" if deployment.deleting else deployment.status.state.value
         return Explanation(state=state, sentences=sentences, deployment=name)
     if (replica := snapshot.replicas.get(name)) is not None:
-        sentences = tuple(_replica(replica))
+        sentences = (*_replica(replica), *_found([replica], found, trouble))
         return Explanation(state=replica.status.state.value, sentences=sentences, deployment=replica.deployment)
     if (view := snapshot.nodes.get(name)) is not None:
         return Explanation(state=view.state.value, sentences=tuple(_node(snapshot, view)))
@@ -74,6 +80,23 @@ def _deployment(snapshot: Snapshot, deployment: Deployment, verdict: Verdict | N
         yield f"The detector {verdict.detector} says {verdict.kind}: {verdict.reason}."
         for each in verdict.evidence:
             yield f"{each.feature} is {each.value:g} (threshold {each.threshold:g})."
+
+
+def _found(replicas: Sequence[Replica], found: Mapping[str, Verdict], trouble: str) -> Iterator[str]:
+    """What is said of replicas, and on what figures that rests."""
+    for replica in replicas:
+        verdict = found.get(replica.name)
+        if verdict is None:
+            continue
+        short = replica.name.rsplit("/", 1)[1]
+        yield (
+            f"Replica {short} is {verdict.kind}, cause {verdict.cause or 'unknown'}: {verdict.reason}; "
+            f"{verdict.suggested_action} is suggested (score {verdict.score:.2f}, confidence {verdict.confidence:.2f})."
+        )
+        for each in verdict.evidence:
+            yield f"{short}: {each.feature} is {each.value:.4g} (threshold {each.threshold:.4g})."
+    if trouble and replicas:
+        yield f"Replicas are not judged at the moment: {trouble}."
 
 
 def _configuration(deployment: Deployment) -> Iterator[str]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from enova_coordinator.core.episode import Episode
 from enova_coordinator.core.gpu_facts import GpuFacts
 
 FlagValue = bool | int | float | str
@@ -500,7 +501,7 @@ class StoredCalibration:
     update_time_s: float = 0.0
 
 
-Stored = Deployment | Variant | Replica | Node | Assignment | Decision | RequestRecord | StoredCalibration
+Stored = Deployment | Variant | Replica | Node | Assignment | Decision | RequestRecord | StoredCalibration | Episode
 
 
 # What is observed of nodes; never stored.

@@ -63,14 +63,15 @@ def rule(
     now_s: float,
     cooldown_s: float,
     gpus_per_node: int,
+    dead: frozenset[str] = frozenset(),
 ) -> Ruling | None:
-    """The ruling on one proposal; None where the policy wants nothing."""
+    """The ruling on one proposal; None where the policy wants nothing. Replicas that are `dead` hold nothing up."""
     if proposal.action is Action.KEEP:
         return None
     target = deployment.status.target_replicas
     least, most = deployment.spec.bounds
     bounds = Bounds(min_replicas=least, max_replicas=most)
-    guard, why = _guard(proposal, deployment, replicas, history.last_act_s + cooldown_s - now_s)
+    guard, why = _guard(proposal, deployment, replicas, history.last_act_s + cooldown_s - now_s, dead)
     tensor_parallel = proposal.configuration.tensor_parallel_size
     if guard is None and not 1 <= tensor_parallel <= gpus_per_node:
         guard = Guard.NOT_APPLICABLE
@@ -84,15 +85,21 @@ def rule(
     return Ruling(action=_ACTIONS[proposal.action], to_replicas=clamped.replicas, reason=reason)
 
 
-def settled(deployment: Deployment, replicas: tuple[Replica, ...]) -> bool:
-    """Whether every replica that is wanted is ready, and no other is left: nothing is in flight."""
+def settled(
+    deployment: Deployment, replicas: tuple[Replica, ...], dead: frozenset[str] = frozenset()
+) -> bool:
+    """Whether every replica that is wanted is ready or dead, and no other is left: nothing is in flight."""
     running = [replica for replica in replicas if replica.intent is Intent.RUN]
-    ready = [replica for replica in running if replica.status.state is ReplicaState.READY]
+    ready = [each for each in running if each.status.state is ReplicaState.READY or each.name in dead]
     return len(running) == len(ready) == deployment.status.target_replicas
 
 
 def _guard(
-    proposal: Proposal, deployment: Deployment, replicas: tuple[Replica, ...], cooldown_left_s: float
+    proposal: Proposal,
+    deployment: Deployment,
+    replicas: tuple[Replica, ...],
+    cooldown_left_s: float,
+    dead: frozenset[str],
 ) -> tuple[Guard | None, str]:
     if deployment.spec.fixed:
         return Guard.FIXED, "the number of replicas is fixed"
@@ -101,7 +108,7 @@ def _guard(
     unplaced = [replica for replica in replicas if replica.intent is Intent.RUN and not replica.members]
     if proposal.action is Action.SCALE_UP and unplaced:
         return Guard.NO_GPU, f"{len(unplaced)} replicas wait for GPUs already: {unplaced[0].status.reason}"
-    if not settled(deployment, replicas):
+    if not settled(deployment, replicas, dead):
         return Guard.IN_FLIGHT, "the last change is not complete"
     if cooldown_left_s > 0:
         return Guard.COOLDOWN, f"{cooldown_left_s:.0f} s of the cool-down are left"

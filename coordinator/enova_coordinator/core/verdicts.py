@@ -11,7 +11,10 @@ from enova_recommender.scaling.types import Evidence, Proposal, VerdictKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What is the matter with an object, since when (wall clock), and on what figures that rests."""
+    """What is the matter with an object, since when (wall clock), and on what figures that rests, heaviest first.
+
+    `score` grows with its gravity from 0 to 1, so does `confidence`; both are 0 where the detector gives none.
+    """
 
     object: str
     kind: VerdictKind
@@ -20,6 +23,10 @@ class Verdict:
     detector: str
     evidence: tuple[Evidence, ...] = ()
     suggested_action: str = ""
+    score: float = 0.0
+    confidence: float = 0.0
+    cause: str = ""
+    weights: tuple[float, ...] = ()  # of the evidence: how far each is beyond its threshold, as a ratio
 
 
 def of_proposal(deployment: str, policy: str, proposal: Proposal, *, now_s: float) -> Verdict:

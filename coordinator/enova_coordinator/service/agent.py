@@ -24,7 +24,7 @@ from enova_coordinator.agents import (
 )
 from enova_coordinator.core.model import Assignment, Node, NodeState
 from enova_coordinator.core.routes import RoutesDelta
-from enova_coordinator.service import convert, frames, names
+from enova_coordinator.service import convert, detection_frames, frames, names
 from enova_coordinator.service.leading import Chair, Leading
 from enova_coordinator.service.writes import Call, Writes
 
@@ -143,12 +143,13 @@ class AgentService(agent_service_pb2_grpc.AgentServiceServicer):
         session: AgentSession,
         requests: AsyncIterator[agent_service_pb2.ConnectRequest],
     ) -> None:
-        add, sender = leading.telemetry.add, session.node
+        add, inbox, sender = leading.telemetry.add, leading.inbox, session.node
         async for message in requests:
             session.heard(self._now_s())
             kind = message.WhichOneof("message")
             if kind == "frame":
-                add(frames.frame(message.frame), sender=sender)
+                if add(frames.frame(message.frame), sender=sender) and inbox is not None:
+                    inbox.put(sender, message.frame.end_s, detection_frames.packed(message.frame))
             elif kind == "heartbeat":
                 session.heartbeat(message.heartbeat.sequence)
             elif kind == "status":

@@ -110,7 +110,15 @@ class DecisionService(decision_service_pb2_grpc.DecisionServiceServicer):
         actor(context)
         leading = self._chair.leading()
         snapshot, name = leading.control.snapshot, request.name
-        explanation = explain(snapshot, name, verdicts=leading.verdicts, lengths=leading.lengths)
+        detection = leading.detection
+        explanation = explain(
+            snapshot,
+            name,
+            verdicts=leading.verdicts,
+            lengths=leading.lengths,
+            found=detection.verdicts if detection is not None else {},
+            trouble=detection.trouble if detection is not None else "",
+        )
         if explanation is None:
             raise NotFound(f"there is no {name[:120]}", field="name", remedy="enova get deployments, replicas, nodes")
         decisions = await self._decisions(explanation.deployment) if explanation.deployment else []

@@ -18,6 +18,8 @@ from enova_coordinator.core.lengths import LengthState
 from enova_coordinator.core.model import Decision, Event, RequestRecord, Snapshot
 from enova_coordinator.core.routes import RouteTable
 from enova_coordinator.core.verdicts import Verdict
+from enova_coordinator.detection_loop import DetectionLoop
+from enova_coordinator.frame_inbox import FrameInbox
 from enova_coordinator.known_models import KnownModels
 from enova_coordinator.rollups import Rollups
 from enova_coordinator.store import Compare
@@ -97,6 +99,8 @@ class Leading:
     events: Events
     advisor: Advisor
     calibration: CalibrationLoop | None = None
+    detection: DetectionLoop | None = None
+    inbox: FrameInbox | None = None
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     lengths: Mapping[str, LengthState] = field(default_factory=dict)
     models: KnownModels = field(default_factory=lambda: KnownModels(now_s=time.monotonic))

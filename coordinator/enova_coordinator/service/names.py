@@ -11,6 +11,7 @@ _PATTERNS = {
     "deployments/{deployment}": re.compile(rf"deployments/{_PART}"),
     "deployments/{deployment}/replicas/{replica}": re.compile(rf"deployments/{_PART}/replicas/{_PART}"),
     "nodes/{node}": re.compile(rf"nodes/{_PART}"),
+    "episodes/{episode}": re.compile(rf"episodes/{_PART}"),
     "decisions/{decision}": re.compile(rf"decisions/{_PART}"),
 }
 
@@ -39,6 +40,11 @@ def node_name(name: str, field: str = "name") -> str:
 def decision_name(name: str, field: str = "name") -> str:
     """The name, if it can be a decision's. Raises InvalidField."""
     return _checked(name, "decisions/{decision}", field)
+
+
+def episode_name(name: str, field: str = "name") -> str:
+    """The name, if it can be an episode's. Raises InvalidField."""
+    return _checked(name, "episodes/{episode}", field)
 
 
 def parent_deployment(parent: str) -> str:

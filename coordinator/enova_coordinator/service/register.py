@@ -60,4 +60,6 @@ def add_services(
     deployment_service_pb2_grpc.add_DeploymentServiceServicer_to_server(deployments, server)
     node_service_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(chair, writes), server)
     replica_service_pb2_grpc.add_ReplicaServiceServicer_to_server(ReplicaService(store, chair, writes), server)
-    verdict_service_pb2_grpc.add_VerdictServiceServicer_to_server(VerdictService(chair), server)
+    verdict_service_pb2_grpc.add_VerdictServiceServicer_to_server(
+        VerdictService(store, chair, writes, now_s=now_s), server
+    )

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from enova_common.errors import InvalidField, TooLarge
+from enova_coordinator.core.episode import Episode
 from enova_coordinator.core.model import Decision, Deployment, Replica
 from enova_coordinator.store import Changed, Compacted, Store, codec
 
-V = TypeVar("V", Deployment, Replica, Decision)
+V = TypeVar("V", Deployment, Replica, Decision, Episode)
 
 
 @dataclass(frozen=True, slots=True)

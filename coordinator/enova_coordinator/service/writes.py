@@ -16,6 +16,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from enova_common.errors import Conflict, InvalidField, NotFound
+from enova_coordinator.core.episode import Episode
 from enova_coordinator.core.model import Deployment, Node, Replica, RequestRecord
 from enova_coordinator.service.leading import Chair, Leading
 from enova_coordinator.store import Compare, Delete, ModRevisionIs, Operation, Put, Store, codec
@@ -27,7 +28,7 @@ SEEN_POLL_S = 0.005
 SEEN_POLLS_MAX = 200               # a second
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
-V = TypeVar("V", Deployment, Node, Replica)
+V = TypeVar("V", Deployment, Node, Replica, Episode)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from enum import StrEnum
 from typing import Any, TypeVar, cast
 
 from enova_common.errors import Corrupt
+from enova_coordinator.core.episode import Episode
 from enova_coordinator.core.model import (
     Assignment,
     Decision,
@@ -38,7 +39,9 @@ VERSION = 1
 
 _KINDS: Mapping[str, type[Stored]] = types.MappingProxyType({
     kind.__name__: kind
-    for kind in (Deployment, Variant, Replica, Node, Assignment, Decision, RequestRecord, StoredCalibration)
+    for kind in (
+        Deployment, Variant, Replica, Node, Assignment, Decision, RequestRecord, StoredCalibration, Episode,
+    )
 })
 
 T = TypeVar("T", bound=Stored)
@@ -86,7 +89,7 @@ def key(name: str) -> str:
         case ["decisions", last]:
             deployment, _, number = last.rpartition(".")
             return f"{PREFIX}decisions/{deployment}/{number}"
-        case ["deployments" | "nodes" | "assignments" | "requests" | "calibrations", _]:
+        case ["deployments" | "nodes" | "assignments" | "requests" | "calibrations" | "episodes", _]:
             return PREFIX + name
         case _:
             raise ValueError(f"not a name of a stored object: {name!r}")
@@ -99,7 +102,7 @@ def name(key: str) -> str:
             return f"deployments/{deployment}/{collection}/{last}"
         case ["decisions", deployment, number]:
             return f"decisions/{deployment}.{number}"
-        case ["deployments" | "nodes" | "assignments" | "requests" | "calibrations", _]:
+        case ["deployments" | "nodes" | "assignments" | "requests" | "calibrations" | "episodes", _]:
             return key.removeprefix(PREFIX)
         case _:
             raise ValueError(f"not a key of a stored object: {key!r}")

@@ -22,26 +22,47 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from enova.v1 import decision_service_pb2 as enova_dot_v1_dot_decision__service__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65nova/v1/verdict_service.proto\x12\x08\x65nova.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe7\x02\n\x07Verdict\x12\x0e\n\x06object\x18\x01 \x01(\t\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.enova.v1.Verdict.Kind\x12.\n\nsince_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x10\n\x08\x64\x65tector\x18\x05 \x01(\t\x12$\n\x08\x65vidence\x18\x06 \x03(\x0b\x32\x12.enova.v1.Evidence\x12\x18\n\x10suggested_action\x18\x07 \x01(\t\"\x93\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKIND_NORMAL\x10\x01\x12\x13\n\x0fKIND_OVERLOADED\x10\x02\x12\x12\n\x0eKIND_UNDERUSED\x10\x03\x12\x11\n\rKIND_DEGRADED\x10\x04\x12\x16\n\x12KIND_MISCONFIGURED\x10\x05\x12\x10\n\x0cKIND_UNKNOWN\x10\x06\"=\n\x08\x45vidence\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x11\n\tthreshold\x18\x03 \x01(\x01\"L\n\x13ListVerdictsRequest\x12\x0e\n\x06object\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"T\n\x14ListVerdictsResponse\x12#\n\x08verdicts\x18\x01 \x03(\x0b\x32\x11.enova.v1.Verdict\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2_\n\x0eVerdictService\x12M\n\x0cListVerdicts\x12\x1d.enova.v1.ListVerdictsRequest\x1a\x1e.enova.v1.ListVerdictsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65nova/v1/verdict_service.proto\x12\x08\x65nova.v1\x1a\x1f\x65nova/v1/decision_service.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x99\x03\n\x07Verdict\x12\x0e\n\x06object\x18\x01 \x01(\t\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.enova.v1.Verdict.Kind\x12.\n\nsince_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x10\n\x08\x64\x65tector\x18\x05 \x01(\t\x12$\n\x08\x65vidence\x18\x06 \x03(\x0b\x32\x12.enova.v1.Evidence\x12\x18\n\x10suggested_action\x18\x07 \x01(\t\x12\r\n\x05score\x18\x08 \x01(\x01\x12\x12\n\nconfidence\x18\t \x01(\x01\x12\r\n\x05\x63\x61use\x18\n \x01(\t\"\x93\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKIND_NORMAL\x10\x01\x12\x13\n\x0fKIND_OVERLOADED\x10\x02\x12\x12\n\x0eKIND_UNDERUSED\x10\x03\x12\x11\n\rKIND_DEGRADED\x10\x04\x12\x16\n\x12KIND_MISCONFIGURED\x10\x05\x12\x10\n\x0cKIND_UNKNOWN\x10\x06\"S\n\x08\x45vidence\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x11\n\tthreshold\x18\x03 \x01(\x01\x12\x14\n\x0c\x63ontribution\x18\x04 \x01(\x01\"\xa2\x06\n\x07\x45pisode\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x0e\n\x06object\x18\x03 \x01(\t\x12$\n\x04kind\x18\x04 \x01(\x0e\x32\x16.enova.v1.Verdict.Kind\x12\x0e\n\x06\x63\x61uses\x18\x05 \x03(\t\x12\x0f\n\x07members\x18\x06 \x03(\t\x12\x14\n\x0cmember_count\x18\x07 \x01(\x05\x12&\n\x05state\x18\x08 \x01(\x0e\x32\x17.enova.v1.Episode.State\x12.\n\nsince_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\topen_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nclose_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05score\x18\r \x01(\x01\x12\x12\n\nconfidence\x18\x0e \x01(\x01\x12\x18\n\x10suggested_action\x18\x0f \x01(\t\x12$\n\x08\x65vidence\x18\x10 \x03(\x0b\x32\x12.enova.v1.Evidence\x12\'\n\x06series\x18\x11 \x03(\x0b\x32\x17.enova.v1.DecisionInput\x12&\n\x05label\x18\x12 \x01(\x0e\x32\x17.enova.v1.Episode.Label\x12\x13\n\x0blabel_cause\x18\x13 \x01(\t\x12\x13\n\x0blabel_actor\x18\x14 \x01(\t\x12.\n\nlabel_time\x18\x15 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rsince_model_s\x18\x16 \x01(\x01\"@\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0e\n\nSTATE_OPEN\x10\x01\x12\x10\n\x0cSTATE_CLOSED\x10\x02\"?\n\x05Label\x12\x15\n\x11LABEL_UNSPECIFIED\x10\x00\x12\x0e\n\nLABEL_TRUE\x10\x01\x12\x0f\n\x0bLABEL_FALSE\x10\x02\"L\n\x13ListVerdictsRequest\x12\x0e\n\x06object\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"T\n\x14ListVerdictsResponse\x12#\n\x08verdicts\x18\x01 \x03(\x0b\x32\x11.enova.v1.Verdict\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11GetEpisodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xdd\x01\n\x13ListEpisodesRequest\x12\x0e\n\x06object\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.enova.v1.Episode.State\x12\x32\n\x05order\x18\x03 \x01(\x0e\x32#.enova.v1.ListEpisodesRequest.Order\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"3\n\x05Order\x12\x15\n\x11ORDER_UNSPECIFIED\x10\x00\x12\x13\n\x0fORDER_UNCERTAIN\x10\x01\"T\n\x14ListEpisodesResponse\x12#\n\x08\x65pisodes\x18\x01 \x03(\x0b\x32\x11.enova.v1.Episode\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"/\n\x14WatchEpisodesRequest\x12\x17\n\x0fresume_revision\x18\x01 \x01(\x03\"^\n\x15WatchEpisodesResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\"\n\x07\x63hanged\x18\x02 \x03(\x0b\x32\x11.enova.v1.Episode\x12\x0f\n\x07\x64\x65leted\x18\x03 \x03(\t\"\x93\x01\n\x13LabelEpisodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x05label\x18\x02 \x01(\x0e\x32\x17.enova.v1.Episode.Label\x12\r\n\x05\x63\x61use\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\x12\x15\n\rvalidate_only\x18\x06 \x01(\x08\x32\x82\x03\n\x0eVerdictService\x12M\n\x0cListVerdicts\x12\x1d.enova.v1.ListVerdictsRequest\x1a\x1e.enova.v1.ListVerdictsResponse\x12<\n\nGetEpisode\x12\x1b.enova.v1.GetEpisodeRequest\x1a\x11.enova.v1.Episode\x12M\n\x0cListEpisodes\x12\x1d.enova.v1.ListEpisodesRequest\x1a\x1e.enova.v1.ListEpisodesResponse\x12R\n\rWatchEpisodes\x12\x1e.enova.v1.WatchEpisodesRequest\x1a\x1f.enova.v1.WatchEpisodesResponse0\x01\x12@\n\x0cLabelEpisode\x12\x1d.enova.v1.LabelEpisodeRequest\x1a\x11.enova.v1.Episodeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'enova.v1.verdict_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERDICT']._serialized_start=78
-  _globals['_VERDICT']._serialized_end=437
-  _globals['_VERDICT_KIND']._serialized_start=290
-  _globals['_VERDICT_KIND']._serialized_end=437
-  _globals['_EVIDENCE']._serialized_start=439
-  _globals['_EVIDENCE']._serialized_end=500
-  _globals['_LISTVERDICTSREQUEST']._serialized_start=502
-  _globals['_LISTVERDICTSREQUEST']._serialized_end=578
-  _globals['_LISTVERDICTSRESPONSE']._serialized_start=580
-  _globals['_LISTVERDICTSRESPONSE']._serialized_end=664
-  _globals['_VERDICTSERVICE']._serialized_start=666
-  _globals['_VERDICTSERVICE']._serialized_end=761
+  _globals['_VERDICT']._serialized_start=111
+  _globals['_VERDICT']._serialized_end=520
+  _globals['_VERDICT_KIND']._serialized_start=373
+  _globals['_VERDICT_KIND']._serialized_end=520
+  _globals['_EVIDENCE']._serialized_start=522
+  _globals['_EVIDENCE']._serialized_end=605
+  _globals['_EPISODE']._serialized_start=608
+  _globals['_EPISODE']._serialized_end=1410
+  _globals['_EPISODE_STATE']._serialized_start=1281
+  _globals['_EPISODE_STATE']._serialized_end=1345
+  _globals['_EPISODE_LABEL']._serialized_start=1347
+  _globals['_EPISODE_LABEL']._serialized_end=1410
+  _globals['_LISTVERDICTSREQUEST']._serialized_start=1412
+  _globals['_LISTVERDICTSREQUEST']._serialized_end=1488
+  _globals['_LISTVERDICTSRESPONSE']._serialized_start=1490
+  _globals['_LISTVERDICTSRESPONSE']._serialized_end=1574
+  _globals['_GETEPISODEREQUEST']._serialized_start=1576
+  _globals['_GETEPISODEREQUEST']._serialized_end=1609
+  _globals['_LISTEPISODESREQUEST']._serialized_start=1612
+  _globals['_LISTEPISODESREQUEST']._serialized_end=1833
+  _globals['_LISTEPISODESREQUEST_ORDER']._serialized_start=1782
+  _globals['_LISTEPISODESREQUEST_ORDER']._serialized_end=1833
+  _globals['_LISTEPISODESRESPONSE']._serialized_start=1835
+  _globals['_LISTEPISODESRESPONSE']._serialized_end=1919
+  _globals['_WATCHEPISODESREQUEST']._serialized_start=1921
+  _globals['_WATCHEPISODESREQUEST']._serialized_end=1968
+  _globals['_WATCHEPISODESRESPONSE']._serialized_start=1970
+  _globals['_WATCHEPISODESRESPONSE']._serialized_end=2064
+  _globals['_LABELEPISODEREQUEST']._serialized_start=2067
+  _globals['_LABELEPISODEREQUEST']._serialized_end=2214
+  _globals['_VERDICTSERVICE']._serialized_start=2217
+  _globals['_VERDICTSERVICE']._serialized_end=2603
 # @@protoc_insertion_point(module_scope)

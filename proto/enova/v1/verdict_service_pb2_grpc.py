@@ -39,6 +39,26 @@ class VerdictServiceStub(object):
                 request_serializer=enova_dot_v1_dot_verdict__service__pb2.ListVerdictsRequest.SerializeToString,
                 response_deserializer=enova_dot_v1_dot_verdict__service__pb2.ListVerdictsResponse.FromString,
                 _registered_method=True)
+        self.GetEpisode = channel.unary_unary(
+                '/enova.v1.VerdictService/GetEpisode',
+                request_serializer=enova_dot_v1_dot_verdict__service__pb2.GetEpisodeRequest.SerializeToString,
+                response_deserializer=enova_dot_v1_dot_verdict__service__pb2.Episode.FromString,
+                _registered_method=True)
+        self.ListEpisodes = channel.unary_unary(
+                '/enova.v1.VerdictService/ListEpisodes',
+                request_serializer=enova_dot_v1_dot_verdict__service__pb2.ListEpisodesRequest.SerializeToString,
+                response_deserializer=enova_dot_v1_dot_verdict__service__pb2.ListEpisodesResponse.FromString,
+                _registered_method=True)
+        self.WatchEpisodes = channel.unary_stream(
+                '/enova.v1.VerdictService/WatchEpisodes',
+                request_serializer=enova_dot_v1_dot_verdict__service__pb2.WatchEpisodesRequest.SerializeToString,
+                response_deserializer=enova_dot_v1_dot_verdict__service__pb2.WatchEpisodesResponse.FromString,
+                _registered_method=True)
+        self.LabelEpisode = channel.unary_unary(
+                '/enova.v1.VerdictService/LabelEpisode',
+                request_serializer=enova_dot_v1_dot_verdict__service__pb2.LabelEpisodeRequest.SerializeToString,
+                response_deserializer=enova_dot_v1_dot_verdict__service__pb2.Episode.FromString,
+                _registered_method=True)
 
 
 class VerdictServiceServicer(object):
@@ -50,6 +70,31 @@ class VerdictServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetEpisode(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEpisodes(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEpisodes(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LabelEpisode(self, request, context):
+        """Says whether an episode was one, or what it was: a person knows what no detector can.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VerdictServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +102,26 @@ def add_VerdictServiceServicer_to_server(servicer, server):
                     servicer.ListVerdicts,
                     request_deserializer=enova_dot_v1_dot_verdict__service__pb2.ListVerdictsRequest.FromString,
                     response_serializer=enova_dot_v1_dot_verdict__service__pb2.ListVerdictsResponse.SerializeToString,
+            ),
+            'GetEpisode': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetEpisode,
+                    request_deserializer=enova_dot_v1_dot_verdict__service__pb2.GetEpisodeRequest.FromString,
+                    response_serializer=enova_dot_v1_dot_verdict__service__pb2.Episode.SerializeToString,
+            ),
+            'ListEpisodes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEpisodes,
+                    request_deserializer=enova_dot_v1_dot_verdict__service__pb2.ListEpisodesRequest.FromString,
+                    response_serializer=enova_dot_v1_dot_verdict__service__pb2.ListEpisodesResponse.SerializeToString,
+            ),
+            'WatchEpisodes': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEpisodes,
+                    request_deserializer=enova_dot_v1_dot_verdict__service__pb2.WatchEpisodesRequest.FromString,
+                    response_serializer=enova_dot_v1_dot_verdict__service__pb2.WatchEpisodesResponse.SerializeToString,
+            ),
+            'LabelEpisode': grpc.unary_unary_rpc_method_handler(
+                    servicer.LabelEpisode,
+                    request_deserializer=enova_dot_v1_dot_verdict__service__pb2.LabelEpisodeRequest.FromString,
+                    response_serializer=enova_dot_v1_dot_verdict__service__pb2.Episode.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +151,114 @@ class VerdictService(object):
             '/enova.v1.VerdictService/ListVerdicts',
             enova_dot_v1_dot_verdict__service__pb2.ListVerdictsRequest.SerializeToString,
             enova_dot_v1_dot_verdict__service__pb2.ListVerdictsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetEpisode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enova.v1.VerdictService/GetEpisode',
+            enova_dot_v1_dot_verdict__service__pb2.GetEpisodeRequest.SerializeToString,
+            enova_dot_v1_dot_verdict__service__pb2.Episode.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEpisodes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enova.v1.VerdictService/ListEpisodes',
+            enova_dot_v1_dot_verdict__service__pb2.ListEpisodesRequest.SerializeToString,
+            enova_dot_v1_dot_verdict__service__pb2.ListEpisodesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEpisodes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/enova.v1.VerdictService/WatchEpisodes',
+            enova_dot_v1_dot_verdict__service__pb2.WatchEpisodesRequest.SerializeToString,
+            enova_dot_v1_dot_verdict__service__pb2.WatchEpisodesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LabelEpisode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enova.v1.VerdictService/LabelEpisode',
+            enova_dot_v1_dot_verdict__service__pb2.LabelEpisodeRequest.SerializeToString,
+            enova_dot_v1_dot_verdict__service__pb2.Episode.FromString,
             options,
             channel_credentials,
             insecure,
