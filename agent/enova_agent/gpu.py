@@ -19,12 +19,23 @@ from typing import Any
 
 import pynvml
 
-from enova_agent.core.telemetry import GpuFacts, GpuSample
-from enova_agent.nvml_facts import driver_facts, value_of
+from enova_agent.core.telemetry import DriverFacts, GpuFacts, GpuSample
 
 DEADLINE_S = 2.0             # of a round: a healthy driver takes milliseconds
 START_TIMEOUT_S = 10.0       # of the first round, in which the driver may have to wake up
 DESCRIBE_AGE_MAX_S = 30.0    # free memory older than this is not known
+
+# Bytes per second of one NVLink in one direction, by NVML's number of its generation.
+_LINK_BYTES_PER_S = {
+    pynvml.NVML_NVLINK_VERSION_1_0: 20e9,
+    pynvml.NVML_NVLINK_VERSION_2_0: 25e9,
+    pynvml.NVML_NVLINK_VERSION_2_2: 25e9,
+    pynvml.NVML_NVLINK_VERSION_3_0: 25e9,
+    pynvml.NVML_NVLINK_VERSION_3_1: 25e9,
+    pynvml.NVML_NVLINK_VERSION_4_0: 25e9,
+    pynvml.NVML_NVLINK_VERSION_5_0: 50e9,
+}
+_MILLIWATTS = 1000.0
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +161,7 @@ class NvmlGpus:
 
     def read(self, index: int) -> None:
         """Reads one GPU; whatever the driver does not say stays unknown."""
-        handle = value_of(pynvml.nvmlDeviceGetHandleByIndex, index)
+        handle = _value(pynvml.nvmlDeviceGetHandleByIndex, index)
         if handle is None:
             self.complain(f"lost {index}", f"GPU {index} cannot be read any more")
             return
@@ -159,9 +170,9 @@ class NvmlGpus:
         if facts is None:
             return
         memory = _memory(handle)
-        power_limit_mw = value_of(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)
-        use = value_of(pynvml.nvmlDeviceGetUtilizationRates, handle)
-        power_mw = value_of(pynvml.nvmlDeviceGetPowerUsage, handle)
+        power_limit_mw = _value(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+        use = _value(pynvml.nvmlDeviceGetUtilizationRates, handle)
+        power_mw = _value(pynvml.nvmlDeviceGetPowerUsage, handle)
         if memory is None and use is None and power_mw is None:
             # A lost GPU answers nothing. What was read before grows old, which says it.
             self.complain(f"lost {index}", f"GPU {index} ({facts.uuid}) does not answer any more")
@@ -174,11 +185,11 @@ class NvmlGpus:
             memory_total_bytes=None if memory is None else memory.total,
             power_w=None if power_mw is None else power_mw / 1000,
             power_limit_w=None if power_limit_mw is None else power_limit_mw / 1000,
-            temperature_c=_float(value_of(_temperature, handle)),
-            sm_clock_mhz=_float(value_of(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM)),
-            memory_clock_mhz=_float(value_of(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM)),
-            throttle_reasons=value_of(_throttle_reasons, handle),
-            ecc_errors_total=value_of(
+            temperature_c=_float(_value(_temperature, handle)),
+            sm_clock_mhz=_float(_value(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM)),
+            memory_clock_mhz=_float(_value(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM)),
+            throttle_reasons=_value(_throttle_reasons, handle),
+            ecc_errors_total=_value(
                 pynvml.nvmlDeviceGetTotalEccErrors,
                 handle,
                 pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
@@ -191,26 +202,26 @@ class NvmlGpus:
 
     def _facts(self, handle: Any, index: int) -> GpuFacts | None:
         uuid, name, memory = (
-            value_of(pynvml.nvmlDeviceGetUUID, handle),
-            value_of(pynvml.nvmlDeviceGetName, handle),
+            _value(pynvml.nvmlDeviceGetUUID, handle),
+            _value(pynvml.nvmlDeviceGetName, handle),
             _memory(handle),
         )
         if uuid is None or memory is None:
             self.complain(f"facts {index}", f"GPU {index} says neither its UUID nor its memory; it is left out")
             return None
-        pci = value_of(pynvml.nvmlDeviceGetPciInfo, handle)
+        pci = _value(pynvml.nvmlDeviceGetPciInfo, handle)
         return GpuFacts(
             uuid=_text(uuid),
             index=index,
             type=self._types(_text(name or "unknown")),
             memory_bytes=memory.total,
             pci_bus_id="" if pci is None else _text(pci.busId),
-            driver=driver_facts(handle, _text(name or "unknown")),
+            driver=_driver_facts(handle, _text(name or "unknown")),
         )
 
     def _held_by_us(self, handle: Any) -> int:
         """Bytes that processes of our own engines hold: the coordinator counts those by its claims."""
-        processes: Collection[Any] = value_of(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()
+        processes: Collection[Any] = _value(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()
         return sum(process.usedGpuMemory or 0 for process in processes if self._is_ours(process.pid))
 
 
@@ -274,9 +285,48 @@ def engine_sessions(pids: Callable[[], Collection[int]]) -> Callable[[int], bool
     return is_ours
 
 
+def _value(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What NVML says, or None where this GPU, driver or moment does not know."""
+    try:
+        return call(*arguments)
+    except pynvml.NVMLError:
+        return None
+
+
+def _driver_facts(handle: Any, name: str) -> DriverFacts:
+    """What NVML tells of a GPU beyond its memory. A zero is no answer: drivers give it where they do not know."""
+    capability = _value(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
+    limit_mw = _value(pynvml.nvmlDeviceGetPowerManagementDefaultLimit, handle)
+    return DriverFacts(
+        name=name,
+        sm_clock_mhz=_value(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM) or None,
+        memory_clock_mhz=_value(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_MEM) or None,
+        bus_width_bits=_value(pynvml.nvmlDeviceGetMemoryBusWidth, handle) or None,
+        cores=_value(pynvml.nvmlDeviceGetNumGpuCores, handle) or None,
+        compute_capability=None if capability is None else float(f"{capability[0]}.{capability[1]}"),
+        power_limit_w=limit_mw / _MILLIWATTS if limit_mw else None,
+        link_bytes_per_s=_link_bytes_per_s(handle),
+        pcie_generation=_value(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle) or None,
+        pcie_lanes=_value(pynvml.nvmlDeviceGetMaxPcieLinkWidth, handle) or None,
+    )
+
+
+def _link_bytes_per_s(handle: Any) -> float | None:
+    """All NVLinks that are up together; None without one, or where one of an unknown generation is up."""
+    total = 0.0
+    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+        if _value(pynvml.nvmlDeviceGetNvLinkState, handle, link) != pynvml.NVML_FEATURE_ENABLED:
+            continue
+        rate = _LINK_BYTES_PER_S.get(_value(pynvml.nvmlDeviceGetNvLinkVersion, handle, link))
+        if rate is None:
+            return None
+        total += rate
+    return total or None
+
+
 def _memory(handle: Any) -> Any:
     """Memory with what the driver reserves told apart; older drivers count that as used."""
-    return value_of(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)) or value_of(
+    return _value(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)) or _value(
         pynvml.nvmlDeviceGetMemoryInfo, handle
     )
 
