@@ -27,6 +27,7 @@ from enova_coordinator.election import Election, Leadership
 from enova_coordinator.events import EventLog
 from enova_coordinator.figures import figures
 from enova_coordinator.frame_inbox import FrameInbox
+from enova_coordinator.gpus_file import read_gpu_types
 from enova_coordinator.housekeeping import Housekeeping
 from enova_coordinator.known_models import KnownModels
 from enova_coordinator.length_loop import LearningFigures, LengthLoop
@@ -56,7 +57,6 @@ log = logging.getLogger(__name__)
 
 
 async def open_store(settings: CoordinatorSettings) -> Store:
-DETECTION_TIMEOUT_S = 15.0         # a step of ten thousand replicas takes under two
     """The store that the settings name."""
     store = settings.store
     if store.kind is StoreKind.SQLITE:
@@ -96,6 +96,7 @@ class Coordinator:
             PolicyProcess(timeout_s=settings.advice.timeout_s, module="enova_coordinator.advice_child"),
             now_s=time.time,
             creation_wait_s=settings.advice.creation_wait_s,
+            types=read_gpu_types(settings.advice.gpus_file),
         )
         self.learner = PolicyProcess(timeout_s=LEARNING_TIMEOUT_S, module="enova_coordinator.length_child")
         self.learning_figures = LearningFigures()
@@ -104,7 +105,6 @@ class Coordinator:
         self.advice_figures = AdviceFigures()
         self.policy_figures = PolicyLoopFigures()
         self.rollups = Rollups(settings.data_dir / "rollups.sqlite", file_bytes_max=settings.rollup_bytes_max)
-            types=read_gpu_types(settings.advice.gpus_file),
         self.events = EventLog()
         self.mirror = Mirror(store, changed=self._wake)
         self.agents = Agents(now_s=time.monotonic, changed=self._wake)
@@ -314,4 +314,3 @@ def _controller_settings(settings: CoordinatorSettings) -> ControllerSettings:
         liveness=LivenessLimits(suspect_s=settings.suspect_after_s, lost_s=settings.lost_after_s),
         reconcile=ReconcileLimits(lost_grace_s=settings.lost_grace_s),
     )
-            await self.detector.close()
