@@ -77,20 +77,25 @@ class Engines:
         return limits.enable_chunked_prefill or prompt_tokens <= limits.max_num_batched_tokens
 
     def submit(self, number: int, request: int, at_s: float) -> None:
-        """Give a request to an engine; its time is advanced to then first."""
-        state = self.state
-        if state.engines[number, at.IN_STEP] or state.clocks[number, at.NEXT] < at_s:
-            kernel.advance_one(state, number, at_s)
-        kernel.submit(state, number, request, at_s)
+        """Give a request to an engine, of which nothing that is due before has been left out by `advance`."""
+        kernel.submit(self.state, number, request, at_s)
 
-    def advance(self, until_s: float) -> bool:
-        """Let time pass where something visible happens by then; True if some stopped: read the log, call again."""
-        return bool(kernel.advance_due(self.state, until_s))
+    def advance(self, until_s: float) -> int:
+        """Let time pass where something visible happens by then; the number of things to read by `happened`."""
+        return kernel.advance_due(self.state, until_s)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether some engine stopped early in the last `advance`: act on what happened, and advance again."""
+        return bool(self.state.control[at.STOPPED])
+
+    def stop_at_finish(self, number: int, *, stop: bool) -> None:
+        """Whether this engine stops when a request finishes, because others wait for its place."""
+        self.state.engines[number, at.STOP] = stop
 
     def settle(self, until_s: float) -> None:
         """Bring every engine's figures up to this moment; nothing visible may be due before it."""
-        for number in np.flatnonzero(self.state.engines[:, at.IN_STEP]).tolist():
-            kernel.advance_one(self.state, number, until_s)
+        kernel.settle(self.state, until_s)
 
     def happened(self) -> list[Happened]:
         """What was logged since the last call, replica by replica."""
@@ -155,7 +160,7 @@ def _state(kinds: Sequence[Kind], requests: Requests, count: int) -> State:
         limits=limits,
         log=np.zeros((LOG_ENTRIES + 3 * places, 3), dtype=np.int32),
         log_times=np.zeros(LOG_ENTRIES + 3 * places),
-        control=np.zeros(3, dtype=np.int64),
+        control=np.zeros(at.CONTROL_CELLS, dtype=np.int64),
         tables=stacked([kind.times for kind in kinds]),
     )
 

@@ -27,7 +27,8 @@ TIME_COLUMNS = 5
 BLOCKS, BLOCK_SIZE, MAX_SEQS, MAX_TOKENS, CHUNKED, BY_PRIORITY, KEPT = range(7)
 LIMIT_COLUMNS = 7
 # Cells of `State.control`
-LOGGED, LOG_MASK, ORDERS = range(3)
+LOGGED, LOG_MASK, ORDERS, STOPPED = range(4)
+CONTROL_CELLS = 4
 # Kinds of log entries
 LOG_ADMITTED, LOG_FIRST, LOG_RESUMED, LOG_PREEMPTED, LOG_FINISHED = 1, 2, 4, 8, 16
 # Columns of `State.nodes`: blocks that are found by hash

@@ -265,25 +265,33 @@ def _advance(state: State, replica: int, until_s: float) -> bool:
 
 
 @compiled
-def advance_due(state: State, until_s: float) -> bool:
-    """Let time pass for all replicas that change visibly by then; True if one stopped: read the log, call again."""
-    stopped = False
+def advance_due(state: State, until_s: float) -> int:
+    """Let time pass for all replicas that change visibly by then; the number of log entries to read.
+
+    STOPPED says whether one stopped early: read the log, act on it, and call again.
+    """
+    stopped = 0
     for replica in range(len(state.clocks)):
-        if state.clocks[replica, at.NEXT] <= until_s:
-            stopped = _advance(state, replica, until_s) or stopped
-    return stopped
+        if state.clocks[replica, at.NEXT] <= until_s and _advance(state, replica, until_s):
+            stopped = 1
+    state.control[at.STOPPED] = stopped
+    return int(state.control[at.LOGGED])
 
 
 @compiled
-def advance_one(state: State, replica: int, until_s: float) -> bool:
-    """Let time pass for one replica."""
-    return _advance(state, replica, until_s)
+def settle(state: State, until_s: float) -> None:
+    """Bring every engine's figures up to this moment, before which nothing visible is due."""
+    for replica in range(len(state.clocks)):
+        if state.engines[replica, at.IN_STEP]:
+            _advance(state, replica, until_s)
 
 
 @compiled
 def submit(state: State, replica: int, request: int, at_s: float) -> None:
-    """Give a request to an engine whose time has been advanced to `at_s`; the step in flight keeps its length."""
+    """Give a request to an engine, of which nothing else is visible before; the step in flight keeps its length."""
     engine, clock = state.engines[replica], state.clocks[replica]
+    if engine[at.IN_STEP] or clock[at.NEXT] < at_s:
+        _advance(state, replica, at_s)
     if not engine[at.IN_STEP] and engine[at.RUNNING] == 0 and engine[at.WAITING] == 0:
         clock[at.NOW] = max(clock[at.NOW], at_s)
     state.control[at.ORDERS] += 1
