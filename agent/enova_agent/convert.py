@@ -106,6 +106,7 @@ def routes(message: agent_service_pb2.Routes) -> tuple[Route, ...]:
             ),
             classes=tuple(_serving_class(serving_class) for serving_class in route.classes),
             lengths=_length_rules(route.lengths) if route.HasField("lengths") else None,
+            wakes=route.wakes,
         )
         for route in message.routes
     )

@@ -155,6 +155,7 @@ class Route:
     targets: tuple[RouteTarget, ...] = ()
     classes: tuple[ServingClass, ...] = ()
     lengths: LengthRules | None = None  # None: prompts are not looked at
+    wakes: bool = False                 # requests without a target wait for the first one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

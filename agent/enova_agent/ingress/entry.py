@@ -41,6 +41,7 @@ from enova_agent.ingress.reading import read_body
 from enova_agent.ingress.sse import EventFilter, EventTooLarge, Usage, usage_of_value
 from enova_agent.ingress.summaries import Summaries
 from enova_agent.ingress.upstream import Broken, Silent, UpstreamError
+from enova_agent.ingress.waiting_room import WaitingRoom
 from enova_common.records import Outcome
 
 CLASS = "x-enova-class"
@@ -113,6 +114,7 @@ class Entry:
         time_scale: float,
         node: Callable[[], str],
         always_hop: bool,
+        waiting: WaitingRoom,
     ) -> None:
         self._limits = limits
         self._table = table
@@ -127,6 +129,7 @@ class Entry:
         self._time_scale = time_scale
         self._node = node
         self._always_hop = always_hop
+        self._waiting = waiting
         self._loop = asyncio.get_running_loop()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -175,7 +178,11 @@ class Entry:
         self, request: web.BaseRequest, exchange: Exchange
     ) -> tuple[web.StreamResponse, Outcome, str]:
         try:
+            await self._awaken(exchange)
             got = await self._answer(request, exchange)
+        except Rejected as refusal:
+            exchange.status = refusal.error.status
+            return error_response(refusal.error), Outcome.REFUSED, refusal.error.code
         except NotTaken as refusal:
             exchange.status = refusal.error.status
             return error_response(refusal.error), Outcome.REFUSED, refusal.error.code
@@ -202,6 +209,13 @@ class Entry:
                     self._router.ended(exchange.replica)
             case _:
                 assert_never(got)
+
+    async def _awaken(self, exchange: Exchange) -> None:
+        """Wait for the first replica of a deployment that was scaled to zero."""
+        route = exchange.route
+        if route.wakes and not route.targets and not exchange.canary:
+            exchange.waits(self._summaries)
+            exchange.route = await self._waiting.target(route.served_name, body_bytes=len(exchange.call.body))
 
     @staticmethod
     def _failed(exchange: Exchange, error: OpenAIError) -> tuple[web.StreamResponse, Outcome, str]:

@@ -103,6 +103,13 @@ class Exchange:
         summaries.held(key, +1)
         self._held = key
 
+    def waits(self, summaries: Summaries) -> None:
+        """It is held until there is a replica."""
+        key = (self.route.deployment, "", self.serving_class.name)
+        summaries.arrived(key)
+        summaries.held(key, +1)
+        self._held = key
+
     def token_seen(self) -> None:
         """A piece of the answer with tokens came."""
         self.last_s = self.now()

@@ -44,6 +44,7 @@ from enova_agent.ingress.settings import IngressSettings, host_and_port, is_loop
 from enova_agent.ingress.state import State, load_state, save_state
 from enova_agent.ingress.summaries import Summaries
 from enova_agent.ingress.upstream import Endpoint, Limits, Unreachable, Upstream, endpoint_of_url
+from enova_agent.ingress.waiting_room import WaitingLimits, WaitingRoom
 from enova_common.address import Address
 from enova_common.clock import ModelClock
 from enova_common.ports import check_listenable
@@ -87,6 +88,14 @@ class Ingress:
         )
         self._metrics = Metrics(held=self._owner.held, gauges=self._gauges)
         self._hop_tls = tls.hop_client_context(settings.hop_tls) if settings.hop_tls else None
+        self._waiting = WaitingRoom(
+            WaitingLimits(
+                requests_max=settings.waiting_requests_max,
+                bytes_max=settings.waiting_bytes_max,
+                wait_s=settings.waiting_s,
+            ),
+            table=lambda: self._table,
+        )
         self._entry = Entry(
             limits=EntryLimits(
                 body_bytes_max=settings.body_bytes_max, body_timeout_s=settings.body_timeout_s,
@@ -104,6 +113,7 @@ class Ingress:
             time_scale=self._clock.scale,
             node=lambda: self._state.node,
             always_hop=settings.always_hop,
+            waiting=self._waiting,
         )
         self._hop_server = HopServer(
             self._owner, body_bytes_max=settings.body_bytes_max, body_timeout_s=settings.body_timeout_s,
@@ -216,6 +226,7 @@ class Ingress:
         routes = self._state.routes
         self._table = RouteTable(revision=self._state.revision, routes={route.served_name: route for route in routes})
         self._router.retain(target.replica for route in routes for target in route.targets)
+        self._waiting.changed()
 
     # The beat
 

@@ -93,6 +93,15 @@ class IngressSettings:
     queue_timeout_s: float = field(default=60.0, metadata=between(0.01, 3600))
     """The longest wait for a place in an engine; a request may ask for less."""
 
+    waiting_requests_max: int = field(default=100, metadata=between(0, 100_000))
+    """That wait for the first replica of a deployment that was scaled to zero; more are answered with 503."""
+
+    waiting_bytes_max: int = field(default=64 << 20, metadata=between(0))
+    """Of the bodies of those that wait so."""
+
+    waiting_s: float = field(default=300.0, metadata=between(0.01, 3600))
+    """How long one waits so at most."""
+
     connect_timeout_s: float = field(default=0.5, metadata=between(0.01, 60))
     """To an engine or another ingress: a dead one is left within a second."""
 

@@ -55,6 +55,7 @@ class Summaries:
         self._start_s = start_s
         self._sums: dict[Key, _Sums] = {}
         self._held: dict[Key, int] = {}
+        self._touched: dict[Key, None] = {}  # whose held requests changed: one that has none left is told, too
 
     def arrived(self, key: Key) -> None:
         """A request arrived and is first sent there (replica empty: nowhere)."""
@@ -62,6 +63,7 @@ class Summaries:
 
     def held(self, key: Key, change: int) -> None:
         """A request is open there, or no longer."""
+        self._touched[key] = None
         count = self._held.get(key, 0) + change
         assert count >= 0, f"more requests ended than began at {key}"
         if count:
@@ -93,11 +95,12 @@ class Summaries:
             end_s=end_s,
             summaries=tuple(
                 self._summary(key, self._sums.get(key) or _Sums())
-                for key in dict.fromkeys((*self._sums, *self._held))
+                for key in dict.fromkeys((*self._sums, *self._held, *self._touched))
             ),
         )
         self._start_s = end_s
         self._sums = {}
+        self._touched = {}
         return update
 
     def _of(self, key: Key) -> _Sums:

@@ -63,6 +63,7 @@ class Route:
     targets: tuple[RouteTarget, ...] = ()
     classes: tuple[ServingClass, ...] = ()
     lengths: LengthRules | None = None  # None: prompts are not looked at
+    wakes: bool = False                 # requests without a target wait for the first one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +141,7 @@ def _routes(snapshot: Snapshot, lengths: Mapping[str, LengthRules]) -> dict[str,
                 targets=_targets(served_name, serving, snapshot),
                 classes=deployment.spec.classes,
                 lengths=lengths.get(deployment.name),
+                wakes=not deployment.spec.fixed and deployment.spec.bounds[0] == 0,
             ))
     return routes
 

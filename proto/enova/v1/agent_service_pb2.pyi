@@ -366,9 +366,12 @@ class Route(_message.Message):
     DEPLOYMENT_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
     CLASSES_FIELD_NUMBER: _builtins.int
+    WAKES_FIELD_NUMBER: _builtins.int
     LENGTHS_FIELD_NUMBER: _builtins.int
     served_name: _builtins.str
     deployment: _builtins.str
+    wakes: _builtins.bool
+    """may be scaled to zero: requests without a target wait for the first one"""
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteTarget]: ...
     @_builtins.property
@@ -384,11 +387,12 @@ class Route(_message.Message):
         deployment: _builtins.str = ...,
         targets: _abc.Iterable[Global___RouteTarget] | None = ...,
         classes: _abc.Iterable[_cluster_pb2.ServingClass] | None = ...,
+        wakes: _builtins.bool = ...,
         lengths: Global___LengthRules | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lengths", b"lengths"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "deployment", b"deployment", "lengths", b"lengths", "served_name", b"served_name", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "deployment", b"deployment", "lengths", b"lengths", "served_name", b"served_name", "targets", b"targets", "wakes", b"wakes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
