@@ -98,6 +98,23 @@ def test_every_figure_is_read_in_its_unit(readers: list[Reader], driver: FakeDri
     assert facts["free_memory_bytes"] == 85_520_809_984 - 629_145_600 - 1_000_000_000
 
 
+def test_what_a_driver_tells_once_is_read_in_its_unit(readers: list[Reader], driver: FakeDriver) -> None:
+    driver.say(
+        "gpu 1 max_sm_mhz 1980", "gpu 1 max_mem_mhz 3201", "gpu 1 bus_bits 6144", "gpu 1 cores 16896",
+        "gpu 1 capability 90", "gpu 1 default_mw 700000", "gpu 1 links 18", "gpu 1 link_version 6", "gpu 1 pcie_gen 5",
+        "gpu 1 pcie_lanes 16", "name 1 NVIDIA H200",
+    )  # fmt: skip
+    facts = start(readers, driver).look()["facts"]
+    assert facts[1]["driver"] == {
+        "name": "NVIDIA H200", "sm_clock_mhz": 1980, "memory_clock_mhz": 3201, "bus_width_bits": 6144, "cores": 16896,
+        "compute_capability": 9.0, "power_limit_w": 700.0, "link_bytes_per_s": 450e9, "pcie_generation": 5,
+        "pcie_lanes": 16,
+    }  # fmt: skip
+    told = facts[0]["driver"]
+    assert told.pop("name") == "NVIDIA H100 80GB HBM3"
+    assert set(told.values()) == {None}
+
+
 def test_memory_that_others_hold_is_not_free_and_ours_is(readers: list[Reader], driver: FakeDriver) -> None:
     driver.say("gpu 0 used 5000000000", "process 0 4242 2000000000", "process 0 77 3000000000")
     facts = start(readers, driver, 4242).look()["facts"][0]
