@@ -19,6 +19,7 @@ from enova_coordinator.agents import Agents
 from enova_coordinator.calibration_loop import CalibrationLoop
 from enova_coordinator.controller import Controller, ControllerSettings
 from enova_coordinator.core.liveness import LivenessLimits
+from enova_coordinator.core.model import Snapshot
 from enova_coordinator.core.reconcile import ReconcileLimits
 from enova_coordinator.core.series import pace
 from enova_coordinator.core.verdicts import Verdict
@@ -30,7 +31,7 @@ from enova_coordinator.frame_inbox import FrameInbox
 from enova_coordinator.gpus_file import read_gpu_types
 from enova_coordinator.housekeeping import Housekeeping
 from enova_coordinator.known_models import KnownModels
-from enova_coordinator.length_loop import LearningFigures, LengthLoop
+from enova_coordinator.length_loop import LearningFigures, LengthLoop, sweep_while_following
 from enova_coordinator.observability import MetricsServer
 from enova_coordinator.policy_loop import PolicyLoop, PolicyLoopFigures
 from enova_coordinator.policy_process import PolicyProcess
@@ -50,7 +51,7 @@ from enova_coordinator.telemetry import Telemetry, TelemetryLimits
 
 FUTURE_REAL_S = 30.0               # clocks of hosts differ by less, or something is wrong with them
 STOP_GRACE_S = 0.5
-DETECTION_TIMEOUT_S = 15.0         # a step of ten thousand replicas takes under two
+DETECTION_TIMEOUT_S = 10.0         # a step of ten thousand replicas takes under two
 LEARNING_TIMEOUT_S = 60.0          # seeking communities takes seconds of one core
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ class Coordinator:
                 asyncio.create_task(stop.wait(), name="stop"),
                 asyncio.create_task(self.election.run(self.lead), name="election"),
                 asyncio.create_task(self.mirror.run(), name="mirror"),
+                asyncio.create_task(self._sweep_lengths(), name="lengths"),
             ])
 
     async def lead(self, leadership: Leadership) -> None:
@@ -254,6 +256,17 @@ class Coordinator:
         )
         self.detection_figures = loop.figures
         return loop
+
+    async def _sweep_lengths(self) -> None:
+        """While another coordinator leads, nobody else looks after what this one kept when it led."""
+        mirror = self.mirror
+        await sweep_while_following(
+            self.settings.data_dir / "lengths",
+            snapshot=lambda: Snapshot(
+                revision=mirror.revision, deployments=mirror.deployments, unreadable=frozenset(mirror.unreadable)
+            ),
+            leads=lambda: self.chair.current is not None,
+        )
 
     @contextlib.asynccontextmanager
     async def _serving(self) -> AsyncIterator[None]:

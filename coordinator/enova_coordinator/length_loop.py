@@ -4,8 +4,8 @@ Each round takes, for every deployment that asks for it, the answers that came s
 process learn from them; nothing here computes. What is known lies in a file of this coordinator, written at most once a
 minute, so that its restart costs nothing; another leader learns anew, with the same projection. A deployment that is
 switched off, or gone, is forgotten, its file included: in its first round, and then each minute, a leader removes all
-files but those of deployments that want them, or that it cannot read. Vectors and lengths are all that there is: no
-text comes here.
+files but those of deployments that want them, or that it cannot read; so does a coordinator that led before, as long as
+another one leads. Vectors and lengths are all that there is: no text comes here.
 """
 
 from __future__ import annotations
@@ -133,11 +133,7 @@ class LengthLoop:
     async def round(self) -> None:
         """Learn from what came since the last round, and say the rules."""
         snapshot = self._control.snapshot
-        wanted = {
-            deployment.name: deployment
-            for deployment in snapshot.deployments.values()
-            if deployment.spec.max_tokens_policy.mode is not MaxTokensMode.OFF and not deployment.deleting
-        }
+        wanted = _wanted(snapshot)
         await self._forget(snapshot, wanted)
         self._telemetry.want_lengths(wanted)
         rules: dict[str, LengthRules] = {}
@@ -230,11 +226,10 @@ class LengthLoop:
         if not snapshot.revision or not (gone or now_s - self._swept_s >= SWEEP_EVERY_S):
             return                 # before the store was read, nothing is known to be unwanted
         self._swept_s = now_s
-        kept = frozenset(self._path(name).name for name in (*wanted, *snapshot.frozen))
-        self.figures.failures += await asyncio.to_thread(_sweep, self._folder, kept)
+        self.figures.failures += await asyncio.to_thread(_sweep, self._folder, _kept(snapshot))
 
     def _path(self, deployment: str) -> Path:
-        return self._folder / f"{deployment.removeprefix('deployments/')}{_KEPT}"
+        return self._folder / _file(deployment)
 
     def _write(self, name: str, learner: _Learner) -> None:
         value = {"uid": learner.uid, "method": learner.method, "knowledge": to_plain(learner.known)}
@@ -248,6 +243,35 @@ class LengthLoop:
             log.warning("what is known of the answers of %s is not kept: %s", name, error)
             return
         learner.written_s, learner.unwritten = self._monotonic_s(), False
+
+
+async def sweep_while_following(
+    folder: Path, *, snapshot: Callable[[], Snapshot], leads: Callable[[], bool], every_s: float = SWEEP_EVERY_S
+) -> None:
+    """Remove what is known of answers that nobody wants any more while another coordinator leads, until cancelled."""
+    while True:
+        found = snapshot()
+        if found.revision and not leads():
+            await asyncio.to_thread(_sweep, folder, _kept(found))
+        await asyncio.sleep(every_s)
+
+
+def _wanted(snapshot: Snapshot) -> dict[str, Deployment]:
+    """The deployments whose answers are to be learned from."""
+    return {
+        deployment.name: deployment
+        for deployment in snapshot.deployments.values()
+        if deployment.spec.max_tokens_policy.mode is not MaxTokensMode.OFF and not deployment.deleting
+    }
+
+
+def _kept(snapshot: Snapshot) -> frozenset[str]:
+    """The files that stay."""
+    return frozenset(_file(name) for name in (*_wanted(snapshot), *snapshot.frozen))
+
+
+def _file(deployment: str) -> str:
+    return f"{deployment.removeprefix('deployments/')}{_KEPT}"
 
 
 def _sweep(folder: Path, kept: frozenset[str]) -> int:

@@ -34,8 +34,10 @@ class ScriptedAgent:
     uid: str = ""
     gpus: int = 8
     gpu_type: str = "H100"
+    gpu_facts: cluster_pb2.GpuFacts | None = None  # what a driver tells of each
     models: dict[str, str] = field(default_factory=lambda: {MODEL: "{}"})
     starts: bool = True                # whether members that shall run become READY
+    hung: set[str] = field(default_factory=set)  # replicas that are READY and out of routing
     log_lines: list[str] = field(default_factory=lambda: ["first", "second"])
     instance: str = field(default_factory=lambda: uuid.uuid4().hex)
     terms: list[int] = field(default_factory=list)
@@ -100,6 +102,7 @@ class ScriptedAgent:
                 memory_bytes=GPU_BYTES,
                 free_memory_bytes=GPU_BYTES,
                 simulated=True,
+                facts=self.gpu_facts,
             )
             for index in range(self.gpus)
         ]
@@ -139,7 +142,7 @@ class ScriptedAgent:
                 state=self._state(member),
                 pid=4000 + index,
                 endpoint=f"http://127.0.0.1:{30000 + index}",
-                in_routing=self.starts,
+                in_routing=self.starts and member.replica not in self.hung,
             )
             for index, member in enumerate(self.assignment.members)
         ]
