@@ -103,6 +103,7 @@ class SimulatedGpus:
             age_s=max(0.0, self._monotonic_s() - read_s),
             memory_used_bytes=sample.memory_used_bytes,
             memory_total_bytes=sample.memory_total_bytes,
+            throttle_reasons=sample.throttle_reasons,
             **{name: getattr(sample, name) for name in _FIGURES},
         )
 
@@ -140,5 +141,6 @@ def _parsed(value: Mapping[str, Any]) -> GpuSample:
         uuid=str(value["uuid"]),
         memory_used_bytes=int(value["memory_used_bytes"]),
         memory_total_bytes=int(value["memory_total_bytes"]),
+        throttle_reasons=int(value["throttle_reasons"]) if value.get("throttle_reasons") is not None else None,
         **figures,  # type: ignore[arg-type]  # mypy takes the names for any field's
     )

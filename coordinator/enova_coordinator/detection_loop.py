@@ -316,10 +316,10 @@ class DetectionLoop:
 
     async def _write(self) -> None:
         for name in list(self._unwritten):
-            await self._keep(self._unwritten[name])
+            await self.keep(self._unwritten[name])
             del self._unwritten[name]
 
-    async def _keep(self, episode: Episode) -> None:
+    async def keep(self, episode: Episode) -> None:
         """Write an episode with the label that is stored, whoever writes beside us."""
         for _ in range(WRITE_ATTEMPTS):
             entry = await self._store.get(codec.key(episode.name))

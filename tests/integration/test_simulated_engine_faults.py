@@ -99,6 +99,18 @@ def test_slow_stretches_steps_by_its_factor_and_lowers_the_clock(tmp_path: Path)
         assert completion_s(engine, max_tokens=200) == pytest.approx(normal_s, rel=0.05)
 
 
+def test_throttle_is_slow_and_the_gpu_says_why(tmp_path: Path) -> None:
+    with SimulatedEngine(tmp_path, "--simulated-time-scale", "10") as engine:
+        normal_s = completion_s(engine, max_tokens=200)
+        assert post(engine, kind="throttle", factor=2).status_code == 200
+        assert completion_s(engine, max_tokens=200) == pytest.approx(2 * normal_s, rel=0.05)
+        hot = httpx.get(f"{engine.url}/simulated/gpu").json()["gpus"][0]
+        assert hot["throttle_reasons"] == 0x40
+        assert hot["temperature_c"] > 85
+        lift(engine)
+        assert httpx.get(f"{engine.url}/simulated/gpu").json()["gpus"][0]["throttle_reasons"] == 0
+
+
 def test_leak_grows_the_process_and_eats_kv_blocks(tmp_path: Path) -> None:
     with SimulatedEngine(tmp_path, "--num-gpu-blocks-override", "200") as engine:
         process = psutil.Process(engine.process.pid)

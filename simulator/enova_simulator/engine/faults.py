@@ -17,6 +17,7 @@ class FaultKind(StrEnum):
     CORE_CRASH = "core_crash"  # the core process is killed
     HANG = "hang"  # no token progress; /health stays 200
     SLOW = "slow"  # every step takes `factor` times as long
+    THROTTLE = "throttle"  # as slow, and the GPU says that heat is why
     LEAK = "leak"  # `bytes_per_s` of the process, `blocks_per_s` of the KV cache
     IGNORE_SIGTERM = "ignore_sigterm"
     GRANDCHILD = "grandchild"  # leaves a process in a session of its own behind

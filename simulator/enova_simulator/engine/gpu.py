@@ -13,6 +13,8 @@ WINDOW_S = 1.0  # model seconds over which a driver averages utilisation
 MARKS_MAX = 64
 AMBIENT_C = 32.0
 HEATING_C = 45.0  # above ambient at the power limit
+HOT_C = 91.0
+HEAT_SLOWDOWN = 0x40  # NVML: slowed by the hardware's own thermal limit
 IDLE_CLOCK_SHARE = 0.17
 
 
@@ -25,6 +27,7 @@ class GpuReader:
         self._uuids = visible_gpus(environment)
         self._marks: deque[tuple[float, float]] = deque([(generator.now_s(), 0.0)], maxlen=MARKS_MAX)
         self.slow_factor = 1.0
+        self.is_throttled = False
         self.is_loaded = False
 
     def read(self) -> dict[str, object]:
@@ -42,9 +45,10 @@ class GpuReader:
             "memory_total_bytes": gpu.memory_bytes,
             "power_w": power_w,
             "power_limit_w": gpu.power_limit_w,
-            "temperature_c": AMBIENT_C + HEATING_C * power_w / gpu.power_limit_w,
+            "temperature_c": HOT_C if self.is_throttled else AMBIENT_C + HEATING_C * power_w / gpu.power_limit_w,
             "sm_clock_mhz": gpu.sm_clock_mhz * clock_share,
             "memory_clock_mhz": gpu.memory_clock_mhz,
+            "throttle_reasons": HEAT_SLOWDOWN if self.is_throttled else 0,
         }
         names = self._uuids or tuple(str(index) for index in range(self._served.parallelism.gpus))
         return {"simulated": True, "type": gpu.name, "gpus": [{"uuid": name, **reading} for name in names]}

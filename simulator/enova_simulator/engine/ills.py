@@ -15,6 +15,7 @@ from enova_simulator.engine.generation import Generator
 from enova_simulator.engine.gpu import GpuReader
 
 BEAT_S = 0.2  # real seconds between looks at the core, and steps of a leak
+_SLOWING = frozenset({FaultKind.SLOW, FaultKind.THROTTLE})
 LEAK_BYTES_MAX = 2 << 30  # a test machine must survive its own faults
 log = logging.getLogger(__name__)
 
@@ -118,11 +119,12 @@ class Ills:
         self.ignores_sigterm = FaultKind.IGNORE_SIGTERM in kinds
         factor = 1.0
         for fault in self._faults:
-            if fault.kind is FaultKind.SLOW:
+            if fault.kind in _SLOWING:
                 factor *= fault.factor
         times = self._generator.served.times
         self._generator.scheduler.times = Slowed(times=times, factor=factor) if factor != 1.0 else times
         self._gpu.slow_factor = max(1.0, factor)
+        self._gpu.is_throttled = FaultKind.THROTTLE in kinds
         if FaultKind.LEAK not in kinds:
             self._leaked = bytearray()
 
