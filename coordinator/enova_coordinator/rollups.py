@@ -30,7 +30,7 @@ QUEUE_MAX = 4_096                  # minutes of nodes that wait for the disk
 BATCH_MAX = 512
 INSERT_MAX = 64                    # minutes in one transaction: small beside the tenth that is dropped for room
 ROOM_ATTEMPTS = 10
-PRUNE_EVERY_S = 60.0
+PRUNE_EVERY_S = 60.0               # real time
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +83,19 @@ class _Read:
 class Rollups:
     """The file, with the thread that it belongs to."""
 
-    def __init__(self, path: Path, *, keep_s: float = KEEP_S, file_bytes_max: int = FILE_BYTES_MAX) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        keep_s: float = KEEP_S,
+        file_bytes_max: int = FILE_BYTES_MAX,
+        prune_every_s: float = PRUNE_EVERY_S,
+    ) -> None:
         self.figures = RollupFigures()
         self._path = path
         self._keep_s = keep_s
         self._file_bytes_max = file_bytes_max
+        self._prune_every_s = prune_every_s
         self._queue: queue.Queue[NodeMinute | _Read | None] = queue.Queue(QUEUE_MAX)
         self._thread = threading.Thread(target=self._run, name="rollups", daemon=True)
         self._thread.start()
@@ -126,7 +134,7 @@ class Rollups:
             try:
                 connection = connection or self._open()
                 self._carry_out(connection, [item for item in batch if item is not None])
-                if time.monotonic() - pruned_s > PRUNE_EVERY_S:
+                if time.monotonic() - pruned_s > self._prune_every_s:
                     self._prune(connection)
                     pruned_s = time.monotonic()
             except (sqlite3.Error, OSError) as error:

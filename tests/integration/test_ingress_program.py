@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from enova_testing.simulated_engine import SimulatedEngine
 from enova_testing.waiting import until, until_async
 
 pytestmark = pytest.mark.network
+LEFT_WITHIN_S = 1.0  # of a replica whose port refuses
+BUSY_S = 1.0         # for a machine with other work on its two cores: an idle one takes hundredths
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -82,12 +85,17 @@ def program(folder: Path) -> Iterator[Program]:
         program.end(signal.SIGKILL)
 
 
-def keep_route(program: Program, url: str) -> None:
-    """Routes on disk, as an earlier run of the ingress left them."""
-    target = RouteTarget(replica=replica(0), node="a", hop_address="127.0.0.1:1")
+def keep_route(program: Program, *urls: str) -> None:
+    """Routes on disk, as an earlier run of the ingress left them: a replica of this node for each URL."""
+    targets = tuple(
+        RouteTarget(replica=replica(number), node="a", hop_address="127.0.0.1:1") for number in range(len(urls))
+    )
     save_state(program.folder / "data" / "ingress-state.json", State(
-        node="a", revision=1, routes=(Route(served_name=MODEL, deployment="deployments/d", targets=(target,)),),
-        engines=(LocalEngine(replica=replica(0), endpoint=url, max_concurrency=8, queue_limit=8, admitting=True),),
+        node="a", revision=1, routes=(Route(served_name=MODEL, deployment="deployments/d", targets=targets),),
+        engines=tuple(
+            LocalEngine(replica=replica(number), endpoint=url, max_concurrency=8, queue_limit=8, admitting=True)
+            for number, url in enumerate(urls)
+        ),
     ))
 
 
@@ -164,6 +172,71 @@ def test_a_port_in_use_is_one_clear_line(folder: Path) -> None:
     assert address.rpartition(":")[2] in errors
     assert "is in use by another program" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("listen", "warned"), [("0.0.0.0:0", True), ("127.0.0.1:0", False)])
+def test_plaintext_off_the_loopback_is_said_in_the_log_where_it_listens(
+    folder: Path, listen: str, *, warned: bool
+) -> None:
+    program = Program(folder, listen=listen, insecure_http=True)
+    program.start()
+    port = program.facts()["openai_address"].rpartition(":")[2]
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=5):
+        code, errors = program.end()
+    assert code == 0
+    said = [line for line in errors.splitlines() if "insecure_http" in line]
+    assert len(said) == warned
+    for line in said:
+        assert json.loads(line)["level"] == "WARNING"
+        assert "unencrypted" in line
+        assert listen in line
+
+
+async def test_a_dead_replica_is_left_within_a_second_and_its_requests_are_served_by_the_other(
+    program: Program
+) -> None:
+    dead, alive = (SimulatedEngine(program.folder, "--served-model-name", MODEL) for _ in range(2))
+    with dead, alive:
+        keep_route(program, dead.url, alive.url)
+        program.start()
+        address = (await asyncio.to_thread(program.facts))["openai_address"]
+        began: list[float] = []
+        async with aiohttp.ClientSession() as session:
+            ending = asyncio.Event()
+            clients = [
+                asyncio.create_task(asked_over_and_over(session, f"http://{address}", began, ending)) for _ in range(8)
+            ]
+            await until_async(lambda: len(began) > 100)
+            os.killpg(dead.process.pid, signal.SIGKILL)
+            killed_s = time.time()
+            await until_async(lambda: began[-1] > killed_s + LEFT_WITHIN_S + 2)
+            ending.set()
+            waited_s = [each for client in clients for each in await client]
+        await asyncio.to_thread(program.end)
+    assert max(waited_s) < LEFT_WITHIN_S + BUSY_S
+    records = program.records()
+    assert {record.outcome for record in records} == {Outcome.FINISHED}
+    assert {record.replica for record in records if record.arrival_s < killed_s} == {replica(0), replica(1)}
+    later = [record for record in records if record.arrival_s > killed_s + LEFT_WITHIN_S]
+    assert {record.replica for record in later} == {replica(1)}
+    # Left means: tried again at ever longer intervals, by the requests of one moment.
+    assert sum(record.attempts > 1 for record in later) <= 0.1 * len(later)
+
+
+async def asked_over_and_over(
+    session: aiohttp.ClientSession, url: str, began: list[float], ending: asyncio.Event
+) -> list[float]:
+    """One client: a request after the other; how long each took, in seconds. All must be answered."""
+    waited_s = []
+    while not ending.is_set():
+        start_s = time.time()
+        began.append(start_s)
+        body = {**CHAT, "max_tokens": 2, "stream": False}
+        async with session.post(f"{url}/v1/chat/completions", json=body) as answer:
+            assert answer.status == 200, await answer.text()
+            await answer.read()
+        waited_s.append(time.time() - start_s)
+    return waited_s
 
 
 def test_wrong_settings_are_told_all_at_once(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from enova_coordinator.rollups import NodeMinute, Rollups, pack, unpack
+from enova_coordinator.rollups import KEEP_S, NodeMinute, Rollups, pack, unpack
 from enova_testing.waiting import until
 
 pytestmark = pytest.mark.network
@@ -59,6 +59,28 @@ def test_a_full_file_gives_up_its_oldest_minutes(tmp_path: Path) -> None:
     assert found.ends_s[-1] == 60.0 * 1199
     assert found.ends_s[0] > 60.0
     assert (tmp_path / "rollups.sqlite").stat().st_size <= 1 << 20
+
+
+def test_minutes_older_than_fourteen_days_go_and_younger_ones_stay(tmp_path: Path) -> None:
+    day = 24 * 60
+    assert 14 * day * 60 == KEEP_S
+    path = tmp_path / "rollups.sqlite"
+    rollups = Rollups(path, prune_every_s=0.0)
+    for number in (1, day, day + 1, 7 * day):
+        rollups.write(minute(number))
+    written(rollups, 4)
+    assert rollups.read(REPLICA, nodes=("nodes/n",), start_s=0.0).result(10).ends_s[0] == 60.0
+
+    def ends(of: Rollups) -> list[float]:
+        return [end_s / 60 for end_s in of.read(REPLICA, nodes=("nodes/n",), start_s=0.0).result(10).ends_s]
+
+    # Age counts from the newest minute in the file: a fleet that rested a month forgets nothing until it goes on.
+    rollups.write(minute(15 * day))
+    until(lambda: ends(rollups) == [day, day + 1, 7 * day, 15 * day], what="only the minute that is too old went")
+    rollups.write(minute(15 * day + 1))
+    until(lambda: ends(rollups) == [day + 1, 7 * day, 15 * day, 15 * day + 1], what="the next one went in its turn")
+    rollups.close()
+    assert rollups.figures.dropped == {}, "what is too old is not counted as lost"
 
 
 def _accepted(rollups: Rollups, one: NodeMinute) -> bool:
