@@ -185,11 +185,12 @@ class Client:
         request = decision_service_pb2.ListEventsRequest(object=obj)
         return await self._list(lambda stubs: stubs.decisions.ListEvents, request, "events")
 
-    async def events_revision(self) -> int:
-        """The revision from which events are watched on."""
-        request = decision_service_pb2.ListEventsRequest(page_size=1)
-        answer = await self.call(lambda stubs: stubs.decisions.ListEvents(request, timeout=CALL_TIMEOUT_S))
-        return answer.revision
+    async def list_events_to(self, obj: str = "") -> tuple[list[decision_service_pb2.Event], int]:
+        """As `list_events`, and the revision to watch on from."""
+        request = decision_service_pb2.ListEventsRequest(object=obj)
+        pages = [page async for page in self._pages(lambda stubs: stubs.decisions.ListEvents, request)]
+        # The first page's: what happens while the others are asked for is told twice rather than never.
+        return [event for page in pages for event in page.events], pages[0].revision
 
     async def list_verdicts(self, obj: str = "") -> list[verdict_service_pb2.Verdict]:
         """The current verdicts."""
@@ -220,15 +221,20 @@ class Client:
     async def _list(
         self, method: Callable[[Stubs], Callable[..., Awaitable[Any]]], request: Any, field: str
     ) -> list[Any]:
-        """All items of a List method, page by page."""
+        """All items of a List method."""
+        return [item async for page in self._pages(method, request) for item in getattr(page, field)]
+
+    async def _pages(
+        self, method: Callable[[Stubs], Callable[..., Awaitable[Any]]], request: Any
+    ) -> AsyncIterator[Any]:
+        """The answers of a List method, page by page: at least one."""
         request.page_size = PAGE_SIZE
-        items: list[Any] = []
         while True:
-            response = await self.call(lambda stubs: method(stubs)(request, timeout=CALL_TIMEOUT_S))
-            items += getattr(response, field)
-            if not response.next_page_token:
-                return items
-            request.page_token = response.next_page_token
+            page = await self.call(lambda stubs: method(stubs)(request, timeout=CALL_TIMEOUT_S))
+            yield page
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
 
     def _at(self, endpoint: str) -> Stubs:
         if endpoint not in self._channels:

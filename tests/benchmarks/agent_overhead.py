@@ -140,7 +140,7 @@ def _check(sink: ScriptedCoordinator) -> None:
         assert len(replica.histograms) == 8
 
 
-def report(rows: Sequence[Row]) -> dict[str, float]:
+def report(rows: Sequence[Row]) -> dict[str, object]:
     """The figures."""
     first, last = rows[0], rows[-1]
     return {
@@ -148,6 +148,7 @@ def report(rows: Sequence[Row]) -> dict[str, float]:
         "core_share": round((last.cpu_s - first.cpu_s) / (last.t_s - first.t_s), 5),
         "frames": last.frames - first.frames,
         "seconds": round(last.t_s - first.t_s, 1),
+        "notes": {},
     }
 
 

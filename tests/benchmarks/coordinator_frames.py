@@ -253,6 +253,7 @@ def summary(rows: list[Row], samples: int, refused: dict[str, float]) -> dict[st
         "samples_per_frame": samples,
         "refused": refused,
         "agents": AGENTS,
+        "notes": {},
     }
 
 

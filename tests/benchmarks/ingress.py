@@ -372,7 +372,7 @@ def main() -> None:
     for key, value in figures.items():
         print(f"{key:24} {value:12,.3f}")
     print(f"raw results: {out}")
-    print(json.dumps(figures))
+    print(json.dumps({**figures, "notes": {}}))
 
 
 if __name__ == "__main__":

@@ -160,9 +160,8 @@ async def _follow(client: Client, name: str, form: output.Format) -> None:
 
     async def show_past() -> None:
         nonlocal revision
-        # Asked first: what happens between the two answers is then in both, and shown once.
-        revision = await client.events_revision()
-        show(reversed(await client.list_events(name)))
+        past, revision = await client.list_events_to(name)
+        show(reversed(past))
 
     def watched(stubs: Stubs, _again: bool) -> AsyncIterable[WatchEventsResponse]:
         return stubs.decisions.WatchEvents(WatchEventsRequest(object=name, resume_revision=revision))
