@@ -78,7 +78,7 @@ def asleep(situation: Situation, memory: Memory) -> tuple[bool, float]:
 
 
 def applied(
-    situation: Situation, wishes: Mapping[str, int], *, reason: str, memory: Memory, kept: Mapping[str, float]
+    situation: Situation, wishes: Mapping[str, int], *, reason: str, memory: Memory, kept: Memory
 ) -> Decided:
     """Wishes of each variant through the pod autoscaler above."""
     remembered: dict[str, float | str | tuple[float, ...]] = dict(kept)
