@@ -38,6 +38,21 @@ def breakdown(fleet: UpFleet, *arguments: str) -> dict[str, Any]:
     return value
 
 
+def shown_alike(fleet: UpFleet) -> tuple[dict[str, Any], str]:
+    """The figures as values and as text, of one moment: frames of the last requests may still be on their way."""
+    shown: list[tuple[dict[str, Any], str]] = []
+
+    def still() -> bool:
+        before = breakdown(fleet)
+        text = fleet.enova("breakdown", "deployment/chat", "--window", "0").out
+        shown.append((before, text))
+        after = breakdown(fleet)
+        return all(before[part] == after[part] for part in ("requests", "parts", "end_to_end"))
+
+    until(still, timeout_s=60, what="the figures to stand still")
+    return shown[-1]
+
+
 def learnt(fleet: UpFleet) -> dict[str, Any] | None:
     steps = breakdown(fleet)["steps"]
     calibration: dict[str, Any] | None = steps[0]["calibration"] if steps else None
@@ -83,8 +98,7 @@ def test_the_step_is_told_by_kernel_and_agrees_with_the_model_once_corrected(loa
 
 
 def test_a_person_is_shown_the_same_figures(loaded: UpFleet) -> None:
-    found = breakdown(loaded)
-    text = loaded.enova("breakdown", "deployment/chat", "--window", "0").out
+    found, text = shown_alike(loaded)
     assert f"chat: {found['requests']} requests" in text
     rows = [re.split(r"  +| \(", line)[0] for line in text.splitlines()[2:8]]
     assert rows == [*(name.replace("_", " ") for name in PARTS), "end to end"]
