@@ -70,11 +70,17 @@ class Engine:
     blind: bool = False              # its running gauge reads 0, as in some wedges
     power_w: float | None = None
     throttle_reasons: int = 0
+    clock_mhz: float = 1980.0
     state: str = "READY"
     lost_blocks: int = 0
     max_model_len: float = 2048.0
     instance: int = 1
     agent: int = 1
+    failing: float = 0.0             # share of the requests that end in an error
+    starts_at_s: float = 0.0         # until then its process does not serve
+    efficiency: float = 1.0          # of its own: its steps are so many times as long as the world's
+    neighbour: float = 1.0           # by which others on its GPU make them longer now
+    noise_at: int = 0                # place in a world's residuals
     now_s: float = 0.0
     scheduler: Scheduler = field(init=False)
     frozen: ReplicaReading | None = field(default=None, init=False)
@@ -86,7 +92,9 @@ class Engine:
     _arrived: dict[str, float] = field(default_factory=dict, init=False)
     _stuck: list[Request] = field(default_factory=list, init=False)
     _busy_s: float = field(default=0.0, init=False)
-    _interval: tuple[int, int] = field(default=(0, 0), init=False)
+    _interval: tuple[int, int, int] = field(default=(0, 0, 0), init=False)
+    _came: int = field(default=0, init=False)
+    _lost: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._draw = np.random.default_rng(self.seed)
@@ -109,10 +117,22 @@ class Engine:
         """KV blocks get lost."""
         self.lost_blocks += self.scheduler.withhold_blocks(blocks)
 
-    def restart(self) -> None:
-        """The process ends and comes back: requests are lost, counters begin anew."""
+    def restart(self, *, after_s: float = 0.0) -> None:
+        """The process ends and comes back, maybe later: requests are lost, counters begin anew."""
         self.instance += 1
+        self.starts_at_s = self.now_s + after_s
+        self._lost += len(self._arrived)
         self._start()
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it serves."""
+        return self.now_s >= self.starts_at_s
+
+    @property
+    def in_flight(self) -> int:
+        """What its ingress holds."""
+        return len(self._arrived)
 
     def adopt(self) -> None:
         """Another agent comes to it: what it counts begins anew, what it computes goes on."""
@@ -120,30 +140,31 @@ class Engine:
         self._counts = dict.fromkeys(self._counts, 0.0)
         self._histograms = {name: _Histogram(bounds) for name, bounds in BOUNDS.items()}
 
-    def ask(self, *, prompt_tokens: int, output_tokens: int) -> None:
-        """One request now, besides those that arrive by themselves."""
-        self._submit(self.now_s, prompt_tokens, output_tokens)
+    def ask(self, *, prompt_tokens: int, output_tokens: int, at_s: float | None = None) -> None:
+        """One request, by default now, besides those that arrive by themselves."""
+        self._submit(self.now_s if at_s is None else max(at_s, self.now_s), prompt_tokens, output_tokens)
 
     def run(self, until_s: float) -> None:
         """Let time pass."""
-        came = 0
         while self.rate_rps > 0 and self._next_s <= until_s:
             prompt = max(1, round(float(self._draw.gamma(4.0, self.prompt_tokens / 4.0))))
             output = max(1, round(float(self._draw.gamma(4.0, self.output_tokens / 4.0))))
             self._submit(max(self._next_s, self.now_s), min(prompt, 1200), min(output, 800))
-            came += 1
             self._next_s += float(self._draw.exponential(1.0 / self.rate_rps))
         if self.rate_rps <= 0:
             self._next_s = until_s
         finished = self._counts["finished"]
         self._busy_s = 0.0
-        if not self.hung:
+        if not self.hung and until_s >= self.starts_at_s:
             for request in self._stuck:
                 self.scheduler.submit(request, self.now_s)
             self._stuck.clear()
             for event in self.scheduler.advance(until_s):
                 self._tell(event)
-        self._interval = came, round(self._counts["finished"] - finished)
+        ended = round(self._counts["finished"] - finished)
+        failed = int(self._draw.binomial(ended, self.failing)) if self.failing > 0 else 0
+        self._interval = self._came, ended - failed, failed + self._lost
+        self._came = self._lost = 0
         self.now_s = until_s
 
     def reading(self) -> ReplicaReading:
@@ -151,6 +172,9 @@ class Engine:
         if self.hung and self.frozen is not None:
             held = float(len(self._arrived))
             return self.frozen._replace(held=held, running=0.0 if self.blind else self.frozen.running, state=self.state)
+        if not self.is_up:
+            self.frozen = None
+            return ReplicaReading(replica=self.name, state="STARTING", held=float(len(self._arrived)))
         counts, scheduler = self._counts, self.scheduler
         used = scheduler.kv_usage * (self.limits.num_blocks - self.lost_blocks) + self.lost_blocks
         self.frozen = ReplicaReading(
@@ -166,10 +190,11 @@ class Engine:
 
     def requests(self) -> RequestReading:
         """What the ingress counted in the last interval."""
-        came, finished = self._interval
+        came, finished, failed = self._interval
         return RequestReading(
-            deployment=self.deployment, replica=self.name, arrived=came, finished=finished, held=len(self._arrived)
-        )
+            deployment=self.deployment, replica=self.name, arrived=came, finished=finished, failed=failed,
+            held=len(self._arrived),
+        )  # fmt: skip
 
     def gpu(self) -> GpuReading:
         """Its GPU."""
@@ -177,26 +202,31 @@ class Engine:
         power_w = IDLE_W + (BUSY_W - IDLE_W) * busy
         if self.hung:
             busy, power_w = 1.0, WEDGED_W
+        if not self.is_up:
+            busy, power_w = 0.0, IDLE_W
         return GpuReading(
             uuid=f"gpu-{self.name}", utilization=busy, power_w=self.power_w or power_w, power_limit_w=POWER_LIMIT_W,
-            temperature_c=60.0, sm_clock_mhz=1980.0, memory_used_bytes=7e10, memory_total_bytes=8e10,
+            temperature_c=60.0, sm_clock_mhz=self.clock_mhz, memory_used_bytes=7e10, memory_total_bytes=8e10,
             throttle_reasons=float(self.throttle_reasons),
         )  # fmt: skip
 
     def _start(self) -> None:
-        self.scheduler = Scheduler(self.limits, self.times, start_s=self.now_s)
+        self.scheduler = Scheduler(self.limits, self.times, start_s=max(self.now_s, self.starts_at_s))
+        self.lost_blocks = 0
+        self._stuck = []
         self._counts = dict.fromkeys(("prompt", "generation", "preemptions", "iterations", "finished"), 0.0)
         self._histograms = {name: _Histogram(bounds) for name, bounds in BOUNDS.items()}
         self._arrived = {}
 
     def _submit(self, at_s: float, prompt_tokens: int, output_tokens: int) -> None:
         self._number += 1
+        self._came += 1
         request = Request(id=f"{self.name}-{self._number}", prompt_tokens=prompt_tokens, output_tokens=output_tokens)
         self._arrived[request.id] = at_s
         if self.hung:
             self._stuck.append(request)
         else:
-            self.scheduler.submit(request, at_s)
+            self.scheduler.submit(request, max(at_s, self.starts_at_s))
 
     def _tell(self, event: object) -> None:
         counts, histograms = self._counts, self._histograms
@@ -243,7 +273,9 @@ class World:
                     gpus=tuple(engine.gpu() for engine in here),
                     replicas=tuple(engine.reading() for engine in here),
                     # As the real ingress does: nothing of replicas that nothing happened to.
-                    requests=tuple(r for each in here if (r := each.requests()).arrived or r.finished or r.held),
+                    requests=tuple(
+                        r for each in here if (r := each.requests()).arrived or r.finished or r.failed or r.held
+                    ),
                 )  # fmt: skip
 
 

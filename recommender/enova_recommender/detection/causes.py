@@ -54,14 +54,14 @@ class Rule:
 
 RULES: dict[Cause, Rule] = {
     Cause.MISSING: Rule(kind=VerdictKind.UNKNOWN, action=SuggestedAction.INSPECT, enter=3, leave=1),
-    Cause.CRASH_LOOP: Rule(kind=VerdictKind.DEGRADED, action=SuggestedAction.REPLACE, enter=2, leave=6),
+    Cause.CRASH_LOOP: Rule(kind=VerdictKind.DEGRADED, action=SuggestedAction.REPLACE, enter=2, leave=2),
     Cause.HUNG: Rule(kind=VerdictKind.DEGRADED, action=SuggestedAction.RESTART, enter=1, leave=1),
     Cause.LEAK: Rule(kind=VerdictKind.DEGRADED, action=SuggestedAction.RESTART, enter=3, leave=6),
     Cause.KV_THRASH: Rule(kind=VerdictKind.MISCONFIGURED, action=SuggestedAction.RECONFIGURE, enter=2, leave=2),
     Cause.THROTTLED: Rule(kind=VerdictKind.DEGRADED, action=SuggestedAction.REPLACE, enter=3, leave=4),
     Cause.SLOW: Rule(kind=VerdictKind.DEGRADED, action=SuggestedAction.REPLACE, enter=2, leave=3),
-    Cause.FAILING: Rule(kind=VerdictKind.DEGRADED, action=SuggestedAction.REPLACE, enter=3, leave=6),
-    Cause.BATCH_SLACK: Rule(kind=VerdictKind.MISCONFIGURED, action=SuggestedAction.RECONFIGURE, enter=4, leave=4),
+    Cause.FAILING: Rule(kind=VerdictKind.DEGRADED, action=SuggestedAction.REPLACE, enter=3, leave=4),
+    Cause.BATCH_SLACK: Rule(kind=VerdictKind.MISCONFIGURED, action=SuggestedAction.RECONFIGURE, enter=3, leave=4),
     Cause.OVERLOAD: Rule(kind=VerdictKind.OVERLOADED, action=SuggestedAction.SCALE_UP, enter=3, leave=1),
     Cause.CUT: Rule(kind=VerdictKind.MISCONFIGURED, action=SuggestedAction.RECONFIGURE, enter=12, leave=12),
     Cause.IDLE: Rule(kind=VerdictKind.UNDERUSED, action=SuggestedAction.SCALE_DOWN, enter=6, leave=1),

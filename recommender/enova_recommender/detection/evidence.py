@@ -25,8 +25,9 @@ Votes = npt.NDArray[np.int8]
 PREEMPTION_TAU_S = 15.0      # memory of preemptions
 PREEMPTIONS_MIN = 0.1        # a second
 RESTART_TAU_S = 300.0        # memory of restarts: two within some 80 s, or three within 200 s, make a loop
-RESTARTS_MIN, RESTARTS_CLEAR = 1.75, 1.0
-FAILURE_TAU_S = 30.0
+RESTARTS_MIN = 1.75
+CALM_S, CALM_INTERVALS = 45.0, 1.5  # without a restart, and so many of the last intervals between two: the loop is over
+FAILURE_TAU_S = 15.0
 FAILED_SHARE, FAILURES_MIN = 0.2, 0.1  # of requests, a second
 SLOW_CLEAR = 0.5             # of the threshold of slowness, as a logarithm: below it a replica is well
 THROTTLED_RATIO = 1.1        # enough where the GPU itself says why
@@ -50,7 +51,7 @@ LOAD_MAX = 0.6               # of what one replica fewer carries
 NOT_SERVING = (Progress.SUSPECT, Progress.HUNG, Progress.DOWN)
 # Memories: preemptions, failed and answered of late; cut and answered for long; by second.
 _MEMORIES = (
-    (PREEMPTION_TAU_S, Feature.PREEMPTIONS), (FAILURE_TAU_S, Feature.FAILED), (FAILURE_TAU_S, Feature.ENGINE_FINISHED),
+    (PREEMPTION_TAU_S, Feature.PREEMPTIONS), (FAILURE_TAU_S, Feature.FAILED), (FAILURE_TAU_S, Feature.FINISHED),
     (CUT_TAU_S, Feature.CUT), (CUT_TAU_S, Feature.ENGINE_FINISHED),
 )  # fmt: skip
 _PREEMPTED, _FAILED, _ANSWERED, _CUT, _ANSWERED_LONG = range(len(_MEMORIES))
@@ -78,6 +79,8 @@ class Evidence:
     def __init__(self, *, series: int) -> None:
         self._memory = np.zeros((len(_MEMORIES), series))
         self._restarts = np.zeros(series)
+        self._calm_s = np.full(series, np.inf)      # since the last restart
+        self._interval_s = np.zeros(series)         # between the last two
         self._load = np.full(series, np.nan)
         self.figures: dict[str, Floats] = {}
 
@@ -117,12 +120,16 @@ class Evidence:
     def forget(self, row: int) -> None:
         """Another replica has this row."""
         if row < len(self._load):
-            self._memory[:, row] = self._restarts[row] = 0.0
+            self._memory[:, row] = self._restarts[row] = self._interval_s[row] = 0.0
+            self._calm_s[row] = np.inf
             self._load[row] = np.nan
 
     def save(self) -> dict[str, Floats]:
         """What is remembered, by row in the last dimension."""
-        return {"memory": self._memory.T.copy(), "restarts": self._restarts.copy(), "load": self._load.copy()}
+        return {
+            "memory": self._memory.T.copy(), "restarts": self._restarts.copy(), "load": self._load.copy(),
+            "calm_s": self._calm_s.copy(), "interval_s": self._interval_s.copy(),
+        }  # fmt: skip
 
     def restore(self, saved: Mapping[str, Floats], *, rows: Sequence[int]) -> None:
         """What `save` returned, for rows that had these numbers then; -1 for a new one."""
@@ -131,12 +138,15 @@ class Evidence:
             if 0 <= before < len(saved["load"]):
                 self._memory[:, row] = saved["memory"][before]
                 self._restarts[row], self._load[row] = saved["restarts"][before], saved["load"][before]
+                self._calm_s[row], self._interval_s[row] = saved["calm_s"][before], saved["interval_s"][before]
 
     def _grow(self, series: int) -> None:
         more = series - len(self._load)
         if more > 0:
             self._memory = np.pad(self._memory, ((0, 0), (0, more)))
             self._restarts = np.pad(self._restarts, (0, more))
+            self._calm_s = np.pad(self._calm_s, (0, more), constant_values=np.inf)
+            self._interval_s = np.pad(self._interval_s, (0, more))
             self._load = np.pad(self._load, (0, more), constant_values=np.nan)
 
     def _remember(self, step: FeatureStep, step_s: float) -> None:
@@ -146,8 +156,9 @@ class Evidence:
             keep = math.exp(-step_s / tau_s)
             moved = keep * self._memory[row] + (1 - keep) * np.minimum(np.nan_to_num(now), 1e9)
             self._memory[row] = np.where(np.isnan(now), self._memory[row], moved)
-        self._restarts *= math.exp(-step_s / RESTART_TAU_S)
-        self._restarts += np.nan_to_num(step.of(Feature.RESTARTS))
+        self._count_restarts(np.nan_to_num(step.of(Feature.RESTARTS)), step_s)
+        # Whoever ends a process fails the requests that it held: that says nothing of the next one.
+        self._memory[_FAILED, (self._calm_s == 0) | (step.of(Feature.READY) != 1.0)] = 0.0
         arrivals = step.of(Feature.ARRIVALS)
         started = np.where(np.isnan(self._load), arrivals, self._load)
         keep = math.exp(-step_s / LOAD_TAU_S)
@@ -160,9 +171,17 @@ class Evidence:
             "load_rps": self._load,
         }  # fmt: skip
 
+    def _count_restarts(self, restarts: Floats, step_s: float) -> None:
+        self._restarts = self._restarts * math.exp(-step_s / RESTART_TAU_S) + restarts
+        again, since_s = restarts > 0, self._calm_s + step_s
+        self._interval_s = np.where(again & np.isfinite(since_s), since_s, self._interval_s)
+        self._calm_s = np.where(again, 0.0, since_s)
+
     def _crash_loop(self, step: FeatureStep, signals: Signals) -> Votes:
         loops = (self._restarts >= RESTARTS_MIN) | (signals.progress == Progress.DOWN)
-        calm = (self._restarts < RESTARTS_CLEAR) & (step.of(Feature.READY) == 1.0)
+        over = self._calm_s >= np.maximum(CALM_S, CALM_INTERVALS * self._interval_s)
+        loops &= ~over | (signals.progress == Progress.DOWN)
+        calm = over & (step.of(Feature.READY) == 1.0)
         return _votes(loops, calm)
 
     def _kv_thrash(self, step: FeatureStep) -> Votes:
@@ -204,7 +223,8 @@ class Evidence:
         np.minimum.at(least, index, np.where(known, capacity, np.inf))
         most = LOAD_MAX * (carried - np.where(np.isfinite(least), least, 0.0))
         spare = whole & (count > 1) & (load <= most)
-        self.figures |= {"deployment_load_rps": load[index], "deployment_spare_rps": most[index]}
+        self.figures["deployment_load_rps"] = np.asarray(load[index], dtype=np.float64)
+        self.figures["deployment_spare_rps"] = np.asarray(most[index], dtype=np.float64)
         named = np.array([bool(name) for name in names])
         return _votes(named & spare[index], named & whole[index] & ~spare[index])
 

@@ -52,6 +52,7 @@ class Watched:
 
     step: FeatureStep
     batches: StepBatches       # that its engines computed, where that can be told: what step times are learnt from
+    signals: Signals           # what verdicts were made of, by row
     judgement: Judgement
     changes: tuple[EpisodeChange, ...]
 
@@ -157,6 +158,7 @@ class FleetWatch:
         return Watched(
             step=step,
             batches=batches,
+            signals=signals,
             judgement=judgement,
             changes=tuple(self.book.update(judgement, self.fold.placements)),
         )
