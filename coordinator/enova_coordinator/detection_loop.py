@@ -299,12 +299,12 @@ class DetectionLoop:
 
     def _tell(self, write: EpisodeWrite) -> None:
         episode = write.episode
-        what = f"{episode.kind.value} ({', '.join(episode.causes) or 'cause unknown'})"
+        what = f"{episode.verdict.value} ({', '.join(episode.causes) or 'cause unknown'})"
         if write.change is Change.OPENED:
             counts = self.figures.episodes
-            counts[episode.kind.value] = counts.get(episode.kind.value, 0) + 1
+            counts[episode.verdict.value] = counts.get(episode.verdict.value, 0) + 1
             many = f" of {episode.member_count} replicas" if episode.member_count > 1 else ""
-            ill = episode.kind is not VerdictKind.UNDERUSED
+            ill = episode.verdict is not VerdictKind.UNDERUSED
             self._events.record(
                 episode.object,
                 "EpisodeOpened",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ def read_state(path: Path) -> tuple[Arrays, str]:
     try:
         if path.stat().st_size > FILE_BYTES_MAX:
             return NO_ARRAYS, f"{path} is larger than {FILE_BYTES_MAX} bytes, and is not read"
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:  # it closes no file that is broken
             return {name: file[name] for name in file.files}, ""
     except FileNotFoundError:
         return NO_ARRAYS, ""

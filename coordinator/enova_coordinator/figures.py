@@ -154,7 +154,7 @@ def _verdicts(coordinator: Coordinator) -> list[Figure]:
     if leading is None or detection is None:
         return []
     standing = {**dict(leading.verdicts), **dict(detection.verdicts)}
-    episodes = Counter(each.kind.value for each in dict(detection.open_episodes).values())
+    episodes = Counter(each.verdict.value for each in dict(detection.open_episodes).values())
     return [
         Figure(
             name="verdict",

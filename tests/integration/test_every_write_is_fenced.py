@@ -33,11 +33,13 @@ from enova.v1 import (
     node_service_pb2_grpc,
     replica_service_pb2,
     replica_service_pb2_grpc,
+    verdict_service_pb2,
     verdict_service_pb2_grpc,
 )
 from enova_common.clock import ModelClock
 from enova_coordinator import coordinator as coordinator_module
 from enova_coordinator.coordinator import Coordinator
+from enova_coordinator.core.episode import Episode
 from enova_coordinator.core.liveness import LivenessLimits
 from enova_coordinator.core.model import Decision, DecisionAction, RequestRecord, StoredCalibration
 from enova_coordinator.election import LEADER_KEY
@@ -46,6 +48,7 @@ from enova_coordinator.service.register import SERVICES
 from enova_coordinator.settings import CoordinatorSettings
 from enova_coordinator.store import Compare, CreateRevisionIs, ModRevisionIs, Operation, Put, TransactionResult, codec
 from enova_coordinator.store.sqlite import MEMORY, SqliteStore
+from enova_recommender.types import VerdictKind
 from enova_testing.scripted_agent import MODEL, ScriptedAgent
 from enova_testing.waiting import until_async
 
@@ -144,7 +147,7 @@ READS = {
     *(f"NodeService.{name}" for name in ("GetNode", "ListNodes", "WatchNodes")),
     *(f"ReplicaService.{name}" for name in ("GetReplica", "ListReplicas", "WatchReplicas", "StreamLogs")),
     "ReplicaService.GetTelemetry",
-    "VerdictService.ListVerdicts",
+    *(f"VerdictService.{name}" for name in ("ListVerdicts", "GetEpisode", "ListEpisodes", "WatchEpisodes")),
 }
 
 
@@ -191,6 +194,14 @@ async def uncordon(world: World) -> None:
     await world.writes("/enova/v1/nodes/node-1", world.call("NodeService.UncordonNode", request))
 
 
+async def label(world: World) -> None:
+    episode = Episode(name="episodes/0000000000000001-00000000", object="fleet", verdict=VerdictKind.UNKNOWN)
+    assert world.leading.detection is not None
+    await world.writes(codec.key(episode.name), world.leading.detection.keep(episode))
+    request = verdict_service_pb2.LabelEpisodeRequest(name=episode.name, label=verdict_service_pb2.Episode.LABEL_TRUE)
+    await world.writes(codec.key(episode.name), world.call("VerdictService.LabelEpisode", request))
+
+
 async def delete_deployment(world: World) -> None:
     request = deployment_service_pb2.DeleteDeploymentRequest(name=DEPLOYMENT)
     await world.writes("/enova/v1/deployments/chat", world.call("DeploymentService.DeleteDeployment", request))
@@ -213,6 +224,7 @@ WRITES: dict[str, Callable[[World], Awaitable[None]]] = {
     "ReplicaService.RestartReplica": restart,
     "NodeService.DrainNode": drain,
     "NodeService.UncordonNode": uncordon,
+    "VerdictService.LabelEpisode": label,
     "DeploymentService.DeleteDeployment": delete_deployment,
     "NodeService.DeleteNode": delete_node,
 }
@@ -319,7 +331,7 @@ def test_the_store_is_written_from_where_this_test_looked_and_from_nowhere_else(
     root = Path(enova_coordinator.__file__).parent
     writers = {str(path.relative_to(root)) for path in root.rglob("*.py") if writes(path)}
     inside = {writer for writer in writers if writer.startswith("store/")}
-    loops = {"advice_loop.py", "calibration_loop.py", "controller.py", "housekeeping.py"}
+    loops = {"advice_loop.py", "calibration_loop.py", "controller.py", "detection_loop.py", "housekeeping.py"}
     assert writers - inside == {"election.py", "service/writes.py"} | loops
 
 

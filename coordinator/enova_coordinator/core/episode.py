@@ -52,7 +52,7 @@ class Episode:
 
     name: str                      # episodes/{when it opened, in milliseconds}-{digest of its root}
     object: str                    # its root: a replica, a deployment, a node, or "fleet"
-    kind: VerdictKind
+    verdict: VerdictKind
     causes: tuple[str, ...] = ()   # the most frequent first
     members: tuple[str, ...] = ()  # replicas, at most MEMBERS_KEPT
     member_count: int = 0

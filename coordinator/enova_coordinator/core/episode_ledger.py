@@ -111,7 +111,7 @@ class EpisodeLedger:
             (
                 name
                 for name, each in self._open.items()
-                if name not in taken and (each.object, each.kind) == (found.root.name, found.kind)
+                if name not in taken and (each.object, each.verdict) == (found.root.name, found.kind)
             ),
             None,
         )
@@ -150,7 +150,7 @@ def _stored(
     return Episode(
         name=name,
         object=episode.root.name,
-        kind=episode.kind,
+        verdict=episode.kind,
         causes=tuple(cause.name for cause in episode.causes),
         members=tuple(sorted(episode.members)[:MEMBERS_KEPT]),
         member_count=found.member_count,

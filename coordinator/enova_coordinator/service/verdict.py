@@ -205,7 +205,7 @@ def episode_message(value: Episode) -> verdict_service_pb2.Episode:
         name=value.name,
         etag=value.etag,
         object=value.object,
-        kind=f"KIND_{value.kind.value}",  # type: ignore[arg-type]
+        kind=f"KIND_{value.verdict.value}",  # type: ignore[arg-type]
         causes=value.causes,
         members=value.members,
         member_count=value.member_count,

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from enova_common.errors import Corrupt
+from enova_coordinator.core.episode import Episode, EpisodeLabel, EpisodeState, EvidenceSeries, Finding
 from enova_coordinator.core.model import (
     AssignedMember,
     Assignment,
@@ -32,6 +33,7 @@ from enova_coordinator.core.model import (
     Variant,
 )
 from enova_coordinator.store import codec
+from enova_recommender.types import VerdictKind
 
 MEMBER = Member(node="nodes/n", rank=0, claims=(Claim(gpu_uuid="g", memory_bytes=7),))
 CONFIGURATION: Configuration = {"max_num_seqs": 64, "gpu_memory_utilization": 0.5, "enforce_eager": True, "dtype": "x"}
@@ -62,6 +64,13 @@ VALUES: tuple[Stored, ...] = (
         name="calibrations/H100.0123456789abcdef", gpu_type="H100", model="m", configuration="", groups=("MEMORY",),
         factors=(1.5,), covariance=(0.25,), noise=0.05, prior_spread=0.3, updates=3, run=5, load=(1.0,),
         update_time_s=2.5,
+    ),
+    Episode(
+        name="episodes/0000001763756000123-0123abcd", object="deployments/d/replicas/r", verdict=VerdictKind.DEGRADED,
+        causes=("SLOW",), members=("deployments/d/replicas/r",), member_count=1, state=EpisodeState.CLOSED,
+        findings=(Finding(feature="step_time_ratio", value=2.0, threshold=1.3, contribution=1.54),),
+        series=(EvidenceSeries(object="r", feature="step_s", start_s=1.0, step_s=5.0, values=(0.1, 0.2)),),
+        label=EpisodeLabel.TRUE, label_cause="THROTTLED", label_actor="user/x", label_time_s=3.0,
     ),
 )
 
