@@ -52,6 +52,7 @@ class Member:
     is_old: bool = False               # to leave once another is READY
     ill: Ill | None = None
     ill_since_s: float = float("inf")
+    slowness: float = 1.0              # of its steps against the variant's
     starts: int = 0                    # of its process; what was scheduled for an older one is void
 
     def move(self, stage: Stage, at_s: float) -> None:

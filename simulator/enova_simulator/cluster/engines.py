@@ -78,11 +78,11 @@ class Engines:
 
     def submit(self, number: int, request: int, at_s: float) -> None:
         """Give a request to an engine, of which nothing that is due before has been left out by `advance`."""
-        kernel.submit(self.state, number, request, at_s)
+        kernel.drive(self.state, at.SUBMIT, number, request, at_s)
 
     def advance(self, until_s: float) -> int:
         """Let time pass where something visible happens by then; the number of things to read by `happened`."""
-        return kernel.advance_due(self.state, until_s)
+        return kernel.drive(self.state, at.ADVANCE, 0, 0, until_s)
 
     @property
     def stopped(self) -> bool:
@@ -95,7 +95,7 @@ class Engines:
 
     def settle(self, until_s: float) -> None:
         """Bring every engine's figures up to this moment; nothing visible may be due before it."""
-        kernel.settle(self.state, until_s)
+        kernel.drive(self.state, at.SETTLE, 0, 0, until_s)
 
     def happened(self) -> list[Happened]:
         """What was logged since the last call, replica by replica."""

@@ -220,7 +220,7 @@ class Fleet:
                     member.started_s = 0.0
                     member.move(Stage.STARTING, 0.0)
                     self._ready(deployment, member, 0, 0.0)
-                    self._routed(deployment, member, 0, 0.0)
+                    self._open(deployment, member)
         if deployment.setup.policy is not None:
             self._at(deployment.setup.policy.interval_s, partial(self._call, deployment), rank=_POLICY)
 
@@ -228,10 +228,16 @@ class Fleet:
         member = Member(
             name=f"{deployment.setup.name}/{variant.name}-{deployment.made}", deployment=deployment.index,
             variant=variant, kind=self._kind_of[id(variant)], number=deployment.made, created_s=now_s, since_s=now_s,
+            slowness=self._slowness(deployment, variant),
         )  # fmt: skip
         deployment.made += 1
         deployment.roll.members.append(member)
         return member
+
+    def _slowness(self, deployment: _Deployment, variant: VariantSetup) -> float:
+        """How slow the next replica is, by its number, so that it is so under every policy."""
+        draw = np.random.default_rng([self._setup.seed, deployment.index, 3, deployment.made])
+        return math.exp(variant.replica_sigma * float(draw.standard_normal()))
 
     def _reconcile(self, deployment: _Deployment, now_s: float) -> None:
         """Take the steps towards the targets."""
@@ -273,6 +279,7 @@ class Fleet:
         member.move(Stage.READY, now_s)
         member.ready_s = now_s if math.isnan(member.ready_s) else member.ready_s
         self._engines.begin(member.engine, member.kind, now_s)
+        self._engines.slow(member.engine, member.slowness)
         deployment.watch.ready(member)
         if starts:
             self._at(now_s + self._setup.paces.routed_s, partial(self._routed, deployment, member, starts))
@@ -280,10 +287,13 @@ class Fleet:
     def _routed(self, deployment: _Deployment, member: Member, starts: int, now_s: float) -> None:
         if member.starts != starts or member.stage is not Stage.READY:
             return
-        self._desk_of_engine[member.engine] = deployment.desk
-        deployment.desk.open(member)
+        self._open(deployment, member)
         deployment.desk.release(now_s)
         self._reconcile(deployment, now_s)
+
+    def _open(self, deployment: _Deployment, member: Member) -> None:
+        self._desk_of_engine[member.engine] = deployment.desk
+        deployment.desk.open(member)
 
     def _release(self, deployment: _Deployment, member: Member, now_s: float) -> None:
         """Let a replica go: one that serves drains first."""
@@ -326,7 +336,7 @@ class Fleet:
         member.ill, member.ill_since_s = fault.ill, now_s
         match fault.ill:
             case Ill.SLOW:
-                self._engines.slow(member.engine, fault.factor)
+                self._engines.slow(member.engine, member.slowness * fault.factor)
                 self._at(fault.until_s, partial(self._recover, member, member.starts))
             case Ill.HUNG:
                 self._engines.settle(now_s)
@@ -341,7 +351,7 @@ class Fleet:
     def _recover(self, member: Member, starts: int, now_s: float) -> None:
         del now_s
         if member.starts == starts and member.stage in {Stage.READY, Stage.DRAINING}:
-            self._engines.slow(member.engine, 1.0)
+            self._engines.slow(member.engine, member.slowness)
             member.ill, member.ill_since_s = None, math.inf
 
     def _restart(

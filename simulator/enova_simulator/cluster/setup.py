@@ -49,6 +49,7 @@ class VariantSetup:
     unloaded_ttft_s: Mapping[int, float] = field(default_factory=dict)   # by prompt tokens, for objectives
     first_token_delay_s: float = 0.0   # beside the prompt's steps
     weight: float = 1.0                # in routing
+    replica_sigma: float = 0.0         # of the logarithm of a replica's slowness
     site: str = ""                     # where its GPUs are; "" where the requests come in
 
 

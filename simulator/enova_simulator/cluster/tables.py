@@ -18,7 +18,7 @@ from enova_recommender.performance import StepTimes
 from enova_recommender.performance.layers import CONTEXT, PAIRS, TOKENS
 from enova_recommender.types import Batch
 from enova_simulator.cluster.kernel.state import Floats, Tables
-from enova_simulator.cluster.kernel.times import run_time, step_time
+from enova_simulator.cluster.kernel.times import run_seconds, step_seconds
 
 MIXED_AT_TOKENS = 512              # of a prompt part, where what a sequence adds beside it is asked
 
@@ -36,11 +36,11 @@ class Tabulated:
     def step_s(self, batch: Batch) -> float:
         """Duration of one step."""
         prefill = (batch.prefill_tokens, batch.prefill_pairs)
-        return float(step_time(self.tables, 0, prefill, batch.decode_sequences, batch.context_tokens))
+        return float(step_seconds(self.tables, 0, prefill, batch.decode_sequences, batch.context_tokens))
 
     def decode_run_s(self, *, sequences: int, context_tokens: int, steps: int) -> float:
         """Duration of a run of decode steps."""
-        return float(run_time(self.tables, 0, sequences, context_tokens, steps))
+        return float(run_seconds(self.tables, 0, sequences, context_tokens, steps))
 
 
 def tabulated(times: StepTimes, *, max_num_seqs: int, max_num_batched_tokens: int) -> Tabulated:
@@ -89,5 +89,5 @@ def _stack(arrays: Sequence[Floats]) -> Floats:
     shape = tuple(np.max([array.shape[1:] for array in arrays], axis=0))
     filled = np.full((len(arrays), *shape), np.nan)
     for place, array in enumerate(arrays):
-        filled[(place, *(slice(0, length) for length in array.shape[1:]))] = array[0]
+        filled[place][tuple(slice(0, length) for length in array.shape[1:])] = array[0]
     return filled

@@ -108,13 +108,13 @@ def _leave(state: State, replica: int, request: int, in_step: int) -> None:
 def _steps_to_finish(state: State, replica: int) -> int:
     engine = state.engines[replica]
     if engine[at.FINISH_STEP] < 0:
-        least = np.int64(1) << 60
+        least = np.int64(1 << 60)
         for index in range(engine[at.RUNNING]):
             row = state.requests[state.running[replica, index]]
             if row[at.JOINED] >= 0 and row[at.ENDS] < least:
                 least = np.int64(row[at.ENDS])
         engine[at.FINISH_STEP] = least
-    return engine[at.FINISH_STEP] - engine[at.STEPS]
+    return int(engine[at.FINISH_STEP] - engine[at.STEPS])
 
 
 @compiled
@@ -131,7 +131,7 @@ def run_length(state: State, replica: int) -> int:
         if left < 0:
             break
         steps += 1
-    return min(steps, limit)
+    return int(min(steps, limit))
 
 
 @compiled
@@ -142,7 +142,7 @@ def blocks_after_first(state: State, replica: int, steps: int) -> int:
     total = ((steps - 1) // size) * engine[at.COHORT]
     for index in range((steps - 1) % size):
         total += state.phases[replica, (engine[at.STEPS] + 1 + index) % size]
-    return total
+    return int(total)
 
 
 # -- a request leaves the batch

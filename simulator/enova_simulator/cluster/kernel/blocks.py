@@ -24,7 +24,7 @@ def find(state: State, replica: int, block_hash: int) -> int:
     node = state.buckets[replica, block_hash & (state.buckets.shape[1] - 1)]
     while node >= 0 and state.node_hashes[replica, node] != block_hash:
         node = state.nodes[replica, node, at.NEXT_IN_BUCKET]
-    return node
+    return int(node)
 
 
 @compiled

@@ -34,3 +34,5 @@ LOG_ADMITTED, LOG_FIRST, LOG_RESUMED, LOG_PREEMPTED, LOG_FINISHED = 1, 2, 4, 8, 
 # Columns of `State.nodes`: blocks that are found by hash
 HOLDERS, NEXT_IN_BUCKET, OLDER, YOUNGER = range(4)
 NODE_COLUMNS = 4
+# What `engines.drive` is to do
+ADVANCE, SETTLE, SUBMIT = range(3)

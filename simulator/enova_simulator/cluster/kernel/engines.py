@@ -18,7 +18,7 @@ from enova_simulator.cluster.kernel.batch import (
     victim_of,
 )
 from enova_simulator.cluster.kernel.blocks import blocks_of, find, free, hold, publish, take
-from enova_simulator.cluster.kernel.state import State, compiled
+from enova_simulator.cluster.kernel.state import State, compiled, exported
 from enova_simulator.cluster.kernel.times import run_time, step_time
 
 
@@ -264,34 +264,38 @@ def _advance(state: State, replica: int, until_s: float) -> bool:
     return False
 
 
-@compiled
-def advance_due(state: State, until_s: float) -> int:
-    """Let time pass for all replicas that change visibly by then; the number of log entries to read.
+@exported
+def drive(state: State, deed: int, replica: int, request: int, at_s: float) -> int:
+    """Advance what is due, settle, or submit (`columns.ADVANCE` and so on); the number of log entries to read.
 
-    STOPPED says whether one stopped early: read the log, act on it, and call again.
+    One function for all three, so that what they share is compiled once. ADVANCE: let time pass for all replicas that
+    change visibly by then; STOPPED says whether one stopped early: read the log, act on it, and call again. SETTLE:
+    bring every engine's figures up to this moment, before which nothing visible is due. SUBMIT: give a request to an
+    engine, of which nothing else is visible before; the step in flight keeps its length.
     """
+    first, last = 0, len(state.clocks)
+    if deed == at.SUBMIT:
+        first, last = replica, replica + 1
     stopped = 0
-    for replica in range(len(state.clocks)):
-        if state.clocks[replica, at.NEXT] <= until_s and _advance(state, replica, until_s):
+    for number in range(first, last):
+        clock, in_step = state.clocks[number], state.engines[number, at.IN_STEP]
+        due = clock[at.NEXT] <= at_s
+        if deed == at.SETTLE:
+            due = in_step == 1
+        elif deed == at.SUBMIT:
+            due = in_step == 1 or clock[at.NEXT] < at_s
+        if due and _advance(state, number, at_s):
             stopped = 1
-    state.control[at.STOPPED] = stopped
+    if deed == at.ADVANCE:
+        state.control[at.STOPPED] = stopped
+    elif deed == at.SUBMIT:
+        _submit(state, replica, request, at_s)
     return int(state.control[at.LOGGED])
 
 
 @compiled
-def settle(state: State, until_s: float) -> None:
-    """Bring every engine's figures up to this moment, before which nothing visible is due."""
-    for replica in range(len(state.clocks)):
-        if state.engines[replica, at.IN_STEP]:
-            _advance(state, replica, until_s)
-
-
-@compiled
-def submit(state: State, replica: int, request: int, at_s: float) -> None:
-    """Give a request to an engine, of which nothing else is visible before; the step in flight keeps its length."""
+def _submit(state: State, replica: int, request: int, at_s: float) -> None:
     engine, clock = state.engines[replica], state.clocks[replica]
-    if engine[at.IN_STEP] or clock[at.NEXT] < at_s:
-        _advance(state, replica, at_s)
     if not engine[at.IN_STEP] and engine[at.RUNNING] == 0 and engine[at.WAITING] == 0:
         clock[at.NOW] = max(clock[at.NOW], at_s)
     state.control[at.ORDERS] += 1
@@ -302,7 +306,7 @@ def submit(state: State, replica: int, request: int, at_s: float) -> None:
         clock[at.NEXT] = clock[at.STEP_END] if engine[at.IN_STEP] else clock[at.NOW]
 
 
-@compiled
+@exported
 def clear(state: State, replica: int, kind: int, at_s: float) -> None:
     """An empty engine of this kind begins here; whatever was in it is forgotten."""
     engine, clock = state.engines[replica], state.clocks[replica]
@@ -322,7 +326,7 @@ def clear(state: State, replica: int, kind: int, at_s: float) -> None:
         state.nodes[replica, node, at.HOLDERS] = 0
 
 
-@compiled
+@exported
 def forget(state: State, request: int) -> None:
     """Make a request as if it had never been computed, so that it can be submitted elsewhere."""
     row = state.requests[request]

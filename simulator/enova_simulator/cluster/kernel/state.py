@@ -8,7 +8,7 @@ that a replica knows when it next changes visibly (NEXT), so that only those tha
 Two things differ from the pure scheduler. Requests are submitted when they arrive, never ahead of time; and there is
 no bound on queued requests here: the gate of `enova_agent.core.admission` stands before each engine.
 
-All compiled functions stand in this one module: numba's cache does not notice a change in another.
+What is compiled is kept beside `engines.py`; numba notices no change in the other modules: after one, touch that.
 """
 
 from __future__ import annotations
@@ -64,5 +64,10 @@ class State(NamedTuple):
 
 
 def compiled(function: F) -> F:
-    """The function as machine code, kept on disk between runs."""
-    return cast(F, numba.njit(cache=True)(function))
+    """The function as machine code, for other compiled functions alone: wrappers would double the time to compile."""
+    return cast(F, numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)(function))
+
+
+def exported(function: F) -> F:
+    """The function as machine code with all that it calls, kept on disk between runs; Python may call it."""
+    return cast(F, numba.njit(cache=True, no_cfunc_wrapper=True)(function))

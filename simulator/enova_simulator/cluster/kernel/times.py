@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from enova_simulator.cluster.kernel.state import Floats, Tables, compiled
+from enova_simulator.cluster.kernel.state import Floats, Tables, compiled, exported
 
 
 @compiled
@@ -32,12 +32,13 @@ def step_time(tables: Tables, kind: int, prefill: tuple[int, int], decode: int, 
     prompts, pairs = prefill
     read = _along(tables.context_knots, tables.context[kind, decode], context) if decode else 0.0
     if prompts == 0:
-        return tables.decode[kind, decode] + read
+        return float(tables.decode[kind, decode] + read)
     low = _place(tables.prompt_knots, prompts)
     share = (prompts - tables.prompt_knots[low]) / (tables.prompt_knots[low + 1] - tables.prompt_knots[low])
     below = _along(tables.pair_knots, tables.pairs[kind, low], pairs)
     above = _along(tables.pair_knots, tables.pairs[kind, low + 1], pairs)
-    return tables.tokens[kind, prompts + decode] + tables.mixed[kind, decode] + read + below + share * (above - below)
+    own = tables.tokens[kind, prompts + decode] + tables.mixed[kind, decode]
+    return float(own + read + below + share * (above - below))
 
 
 @compiled
@@ -58,4 +59,16 @@ def run_time(tables: Tables, kind: int, decode: int, context: int, steps: int) -
         middle = first + decode * (count - 1) / 2.0
         total += count * (values[low] + slope * (middle - knots[low]))
         done += count
-    return total
+    return float(total)
+
+
+@exported
+def step_seconds(tables: Tables, kind: int, prefill: tuple[int, int], decode: int, context: int) -> float:
+    """`step_time`, for Python."""
+    return step_time(tables, kind, prefill, decode, context)
+
+
+@exported
+def run_seconds(tables: Tables, kind: int, decode: int, context: int, steps: int) -> float:
+    """`run_time`, for Python."""
+    return run_time(tables, kind, decode, context, steps)
