@@ -154,15 +154,16 @@ def _verdicts(coordinator: Coordinator) -> list[Figure]:
     if leading is None or detection is None:
         return []
     standing = {**dict(leading.verdicts), **dict(detection.verdicts)}
+    scores: dict[tuple[str, ...], float] = {
+        (name, each.kind.value, each.cause): each.score or 1.0
+        for name, each in standing.items() if each.kind is not VerdictKind.NORMAL
+    }  # fmt: skip
     episodes = Counter(each.verdict.value for each in dict(detection.open_episodes).values())
     return [
         Figure(
             name="verdict",
             help="Score of the verdict on an object that is not NORMAL; 1 where the detector gives no score",
-            values={
-                (name, each.kind.value, each.cause): each.score or 1.0
-                for name, each in standing.items() if each.kind is not VerdictKind.NORMAL
-            },
+            values=scores,
             label=("object", "verdict", "cause"),
         ),
         Figure(

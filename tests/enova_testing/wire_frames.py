@@ -66,10 +66,9 @@ def _replica(reading: ReplicaReading) -> telemetry_pb2.ReplicaSample:
 
 
 def _request(reading: RequestReading) -> telemetry_pb2.RequestSummary:
-    counts = ("arrived", "finished", "failed", "cut", "refused", "held")
-    return telemetry_pb2.RequestSummary(
-        deployment=reading.deployment,
-        replica=reading.replica,
-        serving_class=reading.serving_class,
-        **{name: int(getattr(reading, name)) for name in counts},
+    summary = telemetry_pb2.RequestSummary(
+        deployment=reading.deployment, replica=reading.replica, serving_class=reading.serving_class
     )
+    for name in ("arrived", "finished", "failed", "cut", "refused", "held"):
+        setattr(summary, name, int(getattr(reading, name)))
+    return summary

@@ -82,7 +82,9 @@ def read_frame(node: str, data: bytes, *, scale: float = 1.0) -> ReadFrame | Non
 
 
 def _gpu(sample: telemetry_pb2.GpuSample, scale: float) -> GpuReading:
-    return GpuReading(sample.uuid, *(_figure(sample, name) for name in _GPU_FIGURES), age_s=sample.age_s * scale)
+    return GpuReading(
+        uuid=sample.uuid, age_s=sample.age_s * scale, **{name: _figure(sample, name) for name in _GPU_FIGURES}
+    )
 
 
 def _replica(sample: telemetry_pb2.ReplicaSample, scale: float) -> ReplicaReading:
