@@ -146,3 +146,15 @@ def test_a_new_tensor_parallel_size_is_an_act_without_more_replicas() -> None:
     ruling = ruled(proposal(Action.RECONFIGURE, 2, replace(SIZES, tensor_parallel_size=2)))
     assert ruling is not None
     assert (ruling.action, ruling.to_replicas) == (DecisionAction.RECONFIGURE, 2)
+
+
+def test_a_dead_replica_holds_nothing_up_and_is_no_replica_in_flight() -> None:
+    one_down = replicas(ReplicaState.READY, ReplicaState.FAILED)
+    held = ruled(proposal(), present=one_down)
+    assert held is not None
+    assert held.guard is Guard.IN_FLIGHT
+    free = rule(
+        proposal(), deployment(), one_down, history=History(last_act_s=-math.inf), now_s=NOW_S, cooldown_s=60.0,
+        gpus_per_node=8, dead=frozenset({one_down[1].name}),
+    )  # fmt: skip
+    assert free == Ruling(action=DecisionAction.SCALE_UP, to_replicas=3, reason="requests pend")
