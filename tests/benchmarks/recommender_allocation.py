@@ -44,7 +44,6 @@ from enova_recommender.recommend.allocation_types import (
     Spread,
     options_of,
 )
-from enova_recommender.recommend.capacity_full import full_batch
 from enova_recommender.recommend.capacity_lengths import Floats, Lengths, lengths_of
 from enova_recommender.recommend.search import search
 from enova_recommender.recommend.search_space import SearchSpace
@@ -53,6 +52,7 @@ from enova_recommender.types import Batch, GpuModel, ModelShape, Parallelism, Pr
 from enova_testing.allocation_baselines import Instance, greedy, single_type, sliced, textbook
 from enova_testing.benchmark import SAMPLES, Benchmark, benchmark, read_rows, wilson
 from enova_testing.fleets import inventory, timed
+from enova_testing.full_batch import full_batch
 
 SET = "perf_llm_pilot"
 USERS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -1,13 +1,14 @@
 """How well max_num_seqs and the layout are chosen for a target of the time between tokens, on measured servers.
 
-Cases are groups of measured settings (model x GPU x load) with a target that some of them meet and some do not. `cold`:
-ours knows the model's shape and the GPU's data sheet alone, by the constants that are shipped. `cold_taught`: also what
-the settings of other model families of the same set take beside their kernels (leave one family out: the family at hand
-teaches nothing). `after3`: as that, and three settings of the group, drawn by the seed, are known; five seeds. What
-chooses here (`capacity_full`, `surroundings`) is used by this benchmark only; advice counts replicas by open arrivals.
+Cases are groups of measured settings (model x GPU x load) with a target that some of them meet and some do not. Ours is
+the product's search (`most_assured`), which is asked for a load without end: the cheapest then has the most requests a
+second and GPU, and its max_num_seqs is what keeps the target in a full batch with the wanted chance. `cold`: it knows
+the model's shape and the GPU's data sheet alone, by the constants that are shipped. `cold_taught`: also what a fleet
+learns that serves the other model families of the same set on that type of GPU (leave one family out: the family at
+hand teaches nothing). `after3`: as that, and three settings of the group, drawn by the seed, calibrate it; five seeds.
 A choice that misses the target counts under violations alone; of the others the regret is 1 - tokens/s per GPU of the
-choice / that of the best feasible setting; no answer is a regret of 1. The margin is no knob: a choice must hold with
-the chance that is tolerated for it, by the error that is expected of it.
+choice / that of the best feasible setting; no answer is a regret of 1. The chance is the product's: 90 %, or less where
+nothing is that sure.
 
 Assumed: prompt lengths of rec_mlenergy by task (`PROMPT_TOKENS`), output lengths are those of the group's load; expert
 parallel over N GPUs with one data rank is attention split over N; max_num_batched_tokens is vLLM's default.
@@ -24,20 +25,20 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from enova_recommender.recommend.types import ASSURANCES
 from enova_testing.benchmark import Benchmark, benchmark, wilson
 from enova_testing.choice import (
-    COLD_ASSURANCE,
     TARGETS_S,
-    TRIAL_ASSURANCE,
     Group,
     Rule,
-    Taught,
     default_rule,
     energy_groups,
     enova_007_rule,
     largest_rule,
+    lengths,
     neighbour_rule,
     our_rules,
+    predicted,
     silicon_groups,
 )
 
@@ -59,9 +60,8 @@ def main() -> None:
         bench.notes["left out"] = "not in the catalogue: " + ", ".join(sorted(unknown))
     cases = [(group, target) for group in groups for target in TARGETS_S if _is_case(group, target)]
     seeds = range(bench.seed, bench.seed + (FULL_SEEDS if bench.full else SEEDS))
-    taught = Taught(groups)
     rules: list[tuple[str, int | None, Rule]] = [
-        *our_rules(taught, seeds),
+        *our_rules(groups, seeds),
         ("vllm_default", None, default_rule), ("enova_007", None, enova_007_rule), ("largest", None, largest_rule),
     ]  # fmt: skip
     if len({group.family for group in groups}) > 1:
@@ -70,7 +70,7 @@ def main() -> None:
         bench.notes["nearest_neighbour"] = "needs two families"
     rows = [_judged(name, seed, rule, group, target) for name, seed, rule in rules for group, target in cases]
     bench.write("choices", rows)
-    bench.write("predictions", _predictions(groups, taught))
+    bench.write("predictions", _predictions(groups))
     _report(bench, rows)
 
 
@@ -96,10 +96,12 @@ def _judged(name: str, seed: int | None, rule: Rule, group: Group, target_s: flo
     }  # fmt: skip
 
 
-def _predictions(groups: Sequence[Group], taught: Taught) -> Iterator[Row]:
+def _predictions(groups: Sequence[Group]) -> Iterator[Row]:
     """What the step model expects of each setting, without any trial."""
     for group in groups:
-        for place, (one, found) in enumerate(zip(group.settings, taught.predicted(group), strict=True)):
+        load = lengths(group)
+        for place, one in enumerate(group.settings):
+            found = predicted(one, load)
             yield {
                 "set": group.data_set, "group": group.name, "setting": place, "sequences": one.sequences,
                 "gpus": one.parallelism.gpus, "predicted_ms": 1000 * found.step_s.value,
@@ -135,7 +137,7 @@ def _report(bench: Benchmark, rows: Sequence[Row]) -> None:
     missing = _figures([])
     bench.end({
         **{name: by_rule.pop(name, missing) for name in ("cold", "cold_taught", "after3")}, "baselines": by_rule,
-        "by_set": by_set, "by_gpu": by_gpu, "assurance": {"cold": COLD_ASSURANCE, "after3": TRIAL_ASSURANCE},
+        "by_set": by_set, "by_gpu": by_gpu, "assurances": ASSURANCES,
     })  # fmt: skip
 
 

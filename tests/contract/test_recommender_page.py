@@ -88,8 +88,10 @@ def test_first_tokens_are_delayed_as_the_library_delays_them() -> None:
 
 
 def test_bounds_replicas_and_price_are_the_librarys() -> None:
-    factor = math.exp(1.2815515594457 * KernelTimes(SHAPE, GPU).spread)
-    assert VALUES["error"] == pytest.approx(factor, rel=1e-4)
+    times = KernelTimes(SHAPE, GPU)
+    assert VALUES["kernels_s"] + 0.000508 + VALUES["sequences_s"] == pytest.approx(times.step_s(DECODE), rel=1e-5)
+    spread = float(times.spreads(DECODE.decode_sequences, DECODE.context_tokens))
+    assert VALUES["error"] == pytest.approx(math.exp(1.2815515594457 * spread), rel=1e-4)
     assert VALUES["replicas"] == math.ceil(50 / VALUES["assured"])
     assert VALUES["cost_per_hour"] == pytest.approx(VALUES["replicas"] * (GPU.price_per_hour or 0))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -17,30 +17,28 @@ import numpy as np
 
 from enova_recommender.catalog import find_gpu, find_model
 from enova_recommender.memory import fit
-from enova_recommender.performance import KernelTimes
-from enova_recommender.performance.live_steps import ObservedStep
-from enova_recommender.recommend.capacity import lanes_of
-from enova_recommender.recommend.capacity_full import FullBatch, choose, full_batch
+from enova_recommender.performance import Correction, KernelTimes, ObservedStep
+from enova_recommender.performance.calibration import measured, seconds_of
+from enova_recommender.performance.engine_model import EngineModel, corrected_times
+from enova_recommender.recommend.capacity import factor_of, lanes_of
+from enova_recommender.recommend.capacity_curve import curve, load_grid
 from enova_recommender.recommend.capacity_lengths import Lengths, lengths_of
-from enova_recommender.recommend.surroundings import (
-    Surroundings,
-    Trial,
-    expected,
-    features_of,
-    learn,
-)
-from enova_recommender.recommend.types import Workload
+from enova_recommender.recommend.search import TimesOf, most_assured
+from enova_recommender.recommend.search_space import SearchSpace
+from enova_recommender.recommend.types import InventoryNode, Objectives, Workload
 from enova_recommender.scaling.enova_007_model import GIB, TableRow, lay_out, max_num_seqs, one_sequence_bytes
 from enova_recommender.scaling.types import GpuFacts
-from enova_recommender.types import Batch, Experts, GpuModel, ModelShape, Parallelism, Precision
+from enova_recommender.types import Batch, Experts, GpuModel, Interval, ModelShape, Parallelism, Precision
 from enova_testing.benchmark import read_rows
+from enova_testing.latency_rows import told_once
 
-COLD_ASSURANCE = 0.9      # chance that a choice holds, by the error that is expected of it
-TRIAL_ASSURANCE = 0.97    # after trials, which cost less than a wrong choice
 BATCHED_TOKENS = 8192     # vLLM's default on these GPUs; neither set says otherwise
+MOST_SEQS = 4096          # that any of the settings has
+UTILIZATION = 0.92
+MEDIAN = 0.5              # the percentile of the time between tokens that both sets tell, or nearly
+ENDLESS_RPS, ENDLESS_GPUS = 1e6, 1_000_000_000
 TARGETS_S = (0.020, 0.030, 0.040, 0.050, 0.075, 0.100)
 MEASURED = 3              # settings that are known after a first trial
-FAMILIES_MIN = 2          # on one type of GPU, to learn from that type alone
 # Tokens of a prompt by task, for a set that does not say: conversations and questions are short, completions of code
 # bring the files around them. Assumed, not fitted.
 PROMPT_TOKENS = {"lm-arena-chat": 200, "gpqa": 300, "sourcegraph-fim": 3000}
@@ -114,7 +112,7 @@ def energy_groups(paths: Iterable[Path], unknown: set[str]) -> list[Group]:
 def silicon_groups(paths: Iterable[Path], unknown: set[str]) -> list[Group]:
     """Concurrency sweeps of vLLM servers; of repeats the median."""
     repeats: dict[tuple[str, Parallelism, int], list[Setting]] = defaultdict(list)
-    for row in (row for path in paths for row in read_rows(path)):
+    for row in told_once(row for path in paths for row in read_rows(path)):
         if row["backend"] != "vllm":
             continue
         shape, gpu = find_model(row["model_path"]), find_gpu(row["system"].removesuffix("_sxm"))
@@ -156,30 +154,48 @@ def _groups(data_set: str, found: dict[str, list[Setting]]) -> list[Group]:
 # -- what a rule sees of a setting
 
 
-def lengths(group: Group) -> Lengths:
-    """The load of a group: its mean lengths, for all settings alike."""
+def load_of(group: Group) -> Workload:
+    """The load of a group: its mean lengths, for all settings alike, and more requests than any one replica carries."""
     prompt = round(float(np.mean([one.prompt_tokens for one in group.settings])))
     output = round(float(np.mean([one.output_tokens for one in group.settings])))
-    return lengths_of(Workload(requests_per_s=1.0, lengths=((prompt, max(2, output)),)), prefix_caching=False)
+    return Workload(requests_per_s=ENDLESS_RPS, lengths=((prompt, max(2, output)),))
 
 
-def step_times(setting: Setting) -> KernelTimes:
-    """Step times of a setting's layout."""
-    return _times(setting.shape, setting.gpu, setting.parallelism, setting.precision)
+def lengths(group: Group) -> Lengths:
+    """Moments of the load's lengths."""
+    return lengths_of(load_of(group), prefix_caching=False)
 
 
 @cache
-def _times(shape: ModelShape, gpu: GpuModel, parallelism: Parallelism, precision: Precision) -> KernelTimes:
+def shipped_times(shape: ModelShape, gpu: GpuModel, parallelism: Parallelism, precision: Precision) -> KernelTimes:
+    """Step times of a layout by the constants that are shipped."""
     return KernelTimes(shape, gpu, parallelism=parallelism, precision=precision)
 
 
-def predicted(setting: Setting, times: KernelTimes, load: Lengths) -> FullBatch:
-    """What is expected of a setting; a mean over tokens where a mean was measured."""
-    lanes = lanes_of(setting.parallelism)
-    found = full_batch(
-        times, load, sequences=setting.sequences / lanes, max_num_batched_tokens=BATCHED_TOKENS, lanes=lanes
+def step_times(setting: Setting) -> KernelTimes:
+    """Step times of a setting's layout by the constants that are shipped."""
+    return shipped_times(setting.shape, setting.gpu, setting.parallelism, setting.precision)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What is expected of a setting: the mean time between tokens of a full batch, and tokens a second."""
+
+    step_s: Interval
+    tokens_per_s: float
+
+
+def predicted(setting: Setting, load: Lengths) -> Expected:
+    """What the product's curve says of a setting, by the constants that are shipped."""
+    times, lanes = step_times(setting), lanes_of(setting.parallelism)
+    each = max(setting.sequences / lanes, 1.0)
+    grid = load_grid(times, load, most_sequences=max(each, 2.0))
+    behaviour = curve(times, load, np.array([float(BATCHED_TOKENS)]), grid, percentile=MEDIAN, arrival_cv=1.0)
+    step_s = float(np.interp(each - 1, grid, behaviour.mean_tpot_s[0]))
+    factor = factor_of(float(np.interp(each - 1, grid, behaviour.spreads)), 0.9)
+    return Expected(
+        step_s=Interval(value=step_s, low=step_s / factor, high=step_s * factor), tokens_per_s=lanes * each / step_s
     )
-    return found if setting.is_median else found.of_mean()
 
 
 def observed(setting: Setting, load: Lengths) -> ObservedStep:
@@ -200,94 +216,110 @@ def observed(setting: Setting, load: Lengths) -> ObservedStep:
     return ObservedStep(parts=parts, step_s=setting.step_s)
 
 
-# -- what measured settings of other families teach, and rules: the place of the chosen setting, None for no answer
+# -- ours: what the product chooses by what it was told. A rule gives the place of the setting, None for no answer.
 
 Rule = Callable[[Group, float], int | None]
+Corrections = dict[str, Correction]
 
 
 class Taught:
-    """Surroundings of each group, learnt from the other families of its set on its type of GPU, or on any."""
+    """What measured settings teach, as the product keeps it: corrections by the key of a model on a type of GPU."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        self._trials = {group.name: trials(group) for group in groups}
-        self._predicted: dict[str, list[FullBatch]] = {}
         self._groups = groups
-        self._found: dict[tuple[object, ...], Surroundings] = {}
+        self._models: dict[tuple[str, str], list[Group]] = defaultdict(list)
+        for group in groups:
+            self._models[group.data_set, _model_of(group.settings[0]).key].append(group)
+        self._found: dict[tuple[str, str], Correction] = {}
 
-    def trials(self, group: Group) -> list[Trial]:
-        """All settings of a group as trials."""
-        return self._trials[group.name]
+    def by_others(self, group: Group) -> Corrections:
+        """The corrections of all other families of the set, each by all of its settings."""
+        return {
+            key: self._correction(data_set, key)
+            for (data_set, key), members in self._models.items()
+            if data_set == group.data_set and members[0].family != group.family
+        }
 
-    def predicted(self, group: Group) -> list[FullBatch]:
-        """What the step model alone expects of each setting of a group."""
-        if group.name not in self._predicted:
-            load = lengths(group)
-            self._predicted[group.name] = [predicted(one, step_times(one), load) for one in group.settings]
-        return self._predicted[group.name]
+    def by_trial(self, group: Group, known: Sequence[int]) -> Corrections:
+        """Those of the group itself by some of its settings, beside what the others teach."""
+        load, first = lengths(group), group.settings[0]
+        site = corrected_times(self.by_others(group))(first.shape, first.gpu, first.parallelism, first.precision)
+        settings = [group.settings[place] for place in known]
+        steps = [(seconds_of(step_times(one), step), step.step_s) for one in settings for step in [observed(one, load)]]
+        found = measured(steps, spread=step_times(first).spread, site=site.correction).correction
+        return {_model_of(one).key: found for one in group.settings}
 
-    def site(self, group: Group) -> Surroundings:
-        """What is known of a group before any of its own settings was tried."""
-        gpu = group.settings[0].gpu
-        others = [one for one in self._groups if one.data_set == group.data_set and one.family != group.family]
-        same = [one for one in others if one.settings[0].gpu == gpu]
-        taught = same if len({one.family for one in same}) >= FAMILIES_MIN else others
-        key = (group.data_set, *(one.name for one in taught))
-        if key not in self._found:
-            self._found[key] = learn([self._trials[one.name] for one in taught])
-        return self._found[key]
+    def _correction(self, data_set: str, key: str) -> Correction:
+        if (data_set, key) not in self._found:
+            members = self._models[data_set, key]
+            steps = [
+                (seconds_of(step_times(one), step), step.step_s)
+                for group in members for load in [lengths(group)]
+                for one in group.settings for step in [observed(one, load)]
+            ]  # fmt: skip
+            spread = step_times(members[0].settings[0]).spread
+            self._found[data_set, key] = measured(steps, spread=spread).correction
+        return self._found[data_set, key]
 
 
-def trials(group: Group) -> list[Trial]:
-    """All settings of a group as trials."""
-    load, layouts = lengths(group), {one.parallelism: number for number, one in enumerate(group.settings)}
+def _model_of(setting: Setting) -> EngineModel:
+    return EngineModel(
+        shape=setting.shape, gpu=setting.gpu, parallelism=setting.parallelism, precision=setting.precision
+    )
+
+
+def our_rules(groups: Sequence[Group], seeds: Iterable[int]) -> list[tuple[str, int | None, Rule]]:
+    """Ours by how much they know: the model and the GPU; other families of the set as well; three trials too."""
+    taught = Taught(groups)
+
+    def after(seed: int) -> Rule:
+        def rule(group: Group, target_s: float) -> int | None:
+            draw = np.random.default_rng([seed, len(group.settings)])
+            known = draw.choice(len(group.settings), size=min(MEASURED, len(group.settings)), replace=False).tolist()
+            return advised(group, target_s, corrected_times(taught.by_trial(group, known)))
+
+        return rule
+
     return [
-        Trial(
-            features=features_of(step_times(one), one.shape, observed(one, load)), layout=layouts[one.parallelism],
-            sequences=one.sequences / lanes_of(one.parallelism), step_s=one.step_s,
-        )
-        for one in group.settings
+        ("cold", None, lambda group, target_s: advised(group, target_s, shipped_times)),
+        ("cold_taught", None, lambda group, target_s: advised(
+            group, target_s, corrected_times(taught.by_others(group))
+        )),
+        *(("after3", seed, after(seed)) for seed in seeds),
     ]  # fmt: skip
 
 
-def our_rules(taught: Taught, seeds: Iterable[int]) -> list[tuple[str, int | None, Rule]]:
-    """Ours by how much they know: the model and the GPU; other families of the set as well; three trials too."""
-    return [
-        ("cold", None, shipped_rule(taught, COLD_ASSURANCE)),
-        ("cold_taught", None, taught_rule(taught, COLD_ASSURANCE)),
-        *(("after3", seed, taught_rule(taught, TRIAL_ASSURANCE, seed=seed)) for seed in seeds),
-    ]
+def advised(group: Group, target_s: float, times_of: TimesOf) -> int | None:
+    """What the product's search chooses for a load without end on GPUs without end, all at one price.
+
+    The cheapest then is the one with the most requests a second and GPU. Its max_num_seqs is snapped down to a measured
+    one; where none is as small, the next candidate counts.
+    """
+    first = group.settings[0]
+    gpu = replace(first.gpu, price_per_hour=1.0)
+    nodes = [InventoryNode(name="endless", gpu=gpu, gpus=ENDLESS_GPUS, island_gpus=gpu.island_gpus)]
+    space = SearchSpace(
+        parallelisms=tuple(dict.fromkeys(one.parallelism for one in group.settings)), max_num_seqs=(MOST_SEQS,),
+        max_num_batched_tokens=(BATCHED_TOKENS,), gpu_memory_utilizations=(UTILIZATION,),
+        kv_cache_dtypes=(first.precision.kv_cache_dtype,),
+    )  # fmt: skip
+    found = most_assured(
+        first.shape, nodes, load_of(group), Objectives(tpot_s=target_s, percentile=MEDIAN), space=space,
+        precision=first.precision, times_of=times_of, check_floor=False,
+    )  # fmt: skip
+    for candidate in found.feasible():
+        chosen = candidate.settings
+        places = [
+            place for place, one in enumerate(group.settings)
+            if one.parallelism == chosen.parallelism
+            and one.sequences <= chosen.max_num_seqs * chosen.parallelism.data
+        ]  # fmt: skip
+        if places:
+            return max(places, key=lambda place: group.settings[place].sequences)
+    return None
 
 
-def shipped_rule(taught: Taught, assurance: float) -> Rule:
-    """Ours, from model and GPU alone, by the constants that are shipped."""
-
-    def rule(group: Group, target_s: float) -> int:
-        sizes = [float(one.parallelism.gpus) for one in group.settings]
-        options = list(zip(taught.predicted(group), sizes, strict=True))
-        return choose(options, target_s=target_s, assurance=assurance)
-
-    return rule
-
-
-def taught_rule(taught: Taught, assurance: float, *, seed: int | None = None) -> Rule:
-    """Ours with what other families taught; with a seed, after three settings of the group were tried."""
-
-    def rule(group: Group, target_s: float) -> int:
-        mine, known = taught.trials(group), []
-        if seed is not None:
-            draw = np.random.default_rng([seed, len(group.settings)])
-            known = draw.choice(len(mine), size=min(MEASURED, len(mine)), replace=False).tolist()
-        seconds, spreads = expected(taught.site(group), [mine[place] for place in known], mine)
-        options = []
-        for place, (one, found) in enumerate(zip(group.settings, taught.predicted(group), strict=True)):
-            if place in known:
-                judged = found.measured(step_s=one.step_s, tokens_per_s=one.tokens_per_s)
-            else:
-                judged = found.corrected(step_s=float(seconds[place]), spread=float(spreads[place]))
-            options.append((judged, float(one.parallelism.gpus)))
-        return choose(options, target_s=target_s, assurance=assurance)
-
-    return rule
+# -- baselines
 
 
 def default_rule(group: Group, target_s: float) -> int | None:

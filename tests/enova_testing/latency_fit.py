@@ -23,15 +23,16 @@ Floats = npt.NDArray[np.float64]
 
 UNIT = replace(
     FITTED,
-    gemm=1, experts=1, prefill_attention=1, decode_attention=1, latent_attention=1, recurrence=1, elementwise=1,
-    collective=1, step_s=4e-4, prefill_step_s=1e-3, sequence_s=8e-6, first_token_s=8e-3, first_token_steps=3.0,
-    gpu_spreads=(),
+    gemm=1, experts=1, block_experts=1, prefill_attention=1, decode_attention=1, latent_attention=1, recurrence=1,
+    elementwise=1, collective=1, step_s=4e-4, prefill_step_s=1e-3, sequence_s=8e-6, first_token_s=8e-3,
+    first_token_steps=3.0, gpu_spreads=(),
 )  # fmt: skip
 PRIOR = np.array([*(1.0 for _ in CLASSES), UNIT.step_s, UNIT.prefill_step_s, UNIT.sequence_s,
                   UNIT.first_token_s, UNIT.first_token_steps])
 # How far each may lie from its prior, as standard deviations of the logarithm: kernels were measured, the host was not
 # (asynchronous scheduling hides most of it).
-WIDTH = np.array([*(0.15 if kind is not KernelClass.EXPERTS else 0.3 for kind in CLASSES), 0.7, 0.7, 0.7, 0.5, 0.3])
+KERNEL_WIDTHS = {KernelClass.EXPERTS: 0.3, KernelClass.BLOCK_EXPERTS: 0.6}  # whether engines tune them is not known
+WIDTH = np.array([*(KERNEL_WIDTHS.get(kind, 0.15) for kind in CLASSES), 0.7, 0.7, 0.7, 0.5, 0.3])
 FIELDS = (*(kind.value.lower() for kind in CLASSES), "step_s", "prefill_step_s", "sequence_s", "first_token_s",
           "first_token_steps")
 SCALE = 0.1              # errors beyond it count linearly

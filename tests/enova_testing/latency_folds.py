@@ -7,7 +7,7 @@ then corrected by three measured configurations of the same model on the same GP
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,8 +28,6 @@ Floats = npt.NDArray[np.float64]
 Family = tuple[int, int, int]
 
 TRIAL = 3                # configurations that tier C has measured
-SPREAD_FAMILIES_MIN = 3  # of models on one type of GPU, to take its errors for themselves,
-SPREAD_ROWS_MIN = 30     # each with so many rows: the errors of one family are much alike
 UNKNOWN_SPREAD = 0.5     # where nothing was measured
 NORMAL_80 = 1.2815515594457
 
@@ -83,30 +81,41 @@ class Folds:
         return self._figures[row, gpu_too]
 
     def spread(self, row: Row, *, gpu_too: bool = False) -> float:
-        """Spread of errors of other families, each predicted without itself; on this GPU if enough were seen on it."""
+        """Spread of errors of other families, each predicted without itself; without the GPU those on all others."""
         key = (row.family, None if gpu_too else row.gpu, gpu_too)
         if key not in self._spreads:
-            errors = [(one.gpu, self._error(one, gpu_too)) for one in self.rows if one.family != row.family]
-            near = [error for gpu, error in errors if alike(gpu, row.gpu)]
-            own = near and not gpu_too and has_own_spread(row.gpu, self.rows)
-            chosen = near if own else [error for _, error in errors]
-            self._spreads[key] = spread_of(chosen) if chosen else UNKNOWN_SPREAD
+            errors = [(one, self.error(one, gpu_too=gpu_too)) for one in self.rows if one.family != row.family]
+            self._spreads[key] = pooled_spread(errors, None if gpu_too else row.gpu) if errors else UNKNOWN_SPREAD
         return self._spreads[key]
 
-    def _error(self, row: Row, gpu_too: bool) -> float:
+    def error(self, row: Row, *, gpu_too: bool = False) -> float:
         """Logarithm of the error of a row's TPOT."""
         return math.log(self.figures(row, gpu_too=gpu_too).tpot_s / (row.tpot_s or math.nan))
 
 
-def spread_of(errors: Sequence[float]) -> float:
-    """The standard deviation whose 80 % interval holds 80 of 100 of these errors (of logarithms)."""
-    return float(np.quantile(np.abs(errors), 0.8) / NORMAL_80)
+def pooled_spread(errors: Sequence[tuple[Row, float]], gpu: GpuModel | None) -> float:
+    """The spread of errors on a type of GPU, with those on other types as far as few families were seen on it.
 
+    None: a type on which none was seen.
 
-def has_own_spread(gpu: GpuModel, rows: Sequence[Row]) -> bool:
-    """Whether enough families were measured often enough on a type of GPU for its errors to stand for new families."""
-    seen = Counter(row.family for row in rows if alike(row.gpu, gpu))
-    return sum(count >= SPREAD_ROWS_MIN for count in seen.values()) >= SPREAD_FAMILIES_MIN
+    Each of the k families on the type weighs as one, whatever its rows; all others, each again as one, together weigh
+    as 1 / k^2 families: as much as what was seen here where that is one family, next to nothing where it is many.
+    """
+    groups: dict[tuple[Family, str], list[float]] = defaultdict(list)
+    here: set[tuple[Family, str]] = set()
+    for row, error in errors:
+        name = (row.family, row.gpu.name)
+        groups[name].append(abs(error))
+        if alike(row.gpu, gpu):
+            here.add(name)
+    elsewhere = 1 / (max(len(here), 1) ** 2 * max(len(groups) - len(here), 1))
+    values = np.concatenate([np.sort(found) for found in groups.values()])
+    weights = np.concatenate([
+        np.full(len(found), (1.0 if name in here else elsewhere) / len(found)) for name, found in groups.items()
+    ])  # fmt: skip
+    order = np.argsort(values)
+    reached = np.cumsum(weights[order]) / weights.sum()
+    return float(values[order][np.searchsorted(reached, 0.8)] / NORMAL_80)
 
 
 def alike(gpu: GpuModel, other: GpuModel | None) -> bool:

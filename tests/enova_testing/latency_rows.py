@@ -73,7 +73,7 @@ class Row:
 def silicon_rows(paths: Iterable[Path], unknown: set[str]) -> list[Row]:
     """Closed loops of several engines; of repeats the median, of equal repeats one."""
     repeats: dict[tuple[str, ...], set[tuple[float, float]]] = defaultdict(set)
-    for row in (row for path in paths for row in read_rows(path)):
+    for row in told_once(row for path in paths for row in read_rows(path)):
         key = tuple(row[name] for name in _SILICON_KEY)
         if not (row["concurrency"] or row["batch_size"]):
             continue
@@ -88,6 +88,33 @@ def silicon_rows(paths: Iterable[Path], unknown: set[str]) -> list[Row]:
         ttft, tpot = np.median(np.array(sorted(times)), axis=0)
         rows.append(_silicon_row(row, shape, gpu, float(ttft), float(tpot)))
     return rows
+
+
+def told_once(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows without those that tell a measurement of fewer GPUs again under another layout.
+
+    Two dumps of one measurement agree to the last digit of both times, and one of them may count its GPUs twice.
+    """
+    found: dict[tuple[object, ...], list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        times = (round(float(row[name]), 2) for name in ("silicon_ttft_ms", "silicon_tpot_ms"))
+        found[*(row[name] for name in _SILICON_LOAD), *times].append(row)
+    kept = []
+    for alike in found.values():
+        fewest = min(silicon_gpus(row) for row in alike)
+        kept += [row for row in alike if silicon_gpus(row) == fewest]
+    return kept
+
+
+_SILICON_LOAD = ("backend", "model_path", "system", "gemm_quant_mode", "isl", "osl", "concurrency")
+
+
+def silicon_gpus(row: dict[str, str]) -> int:
+    """GPUs of the server of a row."""
+    tensor, stages, ranks, cut, spread = (
+        int(float(row[name] or 1)) for name in ("tp_size", "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
+    )
+    return stages * max(tensor * ranks, cut * spread)
 
 
 _SILICON_KEY = (

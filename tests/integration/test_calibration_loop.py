@@ -44,7 +44,7 @@ pytestmark = pytest.mark.network  # a child process
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 D, V, R = "deployments/d", "deployments/d/variants/v1", "deployments/d/replicas/v1-0"
 WORLD = KernelTimes(
-    catalog.models()[MODEL], catalog.gpus()["H100"], correction=Correction.of((1.4, 1.4, 1.4, 1.4, 1.4))
+    catalog.models()[MODEL], catalog.gpus()["H100"], correction=Correction.of((1.4,) * 6)
 )
 ROOM = 400_000.0
 SEQUENCES, CONTEXT = 20, 500

@@ -39,7 +39,7 @@ from typing import Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from enova_recommender.performance.correction import GROUPS, UNCORRECTED, Correction
+from enova_recommender.performance.correction import GROUPS, UNCORRECTED, Correction, KernelGroup
 from enova_recommender.performance.live_steps import FULL_STEPS, ObservedStep
 from enova_recommender.types import Batch
 
@@ -47,12 +47,15 @@ Floats = NDArray[np.float64]
 
 HALF_LIFE = 240.0          # updates: forty minutes of load at one frame of ten seconds
 HUBER = 2.0                # standard deviations; 5 % of undisturbed frames are cut a little
-FACTOR_MIN, FACTOR_MAX = 0.2, 5.0
+FACTOR_MIN, FACTOR_MAX = 0.2, 10.0  # hosts were seen to take nine times as long for a sequence
 RUN = 12
 SPREAD = 0.35              # relative error of a step that the prior allows for, where nobody says better
-SPREAD_MIN = 0.30          # what a model says of itself on known GPUs holds less for the host around them
+SPREAD_MIN = 0.34          # what a model says of itself on known GPUs holds less for the host around them
 COMMON_SHARE = 0.5         # of that spread: what all factors share ...
 GROUP_SHARE = 0.85         # ... and what each has beside it
+HOST_WIDTH = 4.0           # times as far may the host be off, where measurements were made on purpose
+WIDTHS = np.array([HOST_WIDTH if group in {KernelGroup.HOST, KernelGroup.SEQUENCE} else 1.0 for group in GROUPS])
+TRIAL_NOISE = 0.10         # relative error of a step that three measurements of other settings leave
 NOISE = 0.06               # relative error of a frame before any was seen: what the model cannot follow
 NOISE_MIN = 0.02
 NOISE_HALF_LIFE = 30.0     # updates over which the scatter of frames is taken
@@ -117,7 +120,10 @@ class Calibration:
     @property
     def correction(self) -> Correction:
         """The factors, as the model takes them."""
-        return Correction.of(self.factors, spread=self.spread) if self.updates else UNCORRECTED
+        if not self.updates:
+            return UNCORRECTED
+        logarithms = _square(self.covariance) / np.outer(self.factors, self.factors)
+        return Correction.of(self.factors, spread=self.spread, covariance=_flat(logarithms), noise=self.noise)
 
 
 def prior(spread: float = SPREAD) -> Calibration:
@@ -128,23 +134,34 @@ def prior(spread: float = SPREAD) -> Calibration:
     )
 
 
-def calibrated(times: T, steps: Iterable[ObservedStep]) -> T:
-    """The model corrected by a few steps that were measured on purpose."""
+def calibrated(times: T, steps: Iterable[ObservedStep], *, site: Correction = UNCORRECTED) -> T:
+    """The model corrected by a few steps that were measured on purpose; `site` is what was thought before."""
     known = [(seconds_of(times, step), step.step_s) for step in steps]
-    return times.corrected(measured(known, spread=times.spread).correction)
+    return times.corrected(measured(known, spread=times.spread, site=site).correction)
 
 
-def measured(steps: Iterable[tuple[Floats, float]], *, spread: float = SPREAD) -> Calibration:
-    """What a few measurements teach together: each is the seconds by group at factor 1, and how long it took."""
+def deviations_of(spread: float) -> Floats:
+    """How far each factor's logarithm may lie from its prior, where a step errs by this spread."""
+    return GROUP_SHARE * max(spread, SPREAD_MIN) * WIDTHS
+
+
+def measured(
+    steps: Iterable[tuple[Floats, float]], *, spread: float = SPREAD, site: Correction = UNCORRECTED
+) -> Calibration:
+    """What a few measurements teach together: each is the seconds by group at factor 1, and how long it took.
+
+    `site` is what other models' engines taught before (`site.taught_by`).
+    """
     known = [(np.asarray(seconds), step_s) for seconds, step_s in steps if _is_step(np.asarray(seconds), step_s)]
     before = prior(spread)
     if not known:
         return before
-    deviation = GROUP_SHARE * before.prior_spread
-    logarithms, matrix = np.zeros(len(GROUPS)), np.eye(len(GROUPS))
+    start = np.log(site.factors)
+    deviation = np.sqrt(np.diag(_square(site.covariance))) if site.covariance else deviations_of(spread)
+    logarithms, matrix = start.copy(), np.eye(len(GROUPS))
     for _ in range(ITERATIONS):
-        matrix = np.diag(_trust(logarithms, deviation))
-        pull = -matrix @ logarithms
+        matrix = np.diag(_trust(logarithms - start, deviation))
+        pull = -matrix @ (logarithms - start)
         for seconds, step_s in known:
             parts = np.exp(logarithms) * seconds
             shares, error = parts / parts.sum(), math.log(step_s / parts.sum())
@@ -158,6 +175,7 @@ def measured(steps: Iterable[tuple[Floats, float]], *, spread: float = SPREAD) -
         before,
         factors=tuple(map(float, factors)),
         covariance=_flat(np.linalg.inv(matrix) * np.outer(factors, factors)),
+        noise=TRIAL_NOISE,
         updates=len(known),
         load=tuple(map(float, total / len(known))),
     )
@@ -178,9 +196,9 @@ def seconds_of(times: Correctable, step: ObservedStep) -> Floats:
     return total
 
 
-def _trust(error: Floats | float, deviation: float) -> Floats:
+def _trust(error: Floats | float, deviation: Floats | float) -> Floats:
     """The weight of an error in least squares that counts large ones by their absolute value."""
-    return np.asarray(1 / (deviation**2 * np.hypot(1.0, np.asarray(error) / deviation)))
+    return np.asarray(1 / (np.square(deviation) * np.hypot(1.0, np.asarray(error) / deviation)))
 
 
 def updated(

@@ -18,7 +18,8 @@ class KernelGroup(StrEnum):
     MEMORY = "MEMORY"          # reading of weights, states and activations
     ATTENTION = "ATTENTION"
     COLLECTIVE = "COLLECTIVE"  # among GPUs
-    HOST = "HOST"              # scheduling, launches, sampling
+    HOST = "HOST"              # of each step: scheduling, launches
+    SEQUENCE = "SEQUENCE"      # of the host for each sequence: block tables, sampling, detokenising
 
 
 GROUPS = tuple(KernelGroup)  # the order of features and factors
@@ -28,7 +29,9 @@ GROUPS = tuple(KernelGroup)  # the order of features and factors
 class Correction:
     """Factors on the seconds of each group, one by default; above one means slower than the prior.
 
-    `spread` is the standard deviation of the logarithm of the corrected model's error, None if nothing was fitted.
+    `spread` is the standard deviation of the logarithm of the corrected model's error at the load that was seen, None
+    if nothing was fitted. Where `covariance` is known, that of the logarithms of the factors row by row, loads unlike
+    those seen err by more; `noise` is then what no factor explains.
     """
 
     compute: float = 1.0
@@ -36,7 +39,10 @@ class Correction:
     attention: float = 1.0
     collective: float = 1.0
     host: float = 1.0
+    sequence: float = 1.0
     spread: float | None = None
+    covariance: tuple[float, ...] = ()
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         """Factors of zero or less would turn time round."""
@@ -46,15 +52,19 @@ class Correction:
     @property
     def factors(self) -> tuple[float, ...]:
         """The factors in the order of GROUPS."""
-        return (self.compute, self.memory, self.attention, self.collective, self.host)
+        return (self.compute, self.memory, self.attention, self.collective, self.host, self.sequence)
 
     @classmethod
-    def of(cls, factors: Sequence[float], *, spread: float | None = None) -> Correction:
+    def of(
+        cls, factors: Sequence[float], *, spread: float | None = None, covariance: tuple[float, ...] = (),
+        noise: float = 0.0,
+    ) -> Correction:  # fmt: skip
         """A correction from factors in the order of GROUPS."""
-        compute, memory, attention, collective, host = factors
+        compute, memory, attention, collective, host, sequence = factors
         return cls(
-            compute=compute, memory=memory, attention=attention, collective=collective, host=host, spread=spread
-        )
+            compute=compute, memory=memory, attention=attention, collective=collective, host=host, sequence=sequence,
+            spread=spread, covariance=covariance, noise=noise,
+        )  # fmt: skip
 
 
 UNCORRECTED = Correction()

@@ -16,9 +16,10 @@ from functools import lru_cache
 from operator import itemgetter
 
 from enova_recommender.performance.calibration import Calibration, learnt, prior
-from enova_recommender.performance.correction import Correction
+from enova_recommender.performance.correction import UNCORRECTED, Correction
 from enova_recommender.performance.kernel_times import KernelTimes
 from enova_recommender.performance.live_steps import ObservedStep
+from enova_recommender.performance.site import taught_by
 from enova_recommender.types import AS_PUBLISHED, SINGLE_GPU, GpuModel, ModelShape, Parallelism, Precision
 
 MODELS_REMEMBERED = 64
@@ -58,7 +59,8 @@ class EngineModel:
 def corrected_times(
     corrections: Mapping[str, Correction],
 ) -> Callable[[ModelShape, GpuModel, Parallelism, Precision], KernelTimes]:
-    """Step times by what was learnt of engines, by key: of this very layout, else of the model's best known other one.
+    """Step times by what was learnt of engines, by key: of this very layout, else of the model's best known other one,
+    else of other models on this type of GPU.
 
     What holds for another layout holds less here: its spread grows by KIN_SPREAD.
     """
@@ -75,11 +77,25 @@ def corrected_times(
             if key.startswith(model.kin) and each.spread is not None
         ]
         if not kin:
-            return times
+            site = taught_by(_others(corrections, model), spread=times.spread)
+            return times if site is UNCORRECTED else times.corrected(site)
         spread, _, known = min(kin, key=itemgetter(0, 1))
-        return times.corrected(replace(known, spread=math.hypot(spread, KIN_SPREAD)))
+        return times.corrected(
+            replace(known, spread=math.hypot(spread, KIN_SPREAD), noise=math.hypot(known.noise, KIN_SPREAD))
+        )
 
     return times_of
+
+
+def _others(corrections: Mapping[str, Correction], model: EngineModel) -> list[Correction]:
+    """The best known correction of each other model on the type of GPU."""
+    best: dict[str, tuple[float, str, Correction]] = {}
+    gpu = model.kin[: -DIGEST_CHARACTERS]
+    for key, each in corrections.items():
+        if key.startswith(gpu) and not key.startswith(model.kin) and each.spread is not None:
+            kin = key[:-DIGEST_CHARACTERS]
+            best[kin] = min(best.get(kin, (math.inf, "", each)), (each.spread, key, each), key=itemgetter(0, 1))
+    return [each for _, _, each in best.values()]
 
 
 def _digest(*parts: object) -> str:

@@ -100,7 +100,7 @@ class KernelTimes:
     def _correct(self, correction: Correction) -> None:
         self.correction = correction
         factors = dict(zip(GROUPS, correction.factors, strict=True))
-        self._host = factors[KernelGroup.HOST]
+        self._host, self._each = factors[KernelGroup.HOST], factors[KernelGroup.SEQUENCE]
         self._totals = dict.fromkeys(Basis, np.zeros(1))
         for basis in Basis:
             parts = [factors[group] * values for (_, group, of), values in self._pieces.items() if of is basis]
@@ -121,6 +121,42 @@ class KernelTimes:
         if self.correction.spread is not None:
             return self.correction.spread
         return self._spread
+
+    def spreads(self, decode_sequences: Counts, context_tokens: Counts) -> Floats:
+        """Spreads of steps that only decode, where nobody measured the site, or this load.
+
+        The host is known least. Its seconds a step and a sequence are lognormal, as the kernels' are, each for itself:
+        what is told has the upper end of their sum's 80 % interval. After a calibration it is the covariance of the
+        factors that tells.
+        """
+        if self.correction.spread is not None:
+            return self._corrected_spreads(decode_sequences, context_tokens, self.correction.spread)
+        points = _Points(0, 0, decode_sequences, context_tokens)
+        seconds, constants = self.steps_s(0, 0, decode_sequences, context_tokens), self._constants
+        step, each = points.host(constants), points.each(constants)
+        parts = (
+            (seconds - step - each, max(self._spread, constants.kernels_doubt)),
+            (step, constants.step_doubt), (each, constants.sequence_doubt),
+        )  # fmt: skip
+        squares = sum((part * math.expm1(NORMAL_80 * doubt)) ** 2 for part, doubt in parts)
+        return np.asarray(np.log1p(np.sqrt(squares) / seconds) / NORMAL_80)
+
+    def _corrected_spreads(self, sequences: Counts, context: Counts, seen: float) -> Floats:
+        """The spreads of corrected steps that only decode; `seen` is that at the load that was seen."""
+        points, constants = _Points(0, 0, sequences, context), self._constants
+        if not self.correction.covariance:
+            return np.full(points.shape, seen)
+        by_group = {group: np.zeros(points.shape) for group in GROUPS}
+        for (_, group, basis), values in self._pieces.items():
+            by_group[group] = by_group[group] + points.of(basis, values)
+        by_group[KernelGroup.HOST] = by_group[KernelGroup.HOST] + points.host(constants)
+        by_group[KernelGroup.SEQUENCE] = by_group[KernelGroup.SEQUENCE] + points.each(constants)
+        factors = zip(GROUPS, self.correction.factors, strict=True)
+        seconds = np.stack([factor * by_group[group] for group, factor in factors])
+        shares = seconds / seconds.sum(axis=0)
+        matrix = np.array(self.correction.covariance).reshape(len(GROUPS), len(GROUPS))
+        explained = np.einsum("i...,ij,j...->...", shares, matrix, shares)
+        return np.asarray(np.sqrt(explained + self.correction.noise**2))
 
     @property
     def first_token_delay(self) -> FirstTokenDelay:
@@ -159,7 +195,8 @@ class KernelTimes:
         """Durations of many steps at once; the arguments are broadcast against each other."""
         points = _Points(prefill_tokens, prefill_pairs, decode_sequences, context_tokens)
         kernels = sum((points.of(basis, values) for basis, values in self._totals.items()), np.zeros(points.shape))
-        return np.asarray(kernels + self._host * points.host(self._constants))
+        host = self._host * points.host(self._constants) + self._each * points.each(self._constants)
+        return np.asarray(kernels + host)
 
     def features(self, batch: Batch) -> Floats:
         """Seconds of one step by group (in the order of GROUPS) at factor one: what a correction is fitted on."""
@@ -185,17 +222,17 @@ class KernelTimes:
         for (kind, group, basis), values in self._pieces.items():
             parts[kind, group] = parts.get((kind, group), 0.0) + float(points.of(basis, values))
         parts[KernelClass.HOST, KernelGroup.HOST] = float(points.host(self._constants))
+        parts[KernelClass.HOST, KernelGroup.SEQUENCE] = float(points.each(self._constants))
         return parts
 
     def _fixed_s(self, prompts: int, sequences: int) -> float:
         """The part of a step that depends neither on the context nor on pairs."""
         constants = self._constants
-        host = constants.step_s + constants.sequence_s * sequences
-        if prompts:
-            host += constants.prefill_step_s
+        host = constants.step_s + (constants.prefill_step_s if prompts else 0.0)
         sampled = sequences + (1 if prompts else 0)
         return (
             self._host * host
+            + self._each * constants.sequence_s * sequences
             + value_at(_TOKENS_LIST, self._lists[Basis.TOKENS], prompts + sequences)
             + value_at(_TOKENS_LIST, self._lists[Basis.PROMPT_TOKENS], prompts)
             + value_at(_SEQUENCES_LIST, self._lists[Basis.SAMPLED], sampled)
@@ -243,17 +280,25 @@ class _Points:
                 assert_never(basis)
 
     def host(self, constants: Constants) -> Floats:
-        """Seconds of the host at the points."""
-        prompts = constants.prefill_step_s * (self._prompts > 0)
-        return constants.step_s + constants.sequence_s * self._sequences + prompts
+        """Seconds that the host takes for a step at the points."""
+        return np.asarray(constants.step_s + constants.prefill_step_s * (self._prompts > 0))
+
+    def each(self, constants: Constants) -> Floats:
+        """Seconds that the host takes for the sequences of the points."""
+        return np.asarray(constants.sequence_s * self._sequences)
 
 
 def _spread(gpu: GpuModel, constants: Constants, *, is_measured: bool) -> float:
     """The spread of uncorrected predictions for a GPU."""
-    for known in constants.gpu_spreads:
-        rates = (gpu.bandwidth_bytes_per_s / known.bandwidth_bytes_per_s, gpu.bf16_flops / known.bf16_flops)
-        if max(abs(math.log(rate)) for rate in rates) < LIKE:
-            return known.spread
+    apart = {
+        max(
+            abs(math.log(gpu.bandwidth_bytes_per_s / known.bandwidth_bytes_per_s)),
+            abs(math.log(gpu.bf16_flops / known.bf16_flops)),
+        ): known.spread
+        for known in constants.gpu_spreads
+    }  # fmt: skip
+    if apart and min(apart) < LIKE:
+        return apart[min(apart)]
     return constants.measured_spread if is_measured else constants.transferred_spread
 
 
@@ -269,6 +314,7 @@ def _factors(constants: Constants) -> dict[KernelClass, float]:
     """What engines take of the measured times of each class."""
     return {
         KernelClass.GEMM: constants.gemm, KernelClass.EXPERTS: constants.experts,
+        KernelClass.BLOCK_EXPERTS: constants.block_experts,
         KernelClass.PREFILL_ATTENTION: constants.prefill_attention,
         KernelClass.DECODE_ATTENTION: constants.decode_attention,
         KernelClass.LATENT_ATTENTION: constants.latent_attention, KernelClass.RECURRENCE: constants.recurrence,

@@ -20,6 +20,7 @@ from enova_recommender.memory import cache_element_bytes, plain_element_bytes
 from enova_recommender.performance.correction import KernelGroup
 from enova_recommender.performance.tables import PLAIN_FORMAT, ExpertWork, Kernels, kernels_of
 from enova_recommender.types import (
+    ELEMENT_BYTES,
     EXPERTS_ONLY,
     WEIGHT_FORMATS,
     Attention,
@@ -55,6 +56,7 @@ class KernelClass(StrEnum):
 
     GEMM = "GEMM"
     EXPERTS = "EXPERTS"                        # grouped products of a mixture of experts
+    BLOCK_EXPERTS = "BLOCK_EXPERTS"            # of 8-bit weights with a scale a block: kernels that engines tune least
     PREFILL_ATTENTION = "PREFILL_ATTENTION"
     DECODE_ATTENTION = "DECODE_ATTENTION"
     LATENT_ATTENTION = "LATENT_ATTENTION"
@@ -304,7 +306,8 @@ def _recurrence(mixer: Recurrence, setting: Setting) -> Iterator[Piece]:
     yield _small(3, 8 * hidden + 8 * inner, setting)
     yield from _all_reduce(setting)
     kernels, heads = setting.kernels, max(1.0, mixer.heads / tensor)
-    state_bytes = mixer.key_dim * mixer.value_dim * 4.0
+    element = setting.plain_bytes if mixer.state_dtype == "auto" else ELEMENT_BYTES[mixer.state_dtype]
+    state_bytes = mixer.key_dim * mixer.value_dim * element
     for knots, basis in ((SEQUENCES, Basis.SEQUENCES), (TOKENS, Basis.PROMPT_TOKENS)):
         seconds = kernels.recurrence_s(
             heads=heads, tokens=knots, state_bytes=state_bytes, decode=basis is Basis.SEQUENCES
@@ -340,7 +343,8 @@ def _experts(layer: Experts, setting: Setting) -> Iterator[Piece]:
     )  # fmt: skip
     seconds = setting.kernels.experts_s(weights, name, tokens, work)
     rows = _ridge(weights, setting) * layer.experts / layer.experts_per_token / split.data
-    yield from _split(KernelClass.EXPERTS, seconds, knots=TOKENS, ridge=rows)
+    kind = KernelClass.BLOCK_EXPERTS if name == BLOCK_SCALED else KernelClass.EXPERTS
+    yield from _split(kind, seconds, knots=TOKENS, ridge=rows)
     yield _small(3, 8 * hidden, setting)  # norm, choice of experts, addition of the shared ones
     if split.data == 1:
         yield from _all_reduce(setting)
@@ -349,6 +353,9 @@ def _experts(layer: Experts, setting: Setting) -> Iterator[Piece]:
         gpus = split.tensor * split.data
         moved = kernels.all_gather_s(message, gpus) + kernels.reduce_scatter_s(message, gpus)
         yield _over_tokens(KernelClass.COLLECTIVE, KernelGroup.COLLECTIVE, moved)
+
+
+BLOCK_SCALED = "fp8_block"  # the format of weights
 
 
 def head_pieces(vocabulary: int, setting: Setting) -> Iterator[Piece]:

@@ -366,9 +366,13 @@ def _state_roofline(
 @lru_cache(maxsize=64)
 def _state_ratio(source: MeasuredGpu, name: str) -> _Ratio:
     heads, tokens = _mesh(source.tables[name])
-    return _ratio(source.tables[name], _state_roofline(
-        source.sheet, heads=heads, tokens=tokens, state_bytes=STATE_BYTES, decode=name == "gdn/generation"
+    decode = name == "gdn/generation"
+    found = _ratio(source.tables[name], _state_roofline(
+        source.sheet, heads=heads, tokens=tokens, state_bytes=STATE_BYTES, decode=decode
     ))  # fmt: skip
+    # The measured program held few states, and large batches met the same ones again in the GPU's own cache. Those of
+    # different sequences all come from memory: no batch is faster than its bandwidth.
+    return _Ratio(np.maximum(found.values, 0.0), found.axes) if decode else found
 
 
 def _collective_roofline(sheet: Sheet, *, message_bytes: Floats, gpus: Floats | float) -> Floats:

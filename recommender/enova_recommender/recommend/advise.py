@@ -19,7 +19,7 @@ from enova_recommender.performance.engine_model import corrected_times
 from enova_recommender.recommend.errors import RecommendError
 from enova_recommender.recommend.mix import mixed
 from enova_recommender.recommend.request import AdviceRequest
-from enova_recommender.recommend.search import search
+from enova_recommender.recommend.search import most_assured, search
 from enova_recommender.recommend.search_result import SearchResult
 from enova_recommender.recommend.search_space import SearchSpace, parallelisms, pools_of
 from enova_recommender.recommend.types import (
@@ -36,6 +36,7 @@ from enova_recommender.types import GpuModel, ModelShape, Parallelism, Precision
 
 FINALISTS = 2              # layouts that are measured
 RECOUNTS = 3               # of the replicas of one finalist; each measures anew
+AS_MUCH = 0.05             # share by which carried requests may differ and count as equal
 SEED = 20_240_709          # of the arrivals: the same question gets the same answer
 VERIFIED_MAX = 5           # where the first do not hold
 RUNNERS_UP = 6
@@ -50,10 +51,7 @@ def advise(request: AdviceRequest) -> Advice:
     """The cheapest configuration that carries the workload, and why. RecommendError says what cannot be answered."""
     result = searched(request)
     verified = result.finalists(FINALISTS) if request.deployable else _verified_finalists(request, result)
-    feasible = sorted(
-        (each for each in verified if each.constraint is not Constraint.INVENTORY),
-        key=lambda each: (each.cost_per_hour, -_carried(each)),
-    )
+    feasible = sorted((each for each in verified if each.constraint is not Constraint.INVENTORY), key=_preference)
     chosen = replace(feasible[0], constraint=None, reason=_won(feasible[0], result)) if feasible else None
     others = [each for each in verified if chosen is None or each.settings != chosen.settings]
     return Advice(
@@ -66,6 +64,7 @@ def advise(request: AdviceRequest) -> Advice:
         evaluated=len(result),
         rejected=result.rejected(),
         mix=None if request.deployable else mixed(request, result, verified, chosen),
+        assurance=result.assurance,
     )
 
 
@@ -101,7 +100,7 @@ def tier_of(request: AdviceRequest, settings: EngineSettings) -> Tier:
 
 def searched(request: AdviceRequest) -> SearchResult:
     """All configurations that a request allows, evaluated in closed form."""
-    return search(
+    return most_assured(
         request.shape, _within(request.nodes, request.max_gpus), request.workload, request.objectives,
         space=_space(request), times_of=times_of(request),
     )  # fmt: skip
@@ -184,11 +183,13 @@ def _verified(request: AdviceRequest, candidate: Candidate, result: SearchResult
         if group.pool.gpu == settings.gpu and group.parallelism == settings.parallelism
     )
     found, replicas = candidate.prediction, candidate.replicas
+    share = candidate.assured_rps / found.capacity_rps.value
     for _ in range(RECOUNTS):
         found = verify(
             settings, request.workload, request.objectives, times, predicted=found, memory=memory, seed=SEED
         )
-        needed = max(1, math.ceil(rate / found.capacity_rps.low - 1e-9)) if found.capacity_rps.low > 0 else room + 1
+        assured = share * found.capacity_rps.value
+        needed = max(1, math.ceil(rate / assured - 1e-9)) if assured > 0 else room + 1
         if needed == replicas or needed > room:
             break
         replicas = needed
@@ -205,6 +206,12 @@ def _verified(request: AdviceRequest, candidate: Candidate, result: SearchResult
             reason=reason,
         )  # fmt: skip
     return replace(candidate, prediction=found, replicas=replicas, cost_per_hour=cost)
+
+
+def _preference(candidate: Candidate) -> tuple[float, int, int]:
+    """The cheapest first, then what carries most, then the smallest replicas: they fail apart."""
+    carried = round(math.log(max(_carried(candidate), 1e-9)) / AS_MUCH)
+    return candidate.cost_per_hour, -carried, candidate.settings.parallelism.gpus
 
 
 def _carried(candidate: Candidate) -> float:

@@ -6,9 +6,13 @@ spread. Close to that end requests wait for a slot: the chance is Erlang's C, sc
 in the batch (as Halfin and Whitt's limit of 1981 suggests); the wait then is exponential, as in Allen and Cunneen
 (1990).
 
-The step model errs by a common factor g for all steps of a replica, lognormal with its `spread`. Steps that are g times
-as long make a replica behave at rate r as the curve does at rate g r, all times multiplied by g: so each figure at the
-10th and the 90th percentile of g is read from the same curve.
+The step model errs by a common factor g for all steps of a replica, lognormal with the curve's `spreads`: what the host
+takes for each sequence is known less than what kernels take, so large batches are known less than small ones. Steps
+that are g times as long make a replica behave at rate r as the curve does at rate g r, all times multiplied by g: so
+each figure at the 10th and the 90th percentile of g is read from the same curve, column by column.
+
+`sequence_limits` tells how many sequences a batch may hold at all times without breaking the objective between tokens:
+the max_num_seqs that keeps it when more requests come than are carried.
 
 Pipeline stages and data-parallel ranks are lanes: each takes an equal share of the rate with a scheduler of its own.
 """
@@ -57,6 +61,7 @@ class Assessment:
     least_ttft_s: Floats      # without load
     least_tpot_s: Floats
     sequences: Floats         # decoding, in all lanes
+    max_num_seqs: Floats      # under which all this holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,20 +70,26 @@ class Slots:
 
     sequences: Floats
     by_kv: npt.NDArray[np.bool_]
+    max_num_seqs: Floats      # of a data-parallel rank, as given
 
 
 def slots_of(lengths: Lengths, layout: CacheLayout, *, kv_blocks: Floats, max_num_seqs: Floats, pipeline: int) -> Slots:
     """The slots of settings with these KV blocks and limits on a data-parallel rank."""
     by_limit = max_num_seqs / pipeline
     if not layout.groups:  # a model that keeps nothing
-        return Slots(sequences=np.maximum(by_limit, 1.0), by_kv=np.zeros(len(by_limit), dtype=np.bool_))
+        return Slots(
+            sequences=np.maximum(by_limit, 1.0), by_kv=np.zeros(len(by_limit), dtype=np.bool_),
+            max_num_seqs=max_num_seqs,
+        )  # fmt: skip
     demand = block_demand(layout, lengths.sample)
     mean, deviation = demand.mean, KV_ROOM_DEVIATIONS * demand.deviation
     room = np.maximum(kv_blocks - (layout.blocks(lengths.shared_tokens) if lengths.shared_tokens else 0), 0)
     # n mean + z sqrt(n) deviation = room, a quadratic in sqrt(n)
     root = (-deviation + np.sqrt(deviation**2 + 4 * mean * room)) / (2 * mean)
     by_kv = root**2 / pipeline
-    return Slots(sequences=np.maximum(np.minimum(by_kv, by_limit), 1.0), by_kv=by_kv < by_limit)
+    return Slots(
+        sequences=np.maximum(np.minimum(by_kv, by_limit), 1.0), by_kv=by_kv < by_limit, max_num_seqs=max_num_seqs
+    )
 
 
 def lanes_of(parallelism: Parallelism) -> int:
@@ -98,7 +109,6 @@ def assess(
     *,
     workload: Workload,
     objectives: Objectives,
-    spread: float,
     lanes: int,
     decode_steps: float,
     decode_scv: float,
@@ -111,22 +121,23 @@ def assess(
         decode_scv=decode_scv,
     )  # fmt: skip
     outer = (1 + INTERVAL_SHARE) / 2
-    factors = [1.0, factor_of(spread, outer), factor_of(spread, 1 - outer)]  # slower steps: lower capacity
-    found = [_capacity(limited, slots, objectives, factor) for factor in [*factors, factor_of(spread, assurance)]]
-    capacity = np.stack([lanes * one for one, _ in found[:3]], axis=1)
-    assured = lanes * found[3][0]
+    # Slower steps: lower capacity.
+    cases = [limited, *(limited.slowed(share) for share in (outer, 1 - outer))]
+    found = [_capacity(one, slots, objectives) for one in cases]
+    capacity = np.stack([lanes * one for one, _ in found], axis=1)
+    assured = lanes * (found[1] if assurance == outer else _capacity(limited.slowed(assurance), slots, objectives))[0]
     possible = assured > 0
     if rate is None:
         replicas = np.where(possible, np.ceil(workload.requests_per_s / np.maximum(assured, TINY) - 1e-9), 0)
         each = np.where(possible, workload.requests_per_s / np.maximum(replicas, 1), 0.0)
     else:
         replicas, each = possible.astype(np.float64), np.full(len(rows), rate)
-    states = [_at(limited, each / lanes, factor, objectives.percentile) for factor in (1.0, factors[2], factors[1])]
+    states = [_at(cases[place], each / lanes, objectives.percentile) for place in (0, 2, 1)]
     return Assessment(
         capacity_rps=capacity, assured_rps=assured, binding=found[0][1], replicas=replicas.astype(np.int64),
         requests_per_s=each, ttft_s=np.stack([one[0] for one in states], axis=1),
         tpot_s=np.stack([one[1] for one in states], axis=1), sequences=lanes * states[0][2],
-        least_ttft_s=limited.ttft_s[:, 0], least_tpot_s=limited.tpot_s[:, 0],
+        least_ttft_s=limited.ttft_s[:, 0], least_tpot_s=limited.tpot_s[:, 0], max_num_seqs=slots.max_num_seqs,
     )  # fmt: skip
 
 
@@ -145,6 +156,17 @@ class _Limited:
     slots: Floats
     most_rps: Floats          # that the slots carry
     variability: float        # of arrivals and of times in a slot, 1 for Poisson and exponential
+    spreads: Floats           # of the steps' error
+    slot_spread: Floats       # with all slots taken
+
+    def slowed(self, share: float) -> _Limited:
+        """The same if steps are as long as they are not exceeded with this chance."""
+        deviations = float(ndtri(share))
+        factor, full = np.exp(deviations * self.spreads), np.exp(deviations * self.slot_spread)
+        return replace(
+            self, rate=np.maximum.accumulate(self.rate / factor, axis=1), ttft_s=self.ttft_s * factor,
+            free_ttft_s=self.free_ttft_s * factor, tpot_s=self.tpot_s * factor, most_rps=self.most_rps / full,
+        )  # fmt: skip
 
     def wait_s(self, rate: Floats, resident: Floats, deviation: Floats, percentile: float) -> Floats:
         """The percentile of the wait for a slot, of settings along the last axis."""
@@ -168,7 +190,9 @@ def _limit(
     # A batch that is full to its slots decodes as one that meets so many; more load only queues.
     full = _between(behaviour.tpot_s[rows], place, part)
     free = np.maximum.accumulate(behaviour.ttft_s[rows], axis=1)
+    held = np.minimum(grid, np.maximum(most - 1, 0)[:, None])
     limited = _Limited(
+        spreads=np.interp(held, grid, behaviour.spreads), slot_spread=np.interp(most - 1, grid, behaviour.spreads),
         sequences=np.minimum(np.broadcast_to(grid, rate.shape), most[:, None]), rate=rate, ttft_s=free,
         free_ttft_s=free, tpot_s=np.minimum(np.maximum.accumulate(behaviour.tpot_s[rows], axis=1), full[:, None]),
         prompt_load=behaviour.prompt_load[rows], resident=behaviour.resident[rows],
@@ -191,33 +215,42 @@ def _waiting_chance(slots: Floats, resident: Floats, deviation: Floats) -> Float
     return np.asarray(blocked / (1 - load / servers * (1 - blocked)))
 
 
-def _capacity(limited: _Limited, slots: Slots, objectives: Objectives, factor: float) -> tuple[Floats, Integers]:
-    """The highest rates of a lane at which the objectives hold if steps are `factor` as long, and what ends them."""
+def _capacity(limited: _Limited, slots: Slots, objectives: Objectives) -> tuple[Floats, Integers]:
+    """The highest rates of a lane at which the objectives hold, and what ends them."""
     endless = np.full(len(limited.rate), np.inf)
-    tpot = endless if objectives.tpot_s is None else _crossing(limited.rate, limited.tpot_s, objectives.tpot_s / factor)
+    tpot = endless if objectives.tpot_s is None else _crossing(limited.rate, limited.tpot_s, objectives.tpot_s)
     ttft = free = endless
     if objectives.ttft_s is not None:
-        free = _crossing(limited.rate, limited.free_ttft_s, objectives.ttft_s / factor)
-        ttft = _crossing(limited.rate, limited.ttft_s, objectives.ttft_s / factor)
+        free = _crossing(limited.rate, limited.free_ttft_s, objectives.ttft_s)
+        ttft = _crossing(limited.rate, limited.ttft_s, objectives.ttft_s)
     by_slots = np.minimum(ttft, SATURATION * limited.most_rps)
     prompts = SATURATION * _crossing(limited.rate, limited.prompt_load, UNSTABLE)
     kv = np.where(slots.by_kv, by_slots, np.inf)
     seqs = np.where(slots.by_kv, np.inf, by_slots)
     limits = np.stack([tpot, free, kv, seqs, prompts], axis=1)
     binding = np.argmin(limits, axis=1)
-    return limits[np.arange(len(limits)), binding] / factor, binding
+    return limits[np.arange(len(limits)), binding], binding
 
 
-def _at(limited: _Limited, rate: Floats, factor: float, percentile: float) -> tuple[Floats, Floats, Floats]:
-    """TTFT, TPOT and sequences of a lane at these rates if steps are `factor` as long."""
-    wanted = rate * factor
-    place, part = _place(limited.rate, wanted)
-    over = wanted >= limited.most_rps * UNSTABLE
+def _at(limited: _Limited, rate: Floats, percentile: float) -> tuple[Floats, Floats, Floats]:
+    """TTFT, TPOT and sequences of a lane at these rates."""
+    place, part = _place(limited.rate, rate)
+    over = rate >= limited.most_rps * UNSTABLE
     resident, deviation = _between(limited.resident, place, part), _between(limited.deviation, place, part)
-    ttft = _between(limited.free_ttft_s, place, part) + limited.wait_s(wanted, resident, deviation, percentile)
+    ttft = _between(limited.free_ttft_s, place, part) + limited.wait_s(rate, resident, deviation, percentile)
     tpot = np.where(over, limited.tpot_s[:, -1], _between(limited.tpot_s, place, part))
-    sequences = _between(limited.sequences, place, part) * np.minimum(wanted / limited.rate[:, 0], 1)
-    return factor * ttft, factor * tpot, np.where(over, limited.sequences[:, -1], sequences)
+    sequences = _between(limited.sequences, place, part) * np.minimum(rate / limited.rate[:, 0], 1)
+    return ttft, tpot, np.where(over, limited.sequences[:, -1], sequences)
+
+
+def sequence_limits(behaviour: Curve, tpot_s: float, assurance: float) -> Floats:
+    """The most sequences that a lane may decode at all times within this mean time between tokens, by row.
+
+    With the wanted assurance; below one where not even one sequence keeps it.
+    """
+    slow = behaviour.mean_tpot_s * np.exp(float(ndtri(assurance)) * behaviour.spreads)
+    full = np.broadcast_to(behaviour.sequences + 1, slow.shape)
+    return _crossing(full, np.maximum.accumulate(slow, axis=1), tpot_s)
 
 
 def _crossing(rate: Floats, values: Floats, limit: float) -> Floats:
@@ -278,7 +311,7 @@ def predict(
         percentile=objectives.percentile, arrival_cv=workload.arrival_cv,
     )  # fmt: skip
     found = assess(
-        behaviour, np.zeros(1, dtype=np.int64), slots, workload=workload, objectives=objectives, spread=times.spread,
+        behaviour, np.zeros(1, dtype=np.int64), slots, workload=workload, objectives=objectives,
         lanes=lanes_of(parallelism), decode_steps=lengths.mean_decode_steps, decode_scv=lengths.decode_scv,
         assurance=0.5, rate=rate,
     )  # fmt: skip

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +60,21 @@ class VectorTimes(StepTimes, Protocol):
         context_tokens: npt.ArrayLike,
     ) -> Floats:
         """Durations of steps; the arguments are broadcast."""
+
+
+@runtime_checkable
+class Doubtful(Protocol):
+    """Step times that know how their error depends on the batch."""
+
+    def spreads(self, decode_sequences: npt.ArrayLike, context_tokens: npt.ArrayLike) -> Floats:
+        """Standard deviations of the logarithm of measured over predicted, of steps that only decode."""
+
+
+def spreads_of(times: VectorTimes, sequences: Floats, context_tokens: Floats) -> Floats:
+    """The spreads of steps that decode so many sequences; that of the times where they know of nothing else."""
+    if isinstance(times, Doubtful):
+        return times.spreads(sequences, context_tokens)
+    return np.full(len(sequences), times.spread)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +129,7 @@ class Curve:
     prompt_load: Floats        # utilisation by prompts; 1 is saturation
     decode_s: Floats           # a step of n + 1 sequences that only decodes (columns only)
     prompt_s: Floats           # what a prompt adds to the steps that carry it
+    spreads: Floats            # of the logarithm of the steps' error (columns only)
 
 
 def load_grid(times: VectorTimes, lengths: Lengths, *, most_sequences: float) -> Floats:
@@ -161,7 +177,7 @@ def curve(
         sequences=grid, rate=rate, ttft_s=ttft + delay, tpot_s=tpot, mean_ttft_s=mean_ttft + delay,
         mean_tpot_s=mean_tpot,
         resident=grid + prefilling, deviation=np.sqrt(variance), prompt_load=queue, decode_s=decode,
-        prompt_s=prompts.mean_added,
+        prompt_s=prompts.mean_added, spreads=spreads_of(times, met, met * lengths.context_tokens),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from enova_recommender.performance import Tier
 from enova_recommender.recommend.request import AdviceRequest
 from enova_recommender.recommend.types import (
+    ASSURANCES,
     Advice,
     Candidate,
     Constraint,
@@ -51,6 +52,10 @@ RESTS_ON = MappingProxyType({
     Tier.TRANSFERRED: "its data sheet and kernels that were measured on another type of GPU",
     Tier.CALIBRATED: "the step times of live engines",
 })
+# How likely it is that the objectives hold, where no configuration keeps them with the first of ASSURANCES.
+CHANCES = MappingProxyType(
+    dict(zip(ASSURANCES, ("almost always", "in three cases of four", "as likely as not"), strict=True))
+)
 _PLACE = re.compile(r"\{([A-Za-z0-9_.]+)(?:\|([a-z]+))?\}")
 
 
@@ -170,6 +175,9 @@ def _chosen(request: AdviceRequest, advice: Advice) -> Iterator[str]:
     )
     tpot = "; {objectives.tpot_s|seconds} is asked for" if request.objectives.tpot_s is not None else ""
     yield f"{between}{tpot}."
+    if advice.assurance != ASSURANCES[0]:
+        chance = CHANCES[advice.assurance]
+        yield f"The objectives are kept {chance} only: nothing of what there is keeps them for sure."
     yield (
         "A replica carries {chosen.prediction.capacity_rps.value|figure} requests a second "
         "({chosen.prediction.capacity_rps.low|figure} to {chosen.prediction.capacity_rps.high|figure}), all together "

@@ -21,9 +21,10 @@ from enova_recommender.recommend.capacity import (
     assess,
     factor_of,
     lanes_of,
+    sequence_limits,
     slots_of,
 )
-from enova_recommender.recommend.capacity_curve import Curve, VectorTimes, curve, load_grid
+from enova_recommender.recommend.capacity_curve import Curve, VectorTimes, curve, load_grid, spreads_of
 from enova_recommender.recommend.capacity_lengths import (
     Floats,
     Lengths,
@@ -43,10 +44,8 @@ from enova_recommender.recommend.search_space import (
     pools_of,
     why_no_layout,
 )
-from enova_recommender.recommend.types import Constraint, InventoryNode, Objectives, Workload
+from enova_recommender.recommend.types import ASSURANCES, Constraint, InventoryNode, Objectives, Workload
 from enova_recommender.types import GpuModel, ModelShape, Parallelism, Precision
-
-ASSURANCE = 0.9           # chance that the objectives hold, given the step model's own error: the 80 % interval's bound
 
 TimesOf = Callable[[ModelShape, GpuModel, Parallelism, Precision], VectorTimes]
 
@@ -65,7 +64,7 @@ def search(
     space: SearchSpace | None = None,
     times_of: TimesOf = kernel_times,
     precision: Precision | None = None,
-    assurance: float = ASSURANCE,
+    assurance: float = ASSURANCES[0],
     check_floor: bool = True,
 ) -> SearchResult:
     """Evaluate all candidates. RecommendError names what cannot be answered, physical floors included.
@@ -90,7 +89,7 @@ def search(
     settings = combinations(chosen, longest_tokens=longest, context_tokens=shape.context_tokens)
     task = _Task(
         shape=shape, workload=workload, objectives=objectives, settings=settings, lengths=lengths,
-        times_of=times_of, assurance=assurance,
+        times_of=times_of, assurance=assurance, is_guarded=chosen.is_guarded,
     )  # fmt: skip
     groups = []
     for pool in pools_of(inventory):
@@ -101,8 +100,36 @@ def search(
         _check_floor(groups, objectives)
     return SearchResult(
         shape=shape, workload=workload, objectives=objectives, groups=tuple(groups), settings=settings,
-        lengths=lengths, ranking=_ranking(groups, len(settings)),
+        lengths=lengths, ranking=_ranking(groups, len(settings)), assurance=assurance,
     )  # fmt: skip
+
+
+def most_assured(
+    shape: ModelShape,
+    inventory: Sequence[InventoryNode],
+    workload: Workload,
+    objectives: Objectives,
+    *,
+    space: SearchSpace | None = None,
+    times_of: TimesOf = kernel_times,
+    precision: Precision | None = None,
+    check_floor: bool = True,
+) -> SearchResult:
+    """The search with the highest of ASSURANCES with which any candidate keeps the objectives; with the first if none.
+
+    An objective that is close to what the GPUs can do is better kept by half a chance than refused.
+    """
+    results = (
+        search(
+            shape, inventory, workload, objectives, space=space, times_of=times_of, precision=precision,
+            assurance=assurance, check_floor=check_floor,
+        )
+        for assurance in ASSURANCES
+    )  # fmt: skip
+    first = next(results)
+    if first.can_keep_objectives:
+        return first
+    return next((result for result in results if result.can_keep_objectives), first)
 
 
 class _Task:
@@ -110,8 +137,9 @@ class _Task:
 
     def __init__(
         self, *, shape: ModelShape, workload: Workload, objectives: Objectives, settings: Combinations,
-        lengths: dict[bool, Lengths], times_of: TimesOf, assurance: float,
+        lengths: dict[bool, Lengths], times_of: TimesOf, assurance: float, is_guarded: bool,
     ) -> None:  # fmt: skip
+        self._is_guarded = is_guarded
         self._shape, self._workload, self._objectives = shape, workload, objectives
         self._settings, self._lengths, self._times_of, self._assurance = settings, lengths, times_of, assurance
         self._batched, self._rows = np.unique(settings.max_num_batched_tokens, return_inverse=True)
@@ -135,7 +163,7 @@ class _Task:
         times = self._times_of(self._shape, pool.gpu, parallelism, precision)
         found = self._assess(times, memory, parallelism)
         room = pool.room(parallelism)
-        codes = self._codes(found, memory, room, slowest=factor_of(times.spread, self._assurance))
+        codes = self._codes(found, memory, room, slowest=factor_of(_spread_alone(times), self._assurance))
         cost = np.where(codes == WON, found.replicas * parallelism.gpus * pool.price_per_hour, np.inf)
         return Group(
             pool=pool, parallelism=parallelism, precision=precision, codes=codes, found=found,
@@ -151,18 +179,27 @@ class _Task:
             if not len(chosen):
                 continue
             lengths = self._lengths[cached]
-            slots = slots_of(
-                lengths, memory.fits[cached].layout, kv_blocks=memory.kv_blocks[chosen],
-                max_num_seqs=settings.max_num_seqs[chosen], pipeline=parallelism.pipeline,
-            )  # fmt: skip
             if id(lengths) not in curves:
                 curves[id(lengths)] = self._curve(times, lengths)
+            behaviour = curves[id(lengths)]
+            slots = slots_of(
+                lengths, memory.fits[cached].layout, kv_blocks=memory.kv_blocks[chosen],
+                max_num_seqs=self._guarded(behaviour, chosen, parallelism.pipeline), pipeline=parallelism.pipeline,
+            )  # fmt: skip
             parts.append(assess(
-                curves[id(lengths)], self._rows[chosen], slots, workload=self._workload,
-                objectives=self._objectives, spread=times.spread, lanes=lanes_of(parallelism),
+                behaviour, self._rows[chosen], slots, workload=self._workload,
+                objectives=self._objectives, lanes=lanes_of(parallelism),
                 decode_steps=lengths.mean_decode_steps, decode_scv=lengths.decode_scv, assurance=self._assurance,
             ))  # fmt: skip
         return _spread_out(parts, self._like.ravel())
+
+    def _guarded(self, behaviour: Curve, chosen: Integers, pipeline: int) -> Floats:
+        """max_num_seqs of settings, lowered to what keeps the objective between tokens in a full batch."""
+        given, limit = self._settings.max_num_seqs[chosen], self._objectives.tpot_s
+        if limit is None or not self._is_guarded:
+            return given
+        most = np.floor(pipeline * sequence_limits(behaviour, limit, self._assurance)[self._rows[chosen]])
+        return np.minimum(given, np.maximum(most, 1.0))
 
     def _curve(self, times: VectorTimes, lengths: Lengths) -> Curve:
         grid = load_grid(times, lengths, most_sequences=float(self._settings.max_num_seqs.max()))
@@ -221,6 +258,11 @@ class _Memory:
         self.fitting = self.kv_blocks >= np.maximum(each, 1)
         room = np.maximum(self.kv_blocks, 0) / np.maximum(each, 1)
         self.kv_tokens: Integers = (room * settings.max_model_len).astype(np.int64)
+
+
+def _spread_alone(times: VectorTimes) -> float:
+    """The spread of a step that decodes one sequence."""
+    return float(spreads_of(times, np.ones(1), np.ones(1))[0])
 
 
 def _spread_out(parts: list[Assessment], places: Integers) -> Assessment:

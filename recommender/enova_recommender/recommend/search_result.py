@@ -63,6 +63,7 @@ class SearchResult:
     settings: Combinations
     lengths: Mapping[bool, Lengths]      # by prefix caching
     ranking: Integers                    # feasible candidates, the cheapest first
+    assurance: float                     # chance with which the objectives hold of those
     _front: list[Integers] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -72,6 +73,11 @@ class SearchResult:
     def best(self) -> Candidate | None:
         """The cheapest feasible candidate; None if there is none."""
         return self.candidate(int(self.ranking[0])) if len(self.ranking) else None
+
+    @property
+    def can_keep_objectives(self) -> bool:
+        """Whether any candidate keeps them, however many replicas it takes."""
+        return any(np.isin(group.codes, [WON, CODES[Constraint.INVENTORY]]).any() for group in self.groups)
 
     def candidate(self, index: int) -> Candidate:
         """One candidate, with its reason in words."""
@@ -88,6 +94,7 @@ class SearchResult:
             cost_per_hour=cost,
             constraint=lost,
             reason=self._reason(group, column, lost),
+            assured_rps=float(group.found.assured_rps[column]) if group.found is not None and prediction else 0.0,
         )
 
     def settings_of(self, index: int) -> EngineSettings:
@@ -98,7 +105,7 @@ class SearchResult:
             gpu=group.pool.gpu,
             parallelism=group.parallelism,
             precision=group.precision,
-            max_num_seqs=int(each.max_num_seqs[column]),
+            max_num_seqs=int((each if group.found is None else group.found).max_num_seqs[column]),
             max_num_batched_tokens=int(each.max_num_batched_tokens[column]),
             gpu_memory_utilization=float(each.gpu_memory_utilization[column]),
             max_model_len=int(each.max_model_len[column]),

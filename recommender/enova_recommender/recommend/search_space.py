@@ -23,7 +23,9 @@ FP8_CACHE_CAPABILITY = 8.9
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
     """Values to try. Empty parallelisms: all that a node allows; empty max_model_lens: the model's own context and
-    the least that the workload needs."""
+    the least that the workload needs. With `is_guarded` each max_num_seqs is lowered to what keeps the objective
+    between tokens in a batch that is always full: when more comes than is carried, requests wait instead of all
+    becoming slow."""
 
     parallelisms: tuple[Parallelism, ...] = ()
     max_num_seqs: tuple[int, ...] = (256, 128, 64, 32, 16, 8, 512, 1024)
@@ -32,6 +34,7 @@ class SearchSpace:
     max_model_lens: tuple[int, ...] = ()
     kv_cache_dtypes: tuple[str, ...] = ("auto", "fp8")
     prefix_caching: tuple[bool, ...] = (True,)
+    is_guarded: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

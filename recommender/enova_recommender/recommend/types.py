@@ -47,6 +47,9 @@ class Workload:
     cached_prefix_share: float = 0.0  # share of prompt tokens that a prefix cache would hold
 
 
+# Chances that the objectives hold, given the step model's own error: the first with which any candidate keeps them is
+# asked for. That of the first is the bound of the 80 % interval.
+ASSURANCES = (0.9, 0.75, 0.5)
 LENGTHS_MAX = 4096  # pairs of a workload; more are thinned by stride: percentiles up to the 99th need no more
 
 
@@ -98,6 +101,7 @@ class Candidate:
     cost_per_hour: float          # of all replicas, USD; infinite if impossible
     constraint: Constraint | None  # why it lost; None for the winner
     reason: str                   # the same in words, with its numbers
+    assured_rps: float = 0.0      # that one replica carries with the chance that was wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,3 +158,4 @@ class Advice:
     evaluated: int                     # candidates in all
     rejected: tuple[tuple[Constraint, int], ...]  # how many fell to what
     mix: Mix | None = None             # cheaper than the chosen one, or the most that there is without one
+    assurance: float = ASSURANCES[0]   # chance that the chosen one keeps the objectives, by the step model's own error

@@ -6,15 +6,15 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_recommender.memory import fit
 from enova_recommender.performance import Affine, FirstTokenDelay
-from enova_recommender.recommend.capacity import factor_of, predict
-from enova_recommender.recommend.capacity_curve import Looped
-from enova_recommender.recommend.capacity_full import choose, full_batch
+from enova_recommender.recommend.capacity import factor_of, predict, sequence_limits
+from enova_recommender.recommend.capacity_curve import Looped, curve, load_grid, spreads_of
 from enova_recommender.recommend.capacity_lengths import lengths_of
 from enova_recommender.recommend.errors import RecommendError
 from enova_recommender.recommend.types import Constraint, EngineSettings, Objectives, Prediction, Workload
@@ -31,6 +31,7 @@ from enova_testing.advice import (
     settings,
     workload,
 )
+from enova_testing.full_batch import full_batch
 
 PROMISED = Objectives(ttft_s=1.0, tpot_s=0.03)
 DELAY = FirstTokenDelay(seconds=0.02, decode_steps=5.0)
@@ -217,16 +218,59 @@ def test_a_full_batch_of_long_prompts_is_paced_by_them() -> None:
     assert found.mean_step_s > found.decode_s
 
 
-def test_the_choice_is_the_most_worth_within_the_assured_bound() -> None:
-    load = lengths_of(workload(lengths=((100, 1000),)), prefix_caching=False)
-    options = [
-        (full_batch(STEP, load, sequences=n, max_num_batched_tokens=8192), 1.0) for n in (8, 64, 128, 256)
-    ]
-    bounds = [option.bound_s(0.9) for option, _ in options]
-    assert choose(options, target_s=bounds[2] * 1.001, assurance=0.9) == 2
-    assert choose(options, target_s=bounds[2] * 0.999, assurance=0.9) == 1
-    assert choose(options, target_s=bounds[2] * 0.999, assurance=0.5) == 2
-    assert choose(options, target_s=bounds[0] * 0.5, assurance=0.9) == 0
+class DoubtfulTimes(AffineTimes):
+    """Affine step times of a host whose cost a sequence is not known."""
+
+    def spreads(self, decode_sequences: npt.ArrayLike, context_tokens: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        del context_tokens
+        return 0.1 + 0.001 * np.asarray(decode_sequences, dtype=np.float64)
+
+
+DOUBTFUL = DoubtfulTimes(**{name: getattr(STEP, name) for name in Affine.__dataclass_fields__})
+
+
+def limit_of(times: AffineTimes, asked: Workload, tpot_s: float, assurance: float) -> float:
+    load = lengths_of(asked, prefix_caching=False)
+    grid = load_grid(times, load, most_sequences=1024)
+    behaviour = curve(times, load, np.array([8192.0]), grid, percentile=0.95, arrival_cv=1.0)
+    return float(sequence_limits(behaviour, tpot_s, assurance)[0])
+
+
+@given(
+    prompt=st.integers(1, 3000), output=st.integers(50, 2000), tpot=st.floats(0.012, 0.1),
+)  # fmt: skip
+def test_a_batch_of_as_many_sequences_as_are_allowed_takes_the_objective(prompt: int, output: int, tpot: float) -> None:
+    asked = workload(lengths=((prompt, output),))
+    limit = limit_of(STEP, asked, tpot, 0.5)
+    if not 2 < limit < 1000:
+        return
+    load = lengths_of(asked, prefix_caching=False)
+    found = full_batch(STEP, load, sequences=limit, max_num_batched_tokens=8192)
+    if found.requests_per_s * prompt * found.mean_step_s < 0.5 * 8192:  # prompts do not fill the steps
+        assert found.mean_step_s == pytest.approx(tpot, rel=0.06)
+
+
+def test_the_surer_the_fewer_sequences_and_most_so_where_large_batches_are_doubtful() -> None:
+    asked = workload(lengths=((200, 500),))
+    plain, doubtful = (
+        [limit_of(times, asked, 0.03, assurance) for assurance in (0.5, 0.75, 0.9)] for times in (STEP, DOUBTFUL)
+    )
+    assert sorted(plain, reverse=True) == plain
+    assert plain[0] == pytest.approx(doubtful[0])
+    assert doubtful[2] < plain[2]
+
+
+def test_an_interval_is_as_wide_as_the_steps_of_its_batch_are_doubtful() -> None:
+    chosen, memory = settings(max_num_seqs=1024), fit(model(), gpu(), max_num_seqs=1024, max_model_len=16384)
+    light, heavy = (
+        predict(chosen, workload(rate=rate, lengths=((10, 1000),)), PROMISED, DOUBTFUL, memory=memory)
+        for rate in (0.01, 10.0)
+    )
+    assert light.tpot_s.high / light.tpot_s.value == pytest.approx(factor_of(0.1, 0.9), rel=0.02)
+    assert heavy.mean_sequences > 50
+    assert heavy.tpot_s.high / heavy.tpot_s.value > factor_of(0.15, 0.9)
+    assert heavy.tpot_s.low < heavy.tpot_s.value
+    assert spreads_of(STEP, np.array([1.0, 500.0]), np.array([100.0, 5e5])).tolist() == [SPREAD, SPREAD]
 
 
 # -- bad input

@@ -10,11 +10,30 @@ import pytest
 
 from enova_recommender import catalog
 from enova_recommender.catalog.kernels import measured_gpus
-from enova_recommender.performance import FITTED, GROUPS, Correction, KernelClass, KernelGroup, KernelTimes, Tier
+from enova_recommender.performance import (
+    FITTED,
+    GROUPS,
+    Correction,
+    KernelClass,
+    KernelGroup,
+    KernelTimes,
+    ObservedStep,
+    Tier,
+    calibrated,
+)
 from enova_recommender.performance.layers import TOKENS
 from enova_recommender.performance.pieces import run_total, value_at
 from enova_recommender.performance.tables import LAUNCH_S, PLAIN_FORMAT, ExpertWork, kernels_of, sheet_of
-from enova_recommender.types import WEIGHT_FORMATS, Attention, Batch, GpuModel, ModelShape, Parallelism, Precision
+from enova_recommender.types import (
+    WEIGHT_FORMATS,
+    Attention,
+    Batch,
+    GpuModel,
+    ModelShape,
+    Parallelism,
+    Precision,
+    Recurrence,
+)
 
 GPUS, MODELS = catalog.gpus(), catalog.models()
 SMALL = MODELS["meta-llama/Llama-3.1-8B-Instruct"]
@@ -125,7 +144,7 @@ def test_shares_and_features_add_up_to_the_step(times: KernelTimes) -> None:
 
 
 def test_a_correction_multiplies_each_group_by_its_factor() -> None:
-    factors = (0.8, 1.3, 1.1, 2.0, 0.5)
+    factors = (0.8, 1.3, 1.1, 2.0, 0.5, 1.7)
     plain = times_of(*CASES[2])
     shape, gpu, split, precision = CASES[2]
     corrected = KernelTimes(shape, gpu, parallelism=split, precision=precision, correction=Correction.of(factors))
@@ -148,11 +167,59 @@ def test_what_a_prediction_rests_on_decides_its_interval() -> None:
     assert (interval.low, interval.value, interval.high) == pytest.approx((1.8757, 2.0, 2.1325), rel=1e-3)
 
 
-def test_a_gpu_on_which_few_families_were_seen_has_the_common_spread() -> None:
+def test_a_gpu_on_which_no_server_was_measured_has_the_common_spread() -> None:
     shape = catalog.models()["meta-llama/Llama-3.1-8B-Instruct"]
-    spreads = {name: KernelTimes(shape, GPUS[name]).spread for name in ("H100", "H200", "B200")}
-    assert spreads["H200"] == spreads["H100"] == FITTED.measured_spread
-    assert spreads["B200"] < spreads["H200"]
+    spreads = {name: KernelTimes(shape, GPUS[name]).spread for name in ("A100-80G", "H100", "H200", "B200", "L4")}
+    assert spreads["A100-80G"] == FITTED.measured_spread
+    assert spreads["L4"] == FITTED.transferred_spread
+    assert spreads["B200"] < spreads["H100"] < spreads["H200"]
+
+
+def test_a_host_that_nobody_measured_makes_large_batches_doubtful(times: KernelTimes) -> None:
+    sequences = np.array([1.0, 16.0, 256.0, 1024.0])
+    spreads = times.spreads(sequences, sequences * 100)
+    assert np.all(spreads > 0.3)
+    bare = replace(FITTED, step_doubt=0.0, sequence_doubt=0.0, kernels_doubt=0.5)
+    shape, gpu, split, precision = CASES[0]
+    sure = KernelTimes(shape, gpu, parallelism=split, precision=precision, constants=bare)
+    assert np.all(sure.spreads(sequences, sequences * 100) < 0.5)
+    host = replace(bare, sequence_doubt=2.0)
+    unsure = KernelTimes(shape, gpu, parallelism=split, precision=precision, constants=host)
+    ratio = unsure.spreads(sequences, sequences * 100) / sure.spreads(sequences, sequences * 100)
+    assert np.all(np.diff(ratio) > 0)
+
+
+def test_a_load_unlike_those_that_were_measured_is_known_less() -> None:
+    shape, gpu, split, precision = CASES[0]
+    plain = times_of(shape, gpu, split, precision)
+    steps = [ObservedStep.of(Batch(decode_sequences=n, context_tokens=n * 500), 0.01) for n in (8, 12, 16)]
+    known = calibrated(plain, steps)
+    near, far = known.spreads(np.array([12.0, 1024.0]), np.array([6_000.0, 512_000.0]))
+    assert near < 0.15 < far
+    assert near < float(plain.spreads(np.array([12.0]), np.array([6_000.0]))[0])
+    without = plain.corrected(replace(known.correction, covariance=()))
+    assert without.spreads(np.array([12.0, 1024.0]), np.array([6_000.0, 512_000.0])).tolist() == [known.spread] * 2
+
+
+def test_states_of_many_sequences_are_read_at_the_memorys_pace() -> None:
+    shape, gpu = MODELS["nvidia/NVIDIA-Nemotron-Nano-9B-v2"], H100
+    recurrence = next(b for b in shape.blocks if isinstance(b.mixer, Recurrence))
+    assert isinstance(recurrence.mixer, Recurrence)
+    layers = sum(block.count for block in shape.blocks if isinstance(block.mixer, Recurrence))
+    few, many = (
+        KernelTimes(shape, gpu).shares(Batch(decode_sequences=n, context_tokens=n * 100))[KernelClass.RECURRENCE]
+        for n in (512, 1024)
+    )
+    moved = 2 * 512 * layers * recurrence.mixer.state_elements * 4  # each state is read and written, in 32 bits
+    assert many - few >= 0.99 * moved / gpu.bandwidth_bytes_per_s
+
+
+def test_experts_with_a_scale_a_block_are_a_class_of_their_own() -> None:
+    blocks = KernelTimes(MODELS["Qwen/Qwen3-235B-A22B-FP8"], GPUS["H200"], parallelism=Parallelism(tensor=4))
+    plain = KernelTimes(MODELS["Qwen/Qwen3-235B-A22B-Instruct-2507"], GPUS["H200"], parallelism=Parallelism(tensor=8))
+    kinds = (KernelClass.EXPERTS, KernelClass.BLOCK_EXPERTS)
+    assert [blocks.shares(DECODE)[kind] > 0 for kind in kinds] == [False, True]
+    assert [plain.shares(DECODE)[kind] > 0 for kind in kinds] == [True, False]
 
 
 def test_engines_on_the_same_gpu_slow_kernels_down_but_not_the_host() -> None:

@@ -12,18 +12,16 @@ from enova_recommender.performance import Constants, KernelTimes, ObservedStep, 
 from enova_recommender.types import GpuModel, Parallelism, Precision
 from enova_testing.latency_fit import FIELDS, PRIOR, UNIT, constants, fitted, measured
 from enova_testing.latency_folds import (
-    SPREAD_ROWS_MIN,
     Factors,
     Folds,
     Trial,
     corrected,
-    has_own_spread,
-    spread_of,
+    pooled_spread,
     tables_without,
     trials,
 )
 from enova_testing.latency_model import Figures, loop_of, predicted
-from enova_testing.latency_rows import Load, Row
+from enova_testing.latency_rows import Load, Row, silicon_gpus, told_once
 
 MODELS = ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-70B-Instruct", "openai/gpt-oss-120b")
 TRUTH = replace(UNIT, experts=0.7, collective=1.3, step_s=9e-4, first_token_s=0.012)
@@ -132,19 +130,56 @@ def test_a_trial_teaches_what_the_products_calibration_learns() -> None:
     assert correction.spread == pytest.approx(learnt.spread, rel=1e-6)
 
 
-def test_a_type_of_gpu_has_a_spread_of_its_own_once_three_families_were_measured_often() -> None:
+def errors_on(gpu: GpuModel, spreads: dict[str, float], count: int = 400) -> list[tuple[Row, float]]:
+    """Errors of some families on one type of GPU, normal with these deviations."""
+    draw = np.random.default_rng(1)
+    return [
+        (replace(server(name, 8, 1, 2000), gpu=gpu), float(error))
+        for name, spread in spreads.items() for error in draw.normal(0, spread, count)
+    ]  # fmt: skip
+
+
+def test_a_spread_holds_eighty_of_a_hundred_errors_of_the_families_on_its_gpu() -> None:
+    h200 = catalog.gpus()["H200"]
+    assert pooled_spread(errors_on(h200, dict.fromkeys(MODELS, 0.2)), h200) == pytest.approx(0.2, rel=0.07)
+
+
+def test_the_fewer_families_were_seen_on_a_gpu_the_more_those_on_others_count() -> None:
     h200, h100 = catalog.gpus()["H200"], catalog.gpus()["H100"]
-    often = [row for name in MODELS for row in measured_on(h200, name, SPREAD_ROWS_MIN)]
-    assert has_own_spread(h200, often)
-    assert not has_own_spread(h100, often)
-    assert not has_own_spread(h200, often[:-1]), "one family was not seen often enough"
-    assert not has_own_spread(h200, often[: 2 * SPREAD_ROWS_MIN]), "two families may be off for reasons of their own"
+    far = errors_on(h100, dict.fromkeys(MODELS, 0.5))
+    found = [pooled_spread([*errors_on(h200, dict.fromkeys(MODELS[:count], 0.1)), *far], h200) for count in range(4)]
+    assert found == sorted(found, reverse=True)
+    assert found[0] == pytest.approx(0.5, rel=0.07)
+    assert found[3] < 0.15
+    assert pooled_spread(far, None) == pytest.approx(0.5, rel=0.07)
 
 
-def measured_on(gpu: GpuModel, name: str, count: int) -> list[Row]:
-    return [replace(server(name, 8, clients, 2000), gpu=gpu) for clients in range(1, count + 1)]
+def test_many_rows_of_one_family_weigh_no_more_than_few_of_another() -> None:
+    h200 = catalog.gpus()["H200"]
+    few, many = (
+        pooled_spread(
+            [*errors_on(h200, {MODELS[0]: 0.05}, count=count), *errors_on(h200, {MODELS[1]: 0.5}, count=100)], h200
+        )
+        for count in (100, 2000)
+    )
+    assert few == pytest.approx(many, rel=0.1)
 
 
-def test_a_spread_holds_eighty_of_a_hundred_errors() -> None:
-    errors = np.random.default_rng(1).normal(0, 0.2, 10_000).tolist()
-    assert spread_of(errors) == pytest.approx(0.2, rel=0.05)
+# -- rows of dumps
+
+
+def dumped(ttft: str, *, ranks: str = "1.0", experts: str = "4.0", concurrency: str = "16.0") -> dict[str, str]:
+    return {
+        "backend": "vllm", "model_path": "a", "system": "b", "gemm_quant_mode": "nvfp4", "isl": "1024", "osl": "1024",
+        "concurrency": concurrency, "tp_size": "4.0", "pp_size": "1.0", "attention_dp_size": ranks,
+        "moe_tp_size": "1.0", "moe_ep_size": experts, "silicon_ttft_ms": ttft, "silicon_tpot_ms": "14.2201",
+    }  # fmt: skip
+
+
+def test_one_measurement_under_two_layouts_is_that_of_the_fewer_gpus() -> None:
+    small, large = dumped("207.73"), dumped("207.7301", ranks="4.0", experts="16.0")
+    other = dumped("190.0", ranks="4.0", experts="16.0")
+    later = dumped("207.73", ranks="4.0", experts="16.0", concurrency="32.0")
+    assert silicon_gpus(small) == 4
+    assert silicon_gpus(large) == 16
+    assert told_once([large, small, other, small, later]) == [small, small, other, later]

@@ -1,16 +1,15 @@
-"""A replica whose batch is always full: how fast tokens follow each other, how many come, and which limit to choose.
+"""A replica whose batch is always full: how fast tokens follow each other, and how many come.
 
 Theory of operation. With n sequences decoding at all times, n / L prompts end up in each step on average (L decode
 steps a request), and how many come into one step is Poisson. A step lasts d, or d plus what its prompts add; prompts
 beyond `max_num_batched_tokens` go on in the next. This is what clients see who send the next request as soon as one is
-answered, and what max_num_seqs means for the time between tokens when load is high. Advice itself counts open arrivals
-(`capacity`); so far only the benchmark of choices, `recommender_choice`, asks this module.
+answered. The product's own limit on full batches (`capacity.sequence_limits`) has the mean alone, from its curve of
+open arrivals: this is reckoned in another way, and a test holds the two together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,31 +33,6 @@ class FullBatch:
     requests_per_s: float
     tokens_per_s: float       # decoded
     spread: float             # standard deviation of the logarithm of the error of the times
-
-    def bound_s(self, assurance: float) -> float:
-        """The time between tokens that is not exceeded with this chance, given the model's own error."""
-        return self.step_s.value * factor_of(self.spread, assurance)
-
-    def of_mean(self) -> FullBatch:
-        """The same with the mean time between tokens in place of the percentile."""
-        scale = self.mean_step_s / self.step_s.value
-        low, high = self.step_s.low * scale, self.step_s.high * scale
-        return replace(self, step_s=Interval(value=self.mean_step_s, low=low, high=high))
-
-    def corrected(self, *, step_s: float, spread: float) -> FullBatch:
-        """The same with another time between tokens and its error; all other times in proportion."""
-        scale, outer = step_s / self.step_s.value, factor_of(spread, (1 + INTERVAL_SHARE) / 2)
-        return replace(
-            self, step_s=Interval(value=step_s, low=step_s / outer, high=step_s * outer), spread=spread,
-            mean_step_s=self.mean_step_s * scale, decode_s=self.decode_s * scale,
-            requests_per_s=self.requests_per_s / scale, tokens_per_s=self.tokens_per_s / scale,
-        )  # fmt: skip
-
-    def measured(self, *, step_s: float, tokens_per_s: float) -> FullBatch:
-        """The same as it was measured: no error is left."""
-        return replace(
-            self, step_s=Interval(value=step_s, low=step_s, high=step_s), tokens_per_s=tokens_per_s, spread=0.0
-        )
 
 
 def full_batch(
@@ -99,18 +73,6 @@ def full_batch(
         tokens_per_s=lanes * requests * lengths.mean_output_tokens,
         spread=times.spread,
     )
-
-
-def choose(options: Sequence[tuple[FullBatch, float]], *, target_s: float, assurance: float) -> int:
-    """Of replicas and their prices, the place of the one with the most tokens a second and price within the target.
-
-    A replica is within it if its time between tokens is with the wanted chance. Where none is, the one that comes
-    closest is chosen: a wrong guess costs more there than anywhere.
-    """
-    bounds = np.array([option.bound_s(assurance) for option, _ in options])
-    worth = np.array([option.tokens_per_s / price for option, price in options])
-    inside = bounds <= target_s
-    return int(np.argmax(np.where(inside, worth, -np.inf)) if inside.any() else np.argmin(bounds))
 
 
 def _step_quantile(
