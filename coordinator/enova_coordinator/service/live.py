@@ -90,5 +90,5 @@ async def _seen(leading: Leading, deployment: str) -> _Seen | None:
     windows = [
         found[1] for name in replicas[:REPLICAS_MAX] if (found := telemetry.replica_window(name, steps=steps))
     ]
-    found = await asyncio.to_thread(capacity_of, windows, step_s=telemetry.limits.step_s)
-    return _Seen(newest, len(windows), found)
+    seen = await asyncio.to_thread(capacity_of, windows, step_s=telemetry.limits.step_s)
+    return _Seen(newest, len(windows), seen)

@@ -49,7 +49,10 @@ LOAD_SPREAD_MIN = 2.0        # of the larger loads among these over the least, w
 ELASTICITY_MAX = 0.3         # per cent of rate for a per cent of load; 0 on a plateau, 1 below saturation
 CONFIDENCE = 0.95            # of the one-sided bound of the elasticity
 RESAMPLES = 400
+BLOCK_SERVICE_TIMES = 2.0    # that a block of the bootstrap lasts: requests that were together end within it
 BLOCKS_MIN = 5               # of the bootstrap; fewer say nothing of the spread
+# What even long observation leaves open, as a share: lengths drift, and a queue is met more often when they are long.
+DRIFT_SHARE = 0.015
 INTERVAL_SHARE = 0.80        # that the bounds of an Interval hold
 
 
@@ -278,6 +281,21 @@ def _is_flat_above(level: float, loads: Floats, rates: Floats) -> bool:
     return bound < ELASTICITY_MAX and float(np.median(rates[upper])) > float(np.median(rates[lower]))
 
 
+def _growth_left(replicas: Sequence[ReplicaFrames], saturated: list[Flags]) -> float:
+    """By what factor the rate may still grow between the middle of a plateau and the largest load on it."""
+    loads, rates = [], []
+    for one, flags in zip(replicas, saturated, strict=True):
+        found = _windows(one)
+        for load, rate, members in zip(found.loads, found.rates, found.members, strict=True):
+            if rate > 0 and flags[members].all():
+                loads.append(load)
+                rates.append(rate)
+    if len(loads) < PLATEAU_WINDOWS_MIN:
+        return 1.0
+    slope = max(0.0, _elasticity_bound(np.log(loads), np.log(rates)))
+    return float((max(loads) / np.median(loads)) ** slope)
+
+
 def _elasticity_bound(loads: Floats, rates: Floats) -> float:
     """The upper bound of the slope of a line through logarithms, by Student's t."""
     freedom = len(loads) - 2
@@ -308,7 +326,8 @@ def _capacity(
     running = np.concatenate([one.running[flags] for one, flags in pairs])
     done = float(finished.sum())
     service_s = float(running @ spans) / done
-    block = max(1, round(service_s / float(spans.mean())))
+    block = max(1, round(BLOCK_SERVICE_TIMES * service_s / float(spans.mean())))
+    block = min(block, max(1, len(spans) // BLOCKS_MIN))  # of a short span shorter ones are better than none
     draws = _block_draws(len(spans), block, seed)
     if draws is None:  # too short a span: finishing is taken for a Poisson process
         half = NormalDist().inv_cdf((1 + INTERVAL_SHARE) / 2) / math.sqrt(done)
@@ -316,9 +335,13 @@ def _capacity(
         rate = _interval(done / float(spans.sum()), limits)
         load = _interval(float(np.median(running)), limits)
     else:
+        wider = _few_blocks(len(spans) // block)
         rates = finished[draws].sum(axis=1) / spans[draws].sum(axis=1)
-        rate = _quantiles(done / float(spans.sum()), rates)
-        load = _quantiles(float(np.median(running)), np.median(running[draws], axis=1))
+        rate = _quantiles(done / float(spans.sum()), rates, wider)
+        load = _quantiles(float(np.median(running)), np.median(running[draws], axis=1), wider)
+    rate = _drifting(rate)
+    if evidence is Evidence.PLATEAU:
+        rate = _including(rate, rate.value * _growth_left(replicas, saturated))
     before = _before_s(pairs, float(np.median(running))) or service_s
     if float(spans.sum()) < SETTLED_SERVICE_TIMES * service_s * len(pairs):
         rate = _including(rate, load.value / before)
@@ -367,10 +390,28 @@ def _half_width(interval: Interval) -> float:
     return (interval.high - interval.low) / 2 / interval.value if interval.value else 0.0
 
 
-def _quantiles(value: float, draws: Floats) -> Interval:
+def _quantiles(value: float, draws: Floats, wider: float) -> Interval:
     tail = (1 - INTERVAL_SHARE) / 2
     low, high = (float(bound) for bound in np.quantile(draws, (tail, 1 - tail)))
-    return Interval(value=value, low=min(low, value), high=max(high, value))
+    below, above = max(value - low, 0.0), max(high - value, 0.0)
+    return Interval(value=value, low=max(0.0, value - wider * below), high=value + wider * above)
+
+
+def _few_blocks(count: int) -> float:
+    """How much wider an interval of `count` blocks is than the spread of its resamples: Student's t, and the mean
+    that the blocks themselves gave."""
+    share = (1 + INTERVAL_SHARE) / 2
+    quantile = float(stdtrit(count - 1, share)) / NormalDist().inv_cdf(share)
+    return quantile * math.sqrt(count / (count - 1))
+
+
+def _drifting(interval: Interval) -> Interval:
+    """The interval with what no length of observation tells, in quadrature."""
+    value, drift = interval.value, DRIFT_SHARE * interval.value
+    return Interval(
+        value=value, low=value - math.hypot(value - interval.low, drift),
+        high=value + math.hypot(interval.high - value, drift),
+    )  # fmt: skip
 
 
 def _block_draws(length: int, block: int, seed: int) -> npt.NDArray[np.intp] | None:

@@ -314,8 +314,8 @@ def _current(fields: _Fields, shape: ModelShape) -> EngineSettings:
     """The configuration that runs now, by vLLM's flags and, where they say nothing, vLLM's defaults."""
     inner = _Fields(fields.mapping("current"), "current", ("gpu_type", "configuration", "gpu"))
     if inner.has("gpu"):  # one that the catalogue need not know
-        gpu = _gpu(_Fields(inner.mapping("gpu"), "current.gpu", _SUPPLY))
-        return settings_of_flags(gpu, inner.mapping("configuration"), shape)
+        stated = _gpu(_Fields(inner.mapping("gpu"), "current.gpu", _SUPPLY))
+        return settings_of_flags(stated, inner.mapping("configuration"), shape)
     gpu = catalog.find_gpu(inner.text("gpu_type"))
     if gpu is None:
         raise RequestError("current.gpu_type", f"{inner.text('gpu_type')!r} is not in the catalogue")

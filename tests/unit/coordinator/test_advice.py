@@ -14,6 +14,7 @@ from enova_coordinator.core.gpu_facts import GpuFacts
 from enova_coordinator.core.gpu_types import described_types
 from enova_coordinator.core.model import (
     Claim,
+    Configuration,
     Deployment,
     DeploymentAdvice,
     DeploymentSpec,
@@ -318,7 +319,7 @@ def test_an_accepted_proposal_is_in_force_as_a_new_generation() -> None:
 
 
 def test_accepting_turns_an_explicit_configuration_over_but_for_what_no_proposal_speaks_of() -> None:
-    explicit = {"max_num_seqs": 8, "tensor_parallel_size": 4, "quantization": "fp8", "seed": 7}
+    explicit: Configuration = {"max_num_seqs": 8, "tensor_parallel_size": 4, "quantization": "fp8", "seed": 7}
     after = advice.accepted(proposed(spec=replace(SPEC, configuration=explicit)), now_s=5.0)
     assert after.spec.configuration == {}
     assert dict(after.configuration) == {
