@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,11 @@ def thresholds(recording: Recording, learnt: Learnt) -> list[Said]:
 def zscore(recording: Recording, learnt: Learnt) -> list[Said]:
     """Any figure beyond so many standard deviations of the train runs. It cannot say what: OVERLOADED."""
     history = np.array([[step.of(each)[0] for each in ZSCORE_FEATURES] for step in learnt.steps])
-    mean, spread = np.nanmean(history, axis=0), np.maximum(np.nanstd(history, axis=0), 1e-9)
+    if not np.isfinite(history).any():
+        return []
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of figures that were never measured
+        mean, spread = np.nanmean(history, axis=0), np.maximum(np.nanstd(history, axis=0), 1e-9)
     found = []
     for step in _steps(recording):
         values = np.array([step.of(each)[0] for each in ZSCORE_FEATURES])
@@ -212,7 +217,10 @@ def learn(runs: Sequence[Recording]) -> Learnt:
                 if not said.kind:
                     batches.append(batch)
                     steps.append(step)
-        learnt = Learnt(times=fit_affine(batches), batches=batches, steps=steps)
+        try:
+            learnt = Learnt(times=fit_affine(batches), batches=batches, steps=steps)
+        except ValueError:  # too few steps are known of: the detector is told nothing of step times
+            return Learnt(times=None, batches=batches, steps=steps)
     return learnt
 
 
@@ -281,7 +289,7 @@ def judged(recording: Recording, name: str, said: Sequence[Said]) -> tuple[list[
         })  # fmt: skip
     wrong = [each for each in said if _is_wrong(each, recording)]
     ends = [each.end_s for each in said]
-    step_s = float(np.median(np.diff(ends)))
+    step_s = float(np.median(np.diff(ends))) if len(ends) > 1 else 0.0
     episodes = sum(
         1 for index, each in enumerate(said)
         if each in wrong and not (index and said[index - 1] in wrong and said[index - 1].kind == each.kind)

@@ -26,13 +26,9 @@ import numpy as np
 
 from enova_recommender.detection.causes import DESTRUCTIVE
 from enova_recommender.detection.episodes import Change
-from enova_recommender.detection.folding import FoldSettings
-from enova_recommender.detection.residual import AffineExpectation, fit_affine, log_ratio
-from enova_recommender.detection.watch import FleetWatch
 from enova_recommender.types import VerdictKind
-from enova_testing.benchmark import Benchmark, benchmark, read_rows, wilson
+from enova_testing.benchmark import Benchmark, benchmark, wilson
 from enova_testing.latency_rows import splitwise_rows
-from enova_testing.recorded_faults import recordings
 from enova_testing.serving_baselines import BASELINES, GRIDS, Said, ours
 from enova_testing.serving_faults import (
     CONTEXT,
@@ -41,7 +37,6 @@ from enova_testing.serving_faults import (
     LOAD,
     REPLICAS,
     WARM_S,
-    Incident,
     Played,
     Setting,
     World,
@@ -49,6 +44,7 @@ from enova_testing.serving_faults import (
     kernel_times,
     play,
 )
+from enova_testing.serving_trace import recorded_residuals, trace
 
 SEEDS, FULL_SEEDS = 2, 10
 TUNING = ("nothing", "season", "longer_prompts", "deploy")
@@ -56,7 +52,6 @@ AFTER_S = 60.0
 PAGE_AFTER_S = 60.0          # of an overload
 ROOM = 0.9                   # of capacity, that one replica fewer may be used to
 REQUESTS_MAX = 3_000_000
-DRAWN = 20_000               # requests, where there is no trace
 OURS = "enova"
 DAY_S = 86_400.0
 SLOW = ("throttle_1.2", "throttle_1.5", "throttle_2", "throttle_3", "slow_gpu_of_group", "co_runner", "hung",
@@ -65,8 +60,7 @@ SLOW = ("throttle_1.2", "throttle_1.5", "throttle_2", "throttle_3", "slow_gpu_of
 ADDITIVE = (("meta-llama/Llama-2-70b-hf", "H100", 4), ("meta-llama/Llama-2-70b-hf", "A100-80G", 8),
             ("meta-llama/Llama-3.1-8B-Instruct", "A100-80G", 2))  # fmt: skip
 KERNELS = (("meta-llama/Llama-3.1-8B-Instruct", "H100", 1), ("meta-llama/Llama-3.1-70B-Instruct", "H100", 4))
-Requests = tuple[tuple[float, int, int], ...]
-Task = tuple[Setting, Incident, int, Mapping[str, float] | None]
+Task = tuple[Setting, str, int, Mapping[str, float] | None]   # the incident by name
 
 
 def settings(run: Benchmark, seeds: Sequence[int]) -> list[tuple[Setting, int]]:
@@ -105,53 +99,6 @@ def _labels(model: str, gpu: str) -> set[str]:
     names = {"meta-llama/Llama-2-70b-hf": "llama2-70b", "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b"}
     gpus = {"H100": "h100-80gb", "A100-80G": "a100-80gb"}
     return {f"{names.get(model, model)} {gpus.get(gpu, gpu)}".lower()}
-
-
-def trace(run: Benchmark) -> Requests:
-    """Seconds since the one before, prompt and output tokens of real requests."""
-    for path in run.files("azure_llm_2023", "conv*.csv.gz"):
-        found, before_s = [], 0.0
-        for row in read_rows(path):
-            at_s = float(row["arrival_s"])
-            found.append((at_s - before_s, int(row["prompt_tokens"]), max(1, int(row["output_tokens"]))))
-            before_s = at_s
-        return tuple(found)
-    run.notes["trace"] = "azure_llm_2023 is absent: lengths of servegen, Gamma arrivals with a CV of 1.2"
-    draw = np.random.default_rng(run.seed)
-    pairs = [
-        (float(row["input_p50"]), float(row["output_p50"]))
-        for path in run.files("servegen", "*lengths*.csv.gz") for row in read_rows(path) if row["input_p50"]
-    ]  # fmt: skip
-    picks = draw.integers(0, len(pairs), DRAWN)
-    shape = 1.0 / 1.2**2
-    gaps = draw.gamma(shape, 1.0 / shape, DRAWN)
-    spread = np.exp(draw.normal(0.0, 0.5, (DRAWN, 2)))
-    return tuple(
-        (float(gap), max(1, round(pairs[pick][0] * x)), max(1, round(pairs[pick][1] * y)))
-        for gap, pick, (x, y) in zip(gaps, picks, spread.tolist(), strict=True)
-    )
-
-
-def recorded_residuals(run: Benchmark) -> tuple[float, ...]:
-    """Logs of observed over fitted step times in the quiet steps of a real engine, in their order."""
-    found: list[float] = []
-    for recording in recordings(run.data / "vllm_cpu_faults"):
-        if not recording.name.startswith("train_"):
-            continue
-        watch = FleetWatch(FoldSettings(bounds=recording.bounds))
-        watch.place([recording.placement])
-        batches = []
-        for frame in recording.frames:
-            watch.add(frame, now_s=frame.end_s)
-            batches += [told.batches for told in watch.close(frame.end_s) if not told.judgement.verdicts]
-        expectation = AffineExpectation.of(fit_affine(batches), series=1)
-        logs = np.array([log_ratio(each, expectation)[0] for each in batches])
-        logs = logs[np.isfinite(logs)]
-        middle = float(np.median(logs))
-        found += [float(each) for each in logs - middle if abs(each - middle) < 0.25]  # beyond: what was not called
-    if not found:
-        run.notes["residuals"] = "vllm_cpu_faults is absent: world b has no noise of recordings"
-    return tuple(found)
 
 
 def judged(played: Played, name: str, said: Sequence[Said]) -> dict[str, object]:
@@ -239,12 +186,13 @@ def quiet_pages(played: Played) -> tuple[int, float]:
 
 def _play(task: Task) -> tuple[list[dict[str, object]], list[tuple[object, ...]]]:
     """One incident in a process of its own: ours and each baseline at its knob, or at every knob while tuning."""
-    setting, incident, seed, knobs = task
+    setting, name, seed, knobs = task
+    incident = next(each for each in INCIDENTS if each.name == name)
     played = play(setting, incident, seed=seed, capacity_rps=setting.capacity_rps())
     rows = [judged(played, OURS, ours(played))]
-    for name, baseline in BASELINES.items():
-        values = GRIDS[name] if knobs is None else (knobs[name],)
-        rows += [{**judged(played, name, baseline(played, knob)), "knob": knob} for knob in values]
+    for other, baseline in BASELINES.items():
+        values = GRIDS[other] if knobs is None else (knobs[other],)
+        rows += [{**judged(played, other, baseline(played, knob)), "knob": knob} for knob in values]
     pages, node_s = quiet_pages(played)
     rows[0] |= {"pages": pages, "quiet_node_s": node_s, "requests": played.requests}
     return rows, [(setting.world.value, seed, incident.name, *_plain(each)) for each in ours(played)]
@@ -314,11 +262,10 @@ def main() -> None:
     """Tune the baselines, play, judge, print."""
     run = benchmark("detector_serving", __doc__)
     seeds = [run.seed + index for index in range(FULL_SEEDS if run.full else SEEDS)]
-    quiet = [each for each in INCIDENTS if each.name in TUNING]
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        tasks: list[Task] = [(setting, incident, seed, None) for setting, seed in settings(run, [0]) for incident in quiet]
+        tasks: list[Task] = [(setting, name, seed, None) for setting, seed in settings(run, [0]) for name in TUNING]
         knobs = tuned([row for rows, _ in pool.imap(_play, tasks) for row in rows])
-        tasks = [(setting, incident, seed, knobs) for setting, seed in settings(run, seeds) for incident in INCIDENTS]
+        tasks = [(setting, each.name, seed, knobs) for setting, seed in settings(run, seeds) for each in INCIDENTS]
         results = pool.map(_play, tasks, chunksize=1)
     rows = [row for found, _ in results for row in found]
     run.write("events", rows)

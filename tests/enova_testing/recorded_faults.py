@@ -65,14 +65,17 @@ class Recording:
 
 
 def recordings(folder: Path) -> list[Recording]:
-    """Every run of a folder, by name."""
-    return [_read(each.parent) for each in sorted(folder.glob("*/metrics.csv.gz"))]
+    """Every run of a folder in which anything was recorded, by name."""
+    found = (_read(each.parent) for each in sorted(folder.glob("*/metrics.csv.gz")))
+    return [each for each in found if each is not None]
 
 
-def _read(folder: Path) -> Recording:
+def _read(folder: Path) -> Recording | None:
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     with gzip.open(folder / "metrics.csv.gz", "rt", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        return None
     buckets = _buckets(rows[0])
     engine = run["engine"]
 

@@ -133,9 +133,9 @@ class Stage:
         self.factors[engine.name] = factor
         self._set_times(engine)
 
-    def second(self) -> Iterator[tuple[str, bytes]]:
-        """Let a second pass; what arrives at the coordinator meanwhile."""
-        until_s = self.now_s + 1.0
+    def passing(self, interval_s: float = 1.0) -> Iterator[tuple[str, bytes]]:
+        """Let an interval of telemetry pass; what arrives at the coordinator meanwhile."""
+        until_s = self.now_s + interval_s
         self._arrive(until_s)
         if self.setting.residuals and self.now_s % 5 == 0:
             self._make_noise()
@@ -501,7 +501,7 @@ def play(setting: Setting, incident: Incident, *, seed: int, capacity_rps: float
             incident.act(cluster, elapsed_s)
         elif elapsed_s == incident.duration_s:
             incident.undo(cluster, elapsed_s)
-        for node, data in cluster.second():
+        for node, data in cluster.passing():
             watch.add(received(node, data), now_s=cluster.now_s)
         told += watch.close(cluster.now_s)
     return Played(

@@ -215,7 +215,9 @@ class FleetWatch:
     def _gain(self, step: FeatureStep, batches: StepBatches, model: _Model) -> Floats:
         """Only where somebody waits is it asked what a larger batch would bring."""
         waits = queued(step) >= QUEUE_MIN
-        return batch_gain(batches, model.expectation) if waits.any() else np.full(len(step.values), np.nan)
+        if not waits.any():
+            return np.full(len(step.values), np.nan)
+        return batch_gain(replace(batches, weights=np.where(waits, batches.weights, np.nan)), model.expectation)
 
     def _burnt(self, step: FeatureStep) -> Floats:
         """How many times beyond a rule's factor each replica's objectives burn; NaN where there are none."""
