@@ -20,7 +20,7 @@ from enova_cli.up.child import Child
 from enova_cli.up.layout import DataDirectory, socket_path
 from enova_cli.up.leftovers import end_engines, end_leftovers
 from enova_cli.up.logs import keep_bounded
-from enova_common.address import parse_address
+from enova_common.address import Address, parse_address
 from enova_common.errors import EnovaError, TimedOut
 from enova_common.ports import check_listenable
 
@@ -94,6 +94,8 @@ class Fleet:
         return [name for name, done in zip(nodes, ended, strict=True) if not done] if killed else []
 
     async def _start_all(self) -> dict[str, Any]:
+        for option, port in (("--port", self._options.port), ("--openai-port", self._options.openai_port)):
+            check_listenable(Address("127.0.0.1", port), field=option)
         clock = self._data.read_json("clock.json")
         if clock.get("time_scale") != self._options.time_scale:
             clock = {"epoch_s": time.time(), "time_scale": self._options.time_scale}

@@ -87,7 +87,7 @@ def _gpu(sample: telemetry_pb2.GpuSample, rejected: dict[str, int]) -> ObjectFig
         for field, value in sample.ListFields():
             column = _GPU_COLUMN.get(field.number)
             if column is not None:
-                row[column] = value if 0 <= value < math.inf else _refused(value, rejected)
+                row[column] = value if 0 <= value < math.inf else _cleared(sample, field.name, value, rejected)
     return ObjectFigures(sample.uuid, row, "", sample)
 
 
@@ -101,7 +101,7 @@ def _replica(sample: telemetry_pb2.ReplicaSample, rejected: dict[str, int]) -> O
             continue
         if number == _FINISHED:
             value = sum(value.values())  # noqa: PLW2901  # a map in place of a number
-        row[column] = value if 0 <= value < math.inf else _refused(value, rejected)
+        row[column] = value if 0 <= value < math.inf else _cleared(sample, field.name, value, rejected)
     return ObjectFigures(sample.replica, row, sample.instance, sample)
 
 
@@ -110,6 +110,14 @@ def _fresh(age_s: float, rejected: dict[str, int]) -> bool:
         return True
     rejected["stale"] = rejected.get("stale", 0) + 1
     return False
+
+
+def _cleared(
+    sample: telemetry_pb2.GpuSample | telemetry_pb2.ReplicaSample, name: str, value: float, rejected: dict[str, int]
+) -> float:
+    """Refuse a figure, and take it out of the sample too: whoever asks for the newest figures is given that."""
+    sample.ClearField(name)  # type: ignore[arg-type]  # a name that came out of this very message
+    return _refused(value, rejected)
 
 
 def _refused(value: float, rejected: dict[str, int]) -> float:
