@@ -1,15 +1,20 @@
 """The demonstration behind `make demo`: a fleet comes up, a trace is replayed, and everything must have happened.
 
-Two simulated 8-GPU nodes (or, with --engine vllm, one slot with a real vLLM on the CPU) serve a deployment; a
+Two simulated 8-GPU nodes (or, with --engine vllm, two slots for a real vLLM on the CPU) serve a deployment; a
 public trace drives it; the policy scales it out and back in; one engine is killed on the way and comes back.
 The demo itself issues no scale call: with the policy paused it ends non-zero. It exits 0 only if all happened
 and no process is left.
+
+Both run under a scaled model clock, in which the policy counts its minutes. Simulated engines live by that clock
+too, and so does the trace. A real vLLM does not: its load is the same trace, request after request as fast as they
+are answered, and its figures are real seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -42,7 +47,6 @@ from enova_common.errors import EnovaError, TimedOut
 from enova_common.traces import TraceRequest
 
 UP_TIMEOUT_S = 60.0
-SCALE_IN_TIMEOUT_S = 90.0  # real time: three model minutes of idleness for each halving
 STOP_TIMEOUT_S = 60.0
 VIEW_PERIOD_S = 1.0
 POLL_S = 0.2
@@ -50,16 +54,19 @@ POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """What is deployed on what, and how it is driven."""
+    """What is deployed on what, and how it is driven. Times are real but for the trace's."""
 
     up: tuple[str, ...]
     deployment: dict[str, Any]
-    time_scale: float
-    load_s: float  # model time of the trace that is replayed
-    ready_timeout_s: float
-    scales: bool  # whether the load is such that the policy must act
+    time_scale: float  # of the model clock, in which the policy counts its minutes
+    load_scale: float  # of the clock that the load is sent and measured by: the engines'
+    load_s: float  # of the trace that is replayed, by its own clock
     every: int = 1  # of the trace's requests, one of so many is sent
-    output_tokens_max: int = 1_000_000
+    tokens_max: int = 1_000_000  # of a prompt and of an answer: longer ones are cut
+    open_max: int | None = None  # so many are open all the time, over and over; None: each leaves at its time, once
+    load_limit_s: float  # an endless load stops when a killed engine is back, and by then at the latest
+    ready_timeout_s: float
+    scale_in_timeout_s: float  # three model minutes of idleness for each halving
 
 
 SIMULATED = Scenario(
@@ -74,31 +81,39 @@ SIMULATED = Scenario(
         "configuration": {"max_num_seqs": 4, "max_model_len": 8192},
     },
     time_scale=20.0,
+    load_scale=20.0,
     load_s=900.0,
-    ready_timeout_s=60.0,
-    scales=True,
     every=2,
+    load_limit_s=60.0,
+    ready_timeout_s=60.0,
+    scale_in_timeout_s=90.0,
 )
 
 
 def vllm_scenario(model: str, command: str) -> Scenario:
-    """The small one on a real vLLM on the CPU: deployed, served, killed, mended; too small to be scaled."""
+    """The same small on a real vLLM on the CPU: one replica, two, and one again, of a tiny model."""
     return Scenario(
         up=(
-            "--nodes", "1", "--gpu", "CPU:1", "--engine", "vllm",
+            "--nodes", "2", "--gpu", "CPU:1", "--engine", "vllm",
             "--engine-command", command, "--engine-args", "--dtype float32 --enforce-eager",
         ),
         deployment={
             "name": "demo",
             "model": model,
-            "replicas": 1,
-            "configuration": {"max_num_seqs": 16, "max_model_len": 2048},
+            "min": 1,
+            "max": 2,
+            "configuration": {"max_num_seqs": 4, "max_model_len": 1024},
         },
-        time_scale=1.0,
-        load_s=10.0,
+        # A minute of the policy takes 15 s here. It wants five of them with figures before it acts, and an engine
+        # takes a minute or more to start: by the wall clock the whole would be a quarter of an hour.
+        time_scale=4.0,
+        load_scale=1.0,
+        load_s=900.0,
+        tokens_max=128,
+        open_max=64,  # the policy acts when 50 pend; what waits for longer than a minute is refused
+        load_limit_s=600.0,
         ready_timeout_s=300.0,
-        scales=False,
-        output_tokens_max=32,
+        scale_in_timeout_s=300.0,
     )  # fmt: skip
 
 
@@ -122,6 +137,7 @@ class Demo:
     checks: list[Check] = field(default_factory=list)
     peak_ready: int = 0
     killed: str = ""
+    held: str = ""  # why the policy was not let scale out
 
     async def run(self) -> int:
         """The whole demonstration; the exit code."""
@@ -168,32 +184,31 @@ class Demo:
         await wait_ready(client, deployment.name, self.scenario.ready_timeout_s, Format.JSON)
         self._check("deployed and ready", f"in {time.monotonic() - began:.1f} s", passed=True)
         report = await self._drive(client, deployment.name)
-        if self.scenario.scales:
-            decisions = await self._scaled_in(client, deployment.name)
-            self._check_decisions(decisions)
-            report = replace(report, decisions=decision_rows(decisions))
-        self._print_report(report)
+        decisions = await self._scaled_in(client, deployment.name)
+        self._check_decisions(decisions)
+        self._print_report(replace(report, decisions=decision_rows(decisions)))
 
     async def _drive(self, client: Client, name: str) -> Report:
         """Replay the trace, watch, and kill an engine on the way."""
-        trace = resources.files("enova_cli.samples") / "azure_conv_first15min.csv.gz"
-        with resources.as_file(trace) as path:
-            requests = [r for r in trace_requests(path, seed=0) if r.arrival_s < self.scenario.load_s]
-        requests = requests[:: self.scenario.every]
-        limit = self.scenario.output_tokens_max
-        if limit < 1_000_000:
-            requests = [
-                replace(r, prompt_tokens=min(r.prompt_tokens, 8 * limit), output_tokens=min(r.output_tokens, limit))
-                for r in requests
-            ]
-        target = Target(url=self._facts["openai"], model=short(name), time_scale=self.scenario.time_scale)
+        scenario = self.scenario
+        target = Target(url=self._facts["openai"], model=short(name), time_scale=scenario.load_scale)
         progress = Progress()
         watcher = asyncio.create_task(self._watch(client, name, progress))
+        killer = asyncio.create_task(self._kill_one(client, name))
+        ends_s = time.monotonic() + scenario.load_limit_s
+        requests = _requests(scenario)
+
+        def over() -> bool:
+            return killer.done() or bool(self.held) or time.monotonic() > ends_s
+
         try:
-            if not self.scenario.scales:
-                return await self._drive_single(client, target, requests, name, progress)
-            killer = asyncio.create_task(self._kill_one(client, name))
-            report = await measured_load(client, target, requests, name, progress)
+            if scenario.open_max is None:
+                report = await measured_load(client, target, requests, name, progress)
+            else:
+                again = itertools.cycle(replace(request, arrival_s=0.0) for request in requests)
+                report = await measured_load(
+                    client, target, again, name, progress, stopped=over, open_max=scenario.open_max
+                )
             await self._mended(killer)
         finally:
             watcher.cancel()
@@ -201,7 +216,7 @@ class Demo:
                 await watcher
         # The killed engine's own streams break off with a clear error; everything else must be served.
         lost = report.failed + report.cut
-        bound = int(self.scenario.deployment["configuration"]["max_num_seqs"])
+        bound = int(scenario.deployment["configuration"]["max_num_seqs"])
         self._check(
             "traffic served",
             f"{report.served} served, {lost} lost with the killed engine",
@@ -209,46 +224,31 @@ class Demo:
         )
         return report
 
-    async def _drive_single(
-        self, client: Client, target: Target, requests: list[TraceRequest], name: str, progress: Progress
-    ) -> Report:
-        """With one engine nobody serves while it is down: the load comes before the kill, and once more after it."""
-        report = await measured_load(client, target, requests, name, progress)
-        self._check("traffic served", f"{report.served} of {report.sent}", passed=report.served == report.sent > 0)
-        await self._mended(asyncio.create_task(self._kill_one(client, name)))
-        again = await measured_load(client, target, requests, name, progress)
-        detail = f"{again.served} of {again.sent}"
-        self._check("the mended engine serves the same again", detail, passed=again.served == again.sent > 0)
-        return report
-
     async def _mended(self, killer: asyncio.Task[None]) -> None:
-        """Wait until the killed engine serves again."""
+        """Wait until the killed engine serves again, unless the policy was held: then none was killed, nor will be."""
         try:
-            await asyncio.wait_for(killer, self.scenario.ready_timeout_s)
+            await asyncio.wait_for(killer, POLL_S if self.held else self.scenario.ready_timeout_s)
         except TimeoutError:
             self._check("a killed engine comes back", self.killed or "none was killed", passed=False)
 
     async def _kill_one(self, client: Client, name: str) -> None:
-        """SIGKILL one engine once two serve (or the only one there can be), and wait for it to serve again."""
-        wanted = 2 if self.scenario.scales else 1
-        victim = await _poll(lambda: self._ready(client, name, wanted))
-        replica = victim[-1]
+        """SIGKILL one engine once two serve, and wait for it to serve again."""
+        replica = (await _poll(lambda: self._two_ready(client, name)))[-1]
         os.kill(replica.pid, signal.SIGKILL)
         self.killed, began = f"{short(replica.name)} (pid {replica.pid})", time.monotonic()
         self.console.print(f"killed the engine of {self.killed}")
 
         async def recovered() -> bool:
-            return any(
-                now.name == replica.name and now.pid != replica.pid for now in await self._ready(client, name, wanted)
-            )
+            ready = await self._two_ready(client, name)
+            return any(now.name == replica.name and now.pid != replica.pid for now in ready)
 
         await _poll(recovered)
         detail = f"{self.killed} is ready again after {time.monotonic() - began:.1f} s"
         self._check("a killed engine comes back", detail, passed=True)
 
-    async def _ready(self, client: Client, name: str, wanted: int) -> list[cluster_pb2.Replica]:
+    async def _two_ready(self, client: Client, name: str) -> list[cluster_pb2.Replica]:
         replicas = [r for r in await client.list_replicas(name) if r.state == cluster_pb2.Replica.STATE_READY]
-        return replicas if len(replicas) >= wanted else []
+        return replicas if len(replicas) > 1 else []
 
     async def _watch(self, client: Client, name: str, progress: Progress) -> None:
         """A table that lives on a terminal; a line a few seconds elsewhere."""
@@ -259,6 +259,8 @@ class Demo:
                     deployment = await client.get_deployment(name)
                     replicas = await client.list_replicas(name)
                     self.peak_ready = max(self.peak_ready, deployment.ready_replicas)
+                    if self.peak_ready == 1:
+                        self.held = _held(await client.list_decisions(name))
                     if live is not None:
                         live.update(_view(deployment, replicas, progress))
                     elif beat % 5 == 0:
@@ -276,16 +278,17 @@ class Demo:
             return len(serving) == len(replicas) == 1
 
         try:
-            await asyncio.wait_for(_poll(back_to_minimum), SCALE_IN_TIMEOUT_S)
+            await asyncio.wait_for(_poll(back_to_minimum), self.scenario.scale_in_timeout_s)
             self._check("scaled back in", f"from {self.peak_ready} to 1 replicas", passed=self.peak_ready > 1)
         except TimeoutError:
-            self._check("scaled back in", f"not within {SCALE_IN_TIMEOUT_S:g} s", passed=False)
+            self._check("scaled back in", f"not within {self.scenario.scale_in_timeout_s:g} s", passed=False)
         return list(reversed(await client.list_decisions(name)))
 
     def _check_decisions(self, decisions: list[decision_service_pb2.Decision]) -> None:
         up = [d for d in decisions if d.action == decision_service_pb2.Decision.ACTION_SCALE_UP]
         down = [d for d in decisions if d.action == decision_service_pb2.Decision.ACTION_SCALE_DOWN]
-        self._check("scaled out", f"to {self.peak_ready} ready replicas", passed=bool(up) and self.peak_ready > 1)
+        detail = f"to {self.peak_ready} ready replicas" + (f": {self.held}" if self.held else "")
+        self._check("scaled out", detail, passed=bool(up) and self.peak_ready > 1)
         acts = up + down
         founded = all(d.actor.startswith("policy/") and d.inputs and d.frames for d in acts)
         counts = f"{len(up)} up, {len(down)} down"
@@ -322,6 +325,24 @@ class Demo:
         if self._report:
             print(self._report, flush=True)
         return 0 if all(check.passed for check in self.checks) else 1
+
+
+def _requests(scenario: Scenario) -> list[TraceRequest]:
+    """The part of the shipped trace that is replayed."""
+    trace = resources.files("enova_cli.samples") / "azure_conv_first15min.csv.gz"
+    with resources.as_file(trace) as path:
+        requests = [r for r in trace_requests(path, seed=0) if r.arrival_s < scenario.load_s]
+    limit = scenario.tokens_max
+    return [
+        replace(r, prompt_tokens=min(r.prompt_tokens, limit), output_tokens=min(r.output_tokens, limit))
+        for r in requests[:: scenario.every]
+    ]
+
+
+def _held(decisions: list[decision_service_pb2.Decision]) -> str:
+    """Why the policy's newest wish was not carried out; empty if it was, or if it had none."""
+    newest = decisions[0] if decisions else decision_service_pb2.Decision()
+    return newest.reason if newest.action == decision_service_pb2.Decision.ACTION_HOLD else ""
 
 
 async def _poll(condition: Callable[[], Awaitable[Any]]) -> Any:

@@ -9,7 +9,7 @@ import io
 import json
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -110,14 +110,21 @@ def rate_requests(
 
 
 async def measured_load(
-    client: Client, target: Target, requests: Iterable[TraceRequest], deployment: str, progress: Progress
+    client: Client,
+    target: Target,
+    requests: Iterable[TraceRequest],
+    deployment: str,
+    progress: Progress,
+    *,
+    stopped: Callable[[], bool] = lambda: False,
+    open_max: int | None = None,
 ) -> Report:
-    """Run a load while counting GPU-seconds and decisions, and report."""
+    """Run a load (see `run_load`) while counting GPU-seconds and decisions, and report."""
     before = {decision.name for decision in await client.list_decisions(deployment)}
     cost = Cost(client, deployment, target.time_scale)
     watch = asyncio.create_task(cost.watch())
     try:
-        results = await run_load(requests, target, progress=progress)
+        results = await run_load(requests, target, progress=progress, stopped=stopped, open_max=open_max)
         await cost.sample()
     finally:
         watch.cancel()

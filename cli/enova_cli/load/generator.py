@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 
 import aiohttp
@@ -65,9 +66,14 @@ async def run_load(
     *,
     progress: Progress | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    open_max: int | None = None,
 ) -> list[RequestRecord]:
-    """Send every request at its time, wait for all answers, and return one record a request in order of arrival."""
+    """Send every request at its time, wait for all answers, and return one record a request in order of arrival.
+
+    With `open_max` a request whose time has come waits until fewer than so many are open; it arrives when it leaves.
+    """
     progress = progress if progress is not None else Progress()
+    room = asyncio.Semaphore(open_max if open_max is not None else sys.maxsize)
     start = time.monotonic()
     tasks: list[asyncio.Task[RequestRecord]] = []
     async with _session(target) as session:
@@ -75,12 +81,16 @@ async def run_load(
             delay = start + request.arrival_s / target.time_scale - time.monotonic()
             if delay > 0:
                 await asyncio.sleep(delay)
+            await room.acquire()
             if stopped():
                 break
+            now_s = (time.monotonic() - start) * target.time_scale
+            sent = replace(request, arrival_s=now_s) if open_max is not None else request
             progress.sent += 1
             progress.open += 1
-            task = asyncio.create_task(_send(session, target, request, len(tasks)))
+            task = asyncio.create_task(_send(session, target, sent, len(tasks)))
             task.add_done_callback(lambda done: _count(progress, done))
+            task.add_done_callback(lambda _: room.release())
             tasks.append(task)
         return list(await asyncio.gather(*tasks))
 

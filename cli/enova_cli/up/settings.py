@@ -11,7 +11,9 @@ from enova_cli.up.layout import DataDirectory, socket_path
 from enova_cli.up.plan import UpOptions, catalogue, engine_words
 from enova_common.errors import InvalidField
 
-CPU_SLOT_BYTES = 4 << 30  # what a vLLM on the CPU is granted: its KV space and a small model
+# What a CPU slot is said to hold; nothing enforces it. Scaling's rules reckon as on a GPU, with at least 5 GiB of
+# activations beside the weights: in a slot of less than 9 GiB they would never add a replica.
+CPU_SLOT_BYTES = 12 << 30
 # One GiB of KV cache, as the CPU slot's memory allows; the rest keeps a test host offline and quiet.
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
