@@ -10,9 +10,10 @@ measured configurations of the same model and GPU (tier C; five draws). Tiers ho
 of 2024 in `perf_llm_inference_bench`, get one factor per engine and GPU, the median over the other families; both
 figures, cold and with the factor, stand in `by_set`.
 
-Raw results: `predictions.csv.gz`, a row a prediction: set, engine, label, family, gpu, layout, load, prompt_tokens,
-output_tokens, concurrency, protocol (tier_a, tier_b, tier_c, cold, factor, or a baseline), measured and predicted
-ttft_s, tpot_s, tokens_per_s, and spread (standard deviation of the logarithm, from which the 80 % interval is made).
+Raw results: `predictions.csv.gz`, a row a prediction: set, source (the dump within it), engine, label, family, gpu,
+layout, load, prompt_tokens, output_tokens, concurrency, protocol (tier_a, tier_b, tier_c, cold, factor, or a baseline),
+measured and predicted ttft_s, tpot_s, tokens_per_s, and spread (standard deviation of the logarithm, of which the 80 %
+interval is made).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from enova_testing.latency_folds import (
     is_tabled,
     trials,
 )
-from enova_testing.latency_model import Figures, predicted
+from enova_testing.latency_model import Figures, loop_of, predicted
 from enova_testing.latency_replay import Replay, replays
 from enova_testing.latency_rows import Load, Row, by_layout, inference_bench_rows, silicon_rows, splitwise_rows
 
@@ -92,8 +93,11 @@ def tiers(folds: Folds, seed: int) -> Iterable[Prediction]:
         for trial in trials(folds.rows, seed + draw):
             made, correction = corrected(folds, trial)
             for row in trial.asked:
-                figures = predicted(row, folds.times(row, made, correction=correction), made)
-                yield Prediction(row=row, protocol="tier_c", figures=figures, spread=correction.spread)
+                times, decode = folds.times(row, made, correction=correction), loop_of(row).decode
+                spread = float(times.spreads(decode.decode_sequences, decode.context_tokens))
+                yield Prediction(
+                    row=row, protocol="tier_c", figures=predicted(row, times, made), spread=spread
+                )
 
 
 def replayed(folds: Folds, recorded: Sequence[Replay]) -> Iterable[Prediction]:
@@ -140,7 +144,8 @@ def flat(one: Prediction) -> dict[str, Key]:
     row, figures = one.row, one.figures
     split = row.parallelism
     return {
-        "set": row.data_set, "engine": row.engine, "label": row.label, "family": "/".join(map(str, row.family)),
+        "set": row.data_set, "source": row.source, "engine": row.engine, "label": row.label,
+        "family": "/".join(map(str, row.family)),
         "gpu": row.gpu.name, "layout": f"tp{split.tensor} dp{split.data} ep{int(split.expert)}",
         "load": row.load.value, "prompt_tokens": row.prompt_tokens, "output_tokens": row.output_tokens,
         "concurrency": row.concurrency, "protocol": one.protocol, "ttft_s": row.ttft_s, "tpot_s": row.tpot_s,
@@ -186,21 +191,31 @@ def tau(predictions: Sequence[Prediction]) -> tuple[float | None, int]:
     return (float(np.mean(found)) if found else None), len(found)
 
 
+def coverage(predictions: Sequence[Prediction]) -> float | None:
+    """Share of rows whose time between tokens lies within the 80 % interval of its prediction."""
+    inside = [
+        abs(math.log(one.figures.tpot_s / one.row.tpot_s)) <= NORMAL_80 * one.spread
+        for one in predictions if one.row.tpot_s and one.spread
+    ]  # fmt: skip
+    return float(np.mean(inside)) if inside else None
+
+
 def report(run: Benchmark, predictions: Sequence[Prediction], baselines: Sequence[Prediction]) -> None:
     """Tables and the last line."""
     of = {name: [one for one in predictions if one.protocol == name]
           for name in ("tier_a", "tier_b", "tier_c", "cold", "factor")}
     figures: dict[str, object] = {name: errors(of[name]) for name in ("tier_a", "tier_b", "tier_c")}
-    inside = [
-        abs(math.log(one.figures.tpot_s / one.row.tpot_s)) <= NORMAL_80 * one.spread
-        for one in of["tier_a"] if one.row.tpot_s and one.spread
-    ]  # fmt: skip
     half = [math.sinh(NORMAL_80 * one.spread) for one in of["tier_a"] if one.spread]
     bench = [one for one in of["factor"] if one.row.data_set == "perf_llm_inference_bench"]
     figures["throughput_ape_p50"] = quantile(apes(bench, "tokens_per_s"), 0.5)
-    figures["coverage80"] = float(np.mean(inside)) if inside else None
+    figures["coverage80"], figures["coverage80_tier_c"] = coverage(of["tier_a"]), coverage(of["tier_c"])
     figures["interval_half_width_p50"] = quantile(half, 0.5)
     figures["tau_layouts"], figures["tau_groups"] = tau(of["tier_a"])
+    sources = sorted({one.row.source for one in of["tier_a"]})
+    figures["by_source"] = {
+        name: {**errors(members), "coverage80": coverage(members)}
+        for name in sources for members in [[one for one in of["tier_a"] if one.row.source == name]]
+    }  # fmt: skip
     figures["by_set"] = grouped([*of["tier_a"], *of["tier_b"], *of["cold"], *of["factor"]])
     names = sorted({one.protocol for one in baselines})
     figures["baselines"] = {
@@ -214,6 +229,9 @@ def report(run: Benchmark, predictions: Sequence[Prediction], baselines: Sequenc
         {"group": name, **found} for name, found in grouped([*of["cold"], *of["factor"]]).items()
     ])  # fmt: skip
     run.table("Tier A by model, GPU and format", by_label(of["tier_a"]))
+    run.table("Tier A by source", [
+        {"source": name, **errors([one for one in of["tier_a"] if one.row.source == name])} for name in sources
+    ])  # fmt: skip
     run.end(figures)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -47,6 +47,7 @@ class Row:
     tpot_s: float | None = None
     tokens_per_s: float | None = None
     label: str = ""            # for raw results only
+    source: str = ""           # which dump of a set a row comes from, for raw results only
     silicon: tuple[str, ...] = ()  # what the baseline AIConfigurator is asked with: model, system, quantisations, sizes
 
     @property
@@ -73,11 +74,13 @@ class Row:
 def silicon_rows(paths: Iterable[Path], unknown: set[str]) -> list[Row]:
     """Closed loops of several engines; of repeats the median, of equal repeats one."""
     repeats: dict[tuple[str, ...], set[tuple[float, float]]] = defaultdict(set)
+    sources: dict[tuple[str, ...], str] = {}
     for row in told_once(row for path in paths for row in read_rows(path)):
         key = tuple(row[name] for name in _SILICON_KEY)
         if not (row["concurrency"] or row["batch_size"]):
             continue
         repeats[key].add((float(row["silicon_ttft_ms"]) / 1e3, float(row["silicon_tpot_ms"]) / 1e3))
+        sources.setdefault(key, row["source"])
     rows = []
     for key, times in repeats.items():
         row = dict(zip(_SILICON_KEY, key, strict=True))
@@ -86,7 +89,7 @@ def silicon_rows(paths: Iterable[Path], unknown: set[str]) -> list[Row]:
             unknown.add(row["model_path"] if shape is None else row["system"])
             continue
         ttft, tpot = np.median(np.array(sorted(times)), axis=0)
-        rows.append(_silicon_row(row, shape, gpu, float(ttft), float(tpot)))
+        rows.append(replace(_silicon_row(row, shape, gpu, float(ttft), float(tpot)), source=sources[key]))
     return rows
 
 
