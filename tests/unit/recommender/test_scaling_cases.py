@@ -13,6 +13,8 @@ from enova_recommender.types import VerdictKind
 from enova_testing.scaling_cases import (
     CASES,
     CHANGE_S,
+    END_S,
+    TAIL_S,
     USUAL,
     Case,
     Mix,
@@ -63,22 +65,22 @@ def test_case_passes_at_its_limits_and_fails_beyond_each() -> None:
     assert len(verdict(attainment=math.nan, cost_ratio=math.nan)) == 2      # what is not known does not pass
 
 
-def test_one_start_up_time_after_the_change_and_the_warm_up_do_not_count() -> None:
-    arrivals = np.array([599.0, 600.0, 899.0, 900.0, 1019.0, 1020.0, 2399.0, 2400.0])
+def test_start_up_after_the_change_the_warm_up_and_the_tail_do_not_count() -> None:
+    arrivals = np.array([599.0, 600.0, 899.0, 900.0, 1019.0, 1020.0, END_S - TAIL_S - 1, END_S - TAIL_S])
     assert case("1 ").judged(arrivals).tolist() == [False, True, True, False, False, True, True, False]
 
 
 def test_counts_follow_the_load_in_the_mix_of_the_time() -> None:
     before, after = case("1 ").counts(2.0, 2.0)
-    assert before[0] == pytest.approx(1.6 * 2.0 * 10)
-    assert before[90] == pytest.approx(8.0 * 2.0 * 10)
+    assert before[0] == pytest.approx(1.0 * 2.0 * 10)
+    assert before[90] == pytest.approx(5.0 * 2.0 * 10)
     assert after.sum() == 0
     usual, long = case("7 ").counts(2.0, 0.5)      # the same load of longer prompts is fewer requests
-    assert usual[89] == pytest.approx(80.0)
+    assert usual[89] == pytest.approx(60.0)
     assert usual[90] == 0
-    assert long[90] == pytest.approx(20.0)
+    assert long[90] == pytest.approx(15.0)
     usual, longer = case("9 ").counts(2.0, 0.5)    # the same rate of longer answers is more load
-    assert longer[90] == usual[89] == pytest.approx(60.0)
+    assert longer[90] == usual[89] == pytest.approx(40.0)
 
 
 def test_mix_has_its_means_and_is_the_same_for_a_seed() -> None:
