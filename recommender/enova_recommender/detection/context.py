@@ -1,4 +1,4 @@
-"""A step beside its recent past: each feature as it is, and its averages over the last few and the last many steps.
+"""A step beside its recent past: each feature as it is, and its averages over the last steps.
 
 One step can be ordinary by itself and strange after what went before. Averages with exponential weights tell of it at a
 fixed cost a step, whatever the length of the past, and for many series at once.
@@ -14,7 +14,7 @@ from scipy.signal import lfilter
 
 Floats = npt.NDArray[np.float64]
 
-WEIGHTS = (0.3, 0.1)  # of the newest step in each average: memories of about 3 and 10 steps
+WEIGHTS = (0.3,)      # of the newest step in each average: a memory of about 3 steps
 
 
 class Context:
@@ -23,6 +23,11 @@ class Context:
     def __init__(self, *, series: int, features: int, weights: tuple[float, ...] = WEIGHTS) -> None:
         self._weights = np.array(weights)
         self._averages = np.full((len(weights), series, features), np.nan)
+
+    @property
+    def series(self) -> int:
+        """How many it remembers."""
+        return self._averages.shape[1]
 
     @property
     def columns(self) -> int:

@@ -1,169 +1,138 @@
-"""From measured steps to one score a step: scale, context, scorers, and what they say together.
+"""What every detector holds to, whatever it is made of: learn, score steps in order, blame, be saved as arrays.
 
-Each scorer's distances are divided by what normal time exceeds once in a hundred steps, on blocks of the history that
-the scorer did not learn from, so that scorers count alike whatever their units. Their mean is the score: about 1 where
-normal time ends. `tail` turns it into a chance.
+Steps are rows of features, NaN where nothing was measured, and have a number that grows by one a step of time: those
+who know a time of day read it from there, so that a gap or a restart does not shift their day. One fitted detector
+scores any number of series; each has its own past. The same suite of tests holds all of them to this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from enova_recommender.detection.context import WEIGHTS, Context
-from enova_recommender.detection.extremes import Tail, fit_tail
-from enova_recommender.detection.nearest import Nearest
-from enova_recommender.detection.scaling import RobustScale
-from enova_recommender.detection.scorer import ROWS_MIN, Scorer
-from enova_recommender.detection.subspace import Subspace
-
 Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+Marks = npt.NDArray[np.int8]
+Indices = npt.NDArray[np.intp]
 
-STEPS_MIN = 4 * ROWS_MIN     # of history; fewer cannot be both learnt from and judged by
-BLOCKS = 10                  # into which the history is cut: every second one is held out
-UNIT_QUANTILE = 0.99         # of held-out distances: the unit of a scorer
-UNIT_MIN = 1e-6              # for a history that never moved
-RATIO_MAX = 20.0             # units beyond which a scorer has said what it can say
-SCORERS: tuple[type[Scorer], ...] = (Nearest, Subspace)
+FALSE_ALARM, UNKNOWN, TRUE_ALARM = 0, -1, 1  # what a mark says of a step
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """What one scorer adds to a score, in its unit."""
-
-    name: str
-    ratio: float
+BLOCKS = 20              # into which a history is cut: every second one is held out
+LEARNT_MAX = 4000        # steps that are learnt, evenly spaced: more take time and change little
+HELD_MAX = 4000          # steps that are held out, in runs, since what lingers is judged as well
+CROSSED_MAX = 2000       # steps of a history so short that each half is held out once
 
 
 class NotFitted(RuntimeError):
     """A detector was asked before it had learnt."""
 
 
-class ContextDetector:
-    """Scores steps of many series with one model. Deterministic; what is missing is filled from each series' past.
-
-    A step of which nothing was ever measured has the score NaN.
-    """
-
-    def __init__(self, scorers: Sequence[Scorer] | None = None, *, weights: tuple[float, ...] = WEIGHTS) -> None:
-        self._scorers = tuple(scorers) if scorers is not None else (Nearest(), Subspace())
-        self._weights = weights
-        self._units = np.ones(len(self._scorers))
-        self._scale = RobustScale()
-        self._features = 0
-        self._context: Context | None = None
-        self._rows: Floats = np.empty((0, 0))
-        self._tail: Tail | None = None
+class Detector(Protocol):
+    """Scores are larger the stranger a step is; NaN where nothing of a series was ever measured."""
 
     @property
-    def tail(self) -> Tail:
-        """The law of high scores in normal time."""
-        if self._tail is None:
-            raise NotFitted("fit the detector first")
-        return self._tail
+    def name(self) -> str:
+        """What people call it."""
+        ...
 
-    def fit(self, history: Floats) -> None:
-        """Learn from the steps of one series (steps by features, NaN where missing), most of them normal.
+    @property
+    def held_out(self) -> Floats:
+        """One score a step of the history, from a model that had not learnt the step; NaN where there was none.
 
-        Raises ValueError for fewer than STEPS_MIN steps of which something was measured.
+        Thresholds are fitted on these: a detector is less surprised by what it has learnt.
         """
-        self._features = history.shape[1]
-        self._scale.fit(history)
-        rows = self._fresh().extend(self._scale.scaled(history))
-        rows = np.nan_to_num(rows[~np.isnan(rows).all(axis=1)])
-        if len(rows) < STEPS_MIN:
-            raise ValueError(f"history: at least {STEPS_MIN} steps are needed, not {len(rows)}")
-        block = np.arange(len(rows)) * BLOCKS // len(rows)
-        learnt, held = rows[block % 2 == 0], rows[block % 2 == 1]
-        for index, scorer in enumerate(self._scorers):
-            scorer.fit(learnt)
-            self._units[index] = max(UNIT_MIN, float(np.quantile(scorer.distances(held), UNIT_QUANTILE)))
-        self._tail = fit_tail(self._together(held))
-        for scorer in self._scorers:  # what was held out is normal as well
-            scorer.fit(rows)
-        self._context = None
+        ...
 
-    def score(self, values: Floats) -> Floats:
+    def fit(self, history: Floats, mask: Flags | None = None, *, first: int = 0) -> None:
+        """Learn from the steps of one series, most of them normal; `first` is the number of the first.
+
+        What `mask` does not hold true, and what is not finite, was not measured. Raises ValueError if too little was.
+        """
+        ...
+
+    def score(self, values: Floats, *, first: int = 0) -> Floats:
         """One score a step of one series, as `update` would give them from a fresh start; nothing changes."""
-        self._check(values)
-        return self._together(self._fresh().extend(self._scale.scaled(values)))
+        ...
 
-    def update(self, values: Floats) -> Floats:
+    def update(self, values: Floats, *, step: int = 0) -> Floats:
         """One score for each series at their next step, series by features; the first call says how many there are."""
-        self._check(values)
-        if self._context is None:
-            self._context = Context(series=len(values), features=self._features, weights=self._weights)
-        self._rows = self._context.update(self._scale.scaled(values))
-        return self._together(self._rows)
+        ...
 
     def contributions(self) -> Floats:
         """How much each feature added to the scores of the last `update`: series by features, rows sum to 1 or 0."""
-        rows = np.nan_to_num(self._rows)
-        total = np.zeros((len(rows), self._features))
-        for scorer, unit in zip(self._scorers, self._units.tolist(), strict=True):
-            parts = scorer.contributions(rows) / unit
-            total += parts.reshape(len(rows), -1, self._features).sum(axis=1)
-        sums = total.sum(axis=1, keepdims=True)
-        return np.asarray(np.divide(total, sums, out=np.zeros_like(total), where=sums > 0))
-
-    def shares(self, series: int) -> tuple[Share, ...]:
-        """What each scorer added to the last score of one series."""
-        row = np.nan_to_num(self._rows[series : series + 1])
-        ratios = [self._ratio(index, row)[0] for index in range(len(self._scorers))]
-        return tuple(Share(name=each.name, ratio=float(r)) for each, r in zip(self._scorers, ratios, strict=True))
+        ...
 
     def save(self) -> dict[str, Floats]:
         """Everything that it knows, as arrays."""
-        tail = self.tail
-        saved = {
-            "units": self._units.copy(),
-            "weights": np.array(self._weights),
-            "features": np.array([self._features], dtype=np.float64),
-            "tail": np.array([tail.level, tail.shape, tail.scale, tail.peaks, tail.observations]),
-        }
-        parts: dict[str, Mapping[str, Floats]] = {"scale": self._scale.save()}
-        parts.update({scorer.name: scorer.save() for scorer in self._scorers})
-        if self._context is not None:
-            parts["context"] = self._context.save()
-        saved.update({f"{part}/{key}": value for part, arrays in parts.items() for key, value in arrays.items()})
-        return saved
+        ...
 
     @classmethod
-    def load(cls, saved: Mapping[str, Floats], *, scorers: Sequence[type[Scorer]] = SCORERS) -> ContextDetector:
-        """What `save` of a detector with these scorers returned, as it was."""
+    def load(cls, saved: Mapping[str, Floats]) -> Self:
+        """What `save` returned, as it was."""
+        ...
 
-        def part(name: str) -> dict[str, Floats]:
-            prefix = f"{name}/"
-            return {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
 
-        weights = tuple(saved["weights"].tolist())
-        loaded = cls([kind.load(part(str(kind.name))) for kind in scorers], weights=weights)
-        loaded._units, loaded._features = saved["units"].copy(), int(saved["features"][0])
-        loaded._scale = RobustScale.load(part("scale"))
-        level, shape, scale, peaks, observations = saved["tail"].tolist()
-        loaded._tail = Tail(
-            level=level, shape=shape, scale=scale, peaks=int(peaks), observations=int(observations)
-        )
-        loaded._context = Context.load(part("context")) if part("context") else None
-        return loaded
+class Teachable(Detector, Protocol):
+    """A detector that people can tell what its alarms were."""
 
-    def _fresh(self) -> Context:
-        return Context(series=1, features=self._features, weights=self._weights)
+    def learn(self, values: Floats, marks: Marks, *, first: int = 0) -> None:
+        """Take in steps of one series with a mark each: FALSE_ALARM, TRUE_ALARM, or UNKNOWN; from where it stands."""
+        ...
 
-    def _check(self, values: Floats) -> None:
-        if self._tail is None:
-            raise NotFitted("fit the detector first")
-        if values.ndim != 2 or values.shape[1] != self._features:
-            raise ValueError(f"values: {self._features} features were learnt, the shape {values.shape} has others")
 
-    def _ratio(self, index: int, rows: Floats) -> Floats:
-        return np.asarray(np.minimum(self._scorers[index].distances(rows) / self._units[index], RATIO_MAX))
+def measured(values: Floats, mask: Flags | None = None) -> Floats:
+    """A copy in which all that was not measured is NaN."""
+    known = np.isfinite(values) if mask is None else np.isfinite(values) & mask
+    return np.where(known, values, np.nan)
 
-    def _together(self, rows: Floats) -> Floats:
-        nothing = np.isnan(rows).all(axis=1)
-        filled = np.nan_to_num(rows)  # 0 is the median: what was never measured says nothing
-        total = sum((self._ratio(index, filled) for index in range(len(self._scorers))), start=np.zeros(len(rows)))
-        return np.where(nothing, np.nan, total / len(self._scorers))
+
+def check_features(values: Floats, features: int) -> None:
+    """Raises NotFitted or ValueError for steps that do not have the learnt features."""
+    if features == 0:
+        raise NotFitted("fit the detector first")
+    if values.ndim != 2 or values.shape[1] != features:
+        raise ValueError(f"values: {features} features were learnt, the shape {values.shape} has others")
+
+
+def check_history(known_steps: int, least: int) -> None:
+    """Raises ValueError for a history of which nothing can be learnt and judged."""
+    if known_steps < least:
+        raise ValueError(f"history: at least {least} steps are needed, not {known_steps}")
+
+
+def splits(steps: int) -> list[tuple[Indices, Indices]]:
+    """Which steps to learn and which to hold out of it, once or, of a short history, twice the other way round."""
+    every = np.arange(steps)
+    odd = (every * BLOCKS // max(1, steps)) % 2 == 1
+    if steps <= CROSSED_MAX:
+        return [(every[~odd], every[odd]), (every[odd], every[~odd])]
+    run = max(1, 2 * HELD_MAX // BLOCKS)
+    held = [block[-run:] for block in np.array_split(every, BLOCKS)[1::2]]
+    return [(thinned(every[~odd], LEARNT_MAX), np.concatenate(held))]
+
+
+def thinned(rows: npt.NDArray[Any], most: int) -> npt.NDArray[Any]:
+    """At most so many rows, evenly spaced."""
+    if len(rows) <= most:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, most).round().astype(np.intp)]
+
+
+def shares_of(amounts: Floats) -> Floats:
+    """Amounts as shares of their row; a row of nothing stays 0."""
+    sums = amounts.sum(axis=1, keepdims=True)
+    return np.asarray(np.divide(amounts, sums, out=np.zeros_like(amounts), where=sums > 0))
+
+
+def nested(parts: Mapping[str, Mapping[str, Floats]]) -> dict[str, Floats]:
+    """What several parts saved, under the name of each."""
+    return {f"{part}/{key}": value for part, arrays in parts.items() for key, value in arrays.items()}
+
+
+def part_of(saved: Mapping[str, Floats], name: str) -> dict[str, Floats]:
+    """What one part had saved."""
+    prefix = f"{name}/"
+    return {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}

@@ -25,6 +25,7 @@ SHAPE_MIN, SHAPE_MAX = -0.5, 0.45  # moments exist below a half; below minus a h
 EXCESS_MIN = 1e-12      # a tail of equal scores has this scale: any higher score is then rare
 DRIFT_STEPS = 600       # memory of the drift, in steps of normal scores
 REFIT_PEAKS = 20        # new peaks after which the tail is fitted anew
+COUNT_STEPS = 100       # normal scores of each series after which they are counted, if no peak came before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,16 @@ class Tail:
         if abs(self.shape) < 1e-6:
             return self.level - self.scale * math.log(ratio)
         return self.level + self.scale / self.shape * (math.pow(ratio, -self.shape) - 1.0)
+
+    def save(self) -> Floats:
+        """Its five figures."""
+        return np.array([self.level, self.shape, self.scale, self.peaks, self.observations], dtype=np.float64)
+
+    @classmethod
+    def load(cls, saved: Floats) -> Tail:
+        """What `save` returned, as it was."""
+        level, shape, scale, peaks, observations = saved.tolist()
+        return cls(level=level, shape=shape, scale=scale, peaks=int(peaks), observations=int(observations))
 
 
 def fit_tail(scores: npt.ArrayLike, *, level_quantile: float = LEVEL_QUANTILE) -> Tail:
@@ -85,8 +96,8 @@ def _tail(level: float, excesses: Floats, observations: int) -> Tail:
 class DriftingThreshold:
     """Alarms at a stated rate, for many series that share one tail and have each its own drift.
 
-    `rate` is the wished share of normal steps that raise an alarm. Fit it on scores of normal time, then give it
-    each step's scores in order.
+    `rate` is the wished share of normal steps that raise an alarm. Fit it on scores of normal time that the detector
+    had not learnt when it gave them (those that it had are lower), then give it each step's scores in order.
     """
 
     def __init__(self, *, rate: float, series: int = 1, drift_steps: int = DRIFT_STEPS) -> None:
@@ -100,7 +111,9 @@ class DriftingThreshold:
         self._base = 0.0
         self._tail = Tail(level=math.inf, shape=0.0, scale=1.0, peaks=1, observations=1)
         self._peaks: Floats = np.empty(0)
-        self._fresh = 0
+        self._fresh = 0               # peaks since the tail was fitted
+        self._normal = 0              # scores since they were counted
+        self._level = math.inf
 
     @property
     def tail(self) -> Tail:
@@ -122,33 +135,59 @@ class DriftingThreshold:
         self._tail = fit_tail(residuals)
         above = residuals[residuals > self._tail.level] - self._tail.level
         self._peaks = above[-PEAKS_MAX:]
+        self._level = self._tail.quantile(self.rate)
 
     def update(self, scores: npt.ArrayLike) -> Flags:
         """Which series raise an alarm at this step. A score that is not finite raises none and is not learnt."""
         now = np.atleast_1d(np.asarray(scores, dtype=np.float64))
         known = np.isfinite(now)
         residual = np.where(known, now, -np.inf) - self._drift
-        alarms: Flags = known & (residual > self.level)
+        alarms: Flags = known & (residual > self._level)
         normal = known & ~alarms
         peaks = normal & (residual > self._tail.level)
         self.steps += int(known.sum())
         self.alarms += int(alarms.sum())
         self._drift[normal] = self._keep * self._drift[normal] + (1.0 - self._keep) * now[normal]
-        self._learn(residual[peaks] - self._tail.level, int(normal.sum()))
+        self._normal += int(normal.sum())
+        if peaks.any() or self._normal >= COUNT_STEPS * len(self._drift):
+            self._learn(residual[peaks] - self._tail.level)
+        return alarms
+
+    def judge(self, scores: Floats) -> Flags:
+        """Which steps of the only series raise an alarm: what `update` would say of each in turn, in less time."""
+        alarms = np.zeros(len(scores), dtype=np.bool_)
+        keep, fresh = self._keep, 1.0 - self._keep
+        (drift,) = self._drift.tolist()
+        for step, score in enumerate(np.asarray(scores, dtype=np.float64).tolist()):
+            if not math.isfinite(score):
+                continue
+            self.steps += 1
+            residual = score - drift
+            if residual > self._level:
+                self.alarms += 1
+                alarms[step] = True
+                continue
+            drift = keep * drift + fresh * score
+            self._normal += 1
+            if residual > self._tail.level:
+                self._learn(np.array([residual - self._tail.level]))
+            elif self._normal >= COUNT_STEPS:
+                self._learn(np.empty(0))
+        self._drift[0] = drift
         return alarms
 
     @property
     def level(self) -> float:
         """How far above its drift a score raises an alarm."""
-        return self._tail.quantile(self.rate)
+        return self._level
 
     def save(self) -> dict[str, Floats]:
         """Everything that it knows, as arrays."""
-        tail = self._tail
+        counts = [self.alarms, self.steps, self._fresh, self._normal]
         return {
-            "rate": np.array([self.rate, self._keep, self._base]),
-            "counts": np.array([self.alarms, self.steps, self._fresh], dtype=np.float64),
-            "tail": np.array([tail.level, tail.shape, tail.scale, tail.peaks, tail.observations]),
+            "rate": np.array([self.rate, self._keep, self._base, self._level]),
+            "counts": np.array(counts, dtype=np.float64),
+            "tail": self._tail.save(),
             "drift": self._drift.copy(),
             "peaks": self._peaks.copy(),
         }
@@ -156,15 +195,11 @@ class DriftingThreshold:
     @classmethod
     def load(cls, saved: Mapping[str, Floats]) -> DriftingThreshold:
         """What `save` returned, as it was."""
-        rate, keep, base = (float(value) for value in saved["rate"])
+        rate, keep, base, level = saved["rate"].tolist()
         loaded = cls(rate=rate, series=len(saved["drift"]))
-        loaded._keep, loaded._base = keep, base
-        loaded.alarms, loaded.steps, loaded._fresh = (int(value) for value in saved["counts"])
-        level, shape, scale, peaks, observations = saved["tail"]
-        loaded._tail = Tail(
-            level=float(level), shape=float(shape), scale=float(scale), peaks=int(peaks),
-            observations=int(observations),
-        )
+        loaded._keep, loaded._base, loaded._level = keep, base, level
+        loaded.alarms, loaded.steps, loaded._fresh, loaded._normal = (int(value) for value in saved["counts"])
+        loaded._tail = Tail.load(saved["tail"])
         loaded._drift, loaded._peaks = saved["drift"].copy(), saved["peaks"].copy()
         return loaded
 
@@ -177,18 +212,16 @@ class DriftingThreshold:
                 drift = self._keep * drift + (1.0 - self._keep) * score
         return residuals
 
-    def _learn(self, excesses: Floats, normal: int) -> None:
+    def _learn(self, excesses: Floats) -> None:
         tail = self._tail
         self._peaks = np.concatenate((self._peaks, excesses))[-PEAKS_MAX:]
         self._fresh += excesses.size
-        observations = tail.observations + normal
-        peaks = tail.peaks + excesses.size
+        observations, peaks = tail.observations + self._normal, tail.peaks + excesses.size
+        self._normal = 0
+        shape, scale = tail.shape, tail.scale
         if self._fresh >= REFIT_PEAKS:
             self._fresh = 0
             fitted = _tail(tail.level, self._peaks, observations)
-            tail = Tail(
-                level=tail.level, shape=fitted.shape, scale=fitted.scale, peaks=peaks, observations=observations
-            )
-        self._tail = Tail(
-            level=tail.level, shape=tail.shape, scale=tail.scale, peaks=peaks, observations=observations
-        )
+            shape, scale = fitted.shape, fitted.scale
+        self._tail = Tail(level=tail.level, shape=shape, scale=scale, peaks=peaks, observations=observations)
+        self._level = self._tail.quantile(self.rate)

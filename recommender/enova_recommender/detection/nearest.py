@@ -7,13 +7,15 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from enova_recommender.detection.scorer import check_normal
+from enova_recommender.detection.detector import thinned
+from enova_recommender.detection.scorer import ROWS_MIN, check_normal
 
 Floats = npt.NDArray[np.float64]
 
-KEPT_MAX = 4000          # normal rows that are kept, drawn by the seed: more cost time and change little
+KEPT_MAX = 250           # normal rows that are kept, evenly spaced: more cost time and change little
+KEPT_VALUES_MAX = 10_000  # in all of them, which bounds the work of a step of many features
 NEIGHBOURS = 5           # whose mean distance counts: one alone may be a stray
-CHUNK_VALUES = 1_000_000  # distances computed at once: 4 MB
+CHUNK_VALUES = 1_000_000  # distances computed at once: 8 MB
 
 
 class Nearest:
@@ -21,55 +23,51 @@ class Nearest:
 
     name = "nearest"
 
-    def __init__(self, *, seed: int = 0) -> None:
-        self._seed = seed
-        self._kept: npt.NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
-        self._squares: npt.NDArray[np.float32] = np.empty(0, dtype=np.float32)
+    def __init__(self) -> None:
+        self._kept: Floats = np.empty((0, 0))
 
     def fit(self, normal: Floats) -> None:
-        """Keep a seeded choice of the rows."""
+        """Keep rows, evenly spaced in time, so that all of it is there."""
         check_normal(normal)
-        count = min(KEPT_MAX, len(normal))
-        chosen = np.sort(np.random.default_rng(self._seed).choice(len(normal), count, replace=False))
-        self._keep(normal[chosen].astype(np.float32))
+        self._kept = np.array(thinned(normal, max(ROWS_MIN, min(KEPT_MAX, KEPT_VALUES_MAX // normal.shape[1]))))
 
     def distances(self, rows: Floats) -> Floats:
         """Mean Euclidean distance to the nearest kept rows."""
-        _, distances = self._neighbours(rows)
-        return distances
+        count = min(NEIGHBOURS, len(self._kept))
+        means = np.empty(len(rows))
+        for part in self._chunks(len(rows)):
+            nearest = np.partition(self._squared(rows[part]), count - 1, axis=1)[:, :count]
+            means[part] = np.sqrt(nearest).mean(axis=1)
+        return means
 
     def contributions(self, rows: Floats) -> Floats:
         """Mean absolute difference to the nearest kept rows, by column."""
-        nearest, _ = self._neighbours(rows)
-        return np.asarray(np.abs(self._kept[nearest] - rows[:, None, :]).mean(axis=1), dtype=np.float64)
+        count = min(NEIGHBOURS, len(self._kept))
+        found = np.empty_like(rows)
+        for part in self._chunks(len(rows)):
+            nearest = np.argpartition(self._squared(rows[part]), count - 1, axis=1)[:, :count]
+            found[part] = np.abs(self._kept[nearest] - rows[part][:, None, :]).mean(axis=1)
+        return found
 
     def save(self) -> dict[str, Floats]:
         """The kept rows."""
-        return {"kept": self._kept.astype(np.float64), "seed": np.array([self._seed], dtype=np.float64)}
+        return {"kept": self._kept.copy()}
 
     @classmethod
     def load(cls, saved: Mapping[str, Floats]) -> Nearest:
         """What `save` returned, as it was."""
-        loaded = cls(seed=int(saved["seed"][0]))
-        loaded._keep(saved["kept"].astype(np.float32))
+        loaded = cls()
+        loaded._kept = saved["kept"].copy()
         return loaded
 
-    def _keep(self, kept: npt.NDArray[np.float32]) -> None:
-        self._kept = kept
-        self._squares = np.einsum("ij,ij->i", kept, kept)
+    def _squared(self, rows: Floats) -> Floats:
+        """Squared distances of rows to kept rows, by one product; its rounding may fall below 0."""
+        of_kept = np.einsum("ij,ij->i", self._kept, self._kept)
+        squared = rows @ (-2.0 * self._kept.T)
+        squared += of_kept
+        squared += np.einsum("ij,ij->i", rows, rows)[:, None]
+        return np.asarray(np.maximum(squared, 0.0, out=squared))
 
-    def _neighbours(self, rows: Floats) -> tuple[npt.NDArray[np.intp], Floats]:
-        """The kept rows nearest to each row, and their mean distance."""
-        count = min(NEIGHBOURS, len(self._kept))
-        nearest = np.empty((len(rows), count), dtype=np.intp)
-        means = np.empty(len(rows))
+    def _chunks(self, rows: int) -> list[slice]:
         step = max(1, CHUNK_VALUES // len(self._kept))
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step].astype(np.float32)
-            squared = np.einsum("ij,ij->i", part, part)[:, None] + self._squares - 2.0 * part @ self._kept.T
-            found = np.argpartition(squared, count - 1, axis=1)[:, :count]
-            nearest[start : start + step] = found
-            # The product finds the neighbours; their distances, too small for its rounding, are computed anew.
-            apart = self._kept[found] - rows[start : start + step, None, :]
-            means[start : start + step] = np.sqrt(np.einsum("ijk,ijk->ij", apart, apart)).mean(axis=1)
-        return nearest, means
+        return [slice(start, start + step) for start in range(0, rows, step)]

@@ -9,10 +9,11 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-INNER_QUANTILE = 0.01    # the spread is measured between this quantile and its mirror
+INNER_QUANTILE = 0.02    # the spread is measured between this quantile and its mirror
 SPREAD_SHARE_MIN = 0.1   # of the largest value: or a feature that hardly moved would make any change strange
 SPREAD_OF_ZERO = 0.1     # for features that were always zero
-BOUND = 5.0              # spreads from the median; beyond it a feature has said what it can say
+ROWS_MAX = 6000          # evenly spaced, whose quantiles are taken
+BOUND = 10.0             # spreads from the median; beyond it a feature has said what it can say
 
 
 class RobustScale:
@@ -31,15 +32,18 @@ class RobustScale:
             values = history[known[:, column], column]
             if values.size == 0:
                 continue
-            low, middle, high = np.quantile(values, [INNER_QUANTILE, 0.5, 1.0 - INNER_QUANTILE])
+            some = values[:: -(-values.size // ROWS_MAX)]
+            low, middle, high = np.quantile(some, [INNER_QUANTILE, 0.5, 1.0 - INNER_QUANTILE])
             floor = SPREAD_SHARE_MIN * float(np.abs(values).max()) or SPREAD_OF_ZERO
             self._centre[column] = middle
             self._spread[column] = max(high - low, float(values.std()), floor)
 
     def scaled(self, values: Floats) -> Floats:
         """Values in spreads from the median, within BOUND; NaN where nothing was measured."""
-        finite = np.where(np.isfinite(values), values, np.nan)
-        return np.clip((finite - self._centre) / self._spread, -BOUND, BOUND)
+        scaled = np.where(np.isfinite(values), values, np.nan)
+        scaled -= self._centre
+        scaled /= self._spread
+        return np.clip(scaled, -BOUND, BOUND, out=scaled)
 
     def save(self) -> dict[str, Floats]:
         """What it learnt, as arrays."""

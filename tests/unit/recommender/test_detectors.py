@@ -1,17 +1,19 @@
-"""What every scorer and every detector holds to, whichever it is, and what tells them apart."""
+"""What every scorer holds to, whichever it is; ensembles and what they are made of."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from enova_recommender.detection.context import Context
-from enova_recommender.detection.detector import SCORERS, STEPS_MIN, ContextDetector, NotFitted
+from enova_recommender.detection.contextual import SCORERS, ContextDetector
+from enova_recommender.detection.ensemble import EnsembleDetector
+from enova_recommender.detection.nearest import Nearest
 from enova_recommender.detection.scaling import BOUND, RobustScale
 from enova_recommender.detection.scorer import ROWS_MIN, Scorer
+from enova_recommender.detection.subspace import Subspace
+from enova_recommender.detection.surprise import Surprise
 
 Floats = npt.NDArray[np.float64]
 FEATURES = 4
@@ -25,13 +27,7 @@ def waves(steps: int, seed: int = 0) -> Floats:
     return np.asarray(clean * (1.0 + 0.02 * draw.normal(size=(steps, FEATURES))))
 
 
-def fitted(make: Callable[[], ContextDetector] = ContextDetector) -> ContextDetector:
-    detector = make()
-    detector.fit(waves(2000))
-    return detector
-
-
-@pytest.mark.parametrize("kind", SCORERS)
+@pytest.mark.parametrize("kind", list(SCORERS.values()))
 class TestEveryScorer:
     """Contract of Scorer."""
 
@@ -71,87 +67,60 @@ class TestEveryScorer:
             kind().fit(holed)
 
 
-def test_a_batch_is_scored_as_its_steps_one_by_one() -> None:
-    values = waves(60, seed=5)
-    values[10:13, 2] = np.nan
-    values[20] = np.nan
-    batch, stepped = fitted(), fitted()
-    scores = batch.score(values)
-    assert np.allclose(scores, [stepped.update(step[None, :])[0] for step in values], rtol=1e-6, atol=1e-6)
-
-
-def test_many_series_are_scored_as_each_alone() -> None:
-    together, alone = fitted(), fitted()
-    table = np.stack([waves(40, seed=seed) for seed in (6, 7, 8)], axis=1)
-    scores = np.stack([together.update(step) for step in table])
-    for series in range(table.shape[1]):
-        assert np.allclose(scores[:, series], alone.score(table[:, series]), rtol=1e-6, atol=1e-6)
-
-
-def test_scoring_changes_nothing_and_the_same_input_gives_the_same_scores() -> None:
-    first, second = fitted(), fitted()
-    values = waves(50, seed=9)
-    first.score(values * 3.0)
-    assert np.array_equal(first.score(values), second.score(values))
-
-
 def test_a_broken_relation_is_found_though_each_feature_is_in_its_range() -> None:
-    detector = fitted()
+    detector = EnsembleDetector()
+    detector.fit(waves(2000))
     values = waves(400, seed=10)
     normal = detector.score(values).max()
     values[200:, 1] = 50.0 * (4.0 - values[200:, 1] / 50.0)  # mirrored within its own range
     assert np.median(detector.score(values)[230:]) > normal
 
 
-def test_the_feature_that_is_to_blame_comes_first() -> None:
-    detector = fitted()
-    for step in waves(20, seed=11):
-        step[2] *= 2.5
+def test_an_ensemble_shows_what_it_weighs_and_stands_without_a_member() -> None:
+    detector = EnsembleDetector([ContextDetector(Nearest()), ContextDetector(Subspace())], weights=[3.0, 1.0])
+    detector.fit(waves(500))
+    assert detector.weights == {"nearest": 0.75, "subspace": 0.25}
+    values = waves(20, seed=3) * np.array([1.0, 1.0, 2.0, 1.0])
+    for step in values:
         detector.update(step[None, :])
-    contributions = detector.contributions()
-    assert contributions.shape == (1, FEATURES)
-    assert contributions[0].argmax() == 2
-    assert contributions.sum() == pytest.approx(1.0)
-    assert {share.name for share in detector.shares(0)} == {"nearest", "subspace"}
+    shares = detector.shares(0)
+    assert sum(share.share for share in shares) == pytest.approx(1.0)
+    assert all(share.surprise > 1.0 for share in shares)
+    alone = detector.without("nearest")
+    assert alone.weights == {"subspace": 1.0}
+    single = EnsembleDetector([ContextDetector(Subspace())])
+    single.fit(waves(500))
+    assert np.allclose(alone.score(values), single.score(values))
+    assert np.allclose(alone.held_out, single.held_out, equal_nan=True)
 
 
-def test_normal_time_exceeds_a_level_about_as_often_as_its_tail_says() -> None:
-    detector = fitted()
-    chances = detector.tail.probability(detector.score(waves(5000, seed=12)))
-    assert 0.0005 < (chances < 0.005).mean() < 0.02
+@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0]])
+def test_weights_that_weigh_nothing_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        EnsembleDetector([ContextDetector(Nearest()), ContextDetector(Subspace())], weights=weights)
 
 
-def test_constant_missing_and_broken_values_give_no_exception_and_no_false_score() -> None:
-    history = waves(500)
-    history[:, 1] = 7.0
-    history[:, 2] = np.nan
-    detector = ContextDetector()
-    detector.fit(history)
-    later = waves(200, seed=13)
-    later[:, 1] = 7.0
-    later[:, 2] = np.inf
-    assert np.quantile(detector.score(later), 0.9) < 1.5
-    nothing = np.full((3, FEATURES), np.nan)
-    assert np.isnan(detector.score(nothing)).all()
+def test_strangeness_lingers_and_fades() -> None:
+    detector = EnsembleDetector()
+    detector.fit(waves(1000))
+    values = waves(120, seed=4)
+    quiet = detector.score(values)
+    values[20:30] *= np.array([1.0, 3.0, 1.0, 0.3])
+    after = detector.score(values)
+    assert after[35] > quiet[35] + 1.0
+    assert after[110] == pytest.approx(quiet[110], rel=0.2)
 
 
-def test_what_was_saved_goes_on_as_it_was() -> None:
-    first = fitted()
-    for step in waves(30, seed=14):
-        first.update(np.stack((step, 2.0 * step)))
-    second = ContextDetector.load(first.save())
-    for step in waves(30, seed=15):
-        assert np.array_equal(first.update(np.stack((step, step))), second.update(np.stack((step, step))))
-    assert second.tail == first.tail
-
-
-def test_a_detector_that_has_not_learnt_or_sees_other_features_says_so() -> None:
-    with pytest.raises(NotFitted):
-        ContextDetector().score(waves(3))
-    with pytest.raises(ValueError, match="values: 4 features"):
-        fitted().score(waves(3)[:, :2])
-    with pytest.raises(ValueError, match=f"history: at least {STEPS_MIN}"):
-        ContextDetector().fit(waves(STEPS_MIN - 1))
+def test_surprises_are_powers_of_ten_of_normal_time() -> None:
+    surprise = Surprise()
+    surprise.fit(np.random.default_rng(1).exponential(size=20_000))
+    later = surprise.of(np.random.default_rng(2).exponential(size=100_000))
+    for power in (1.0, 2.0, 3.0):
+        assert (later > power).mean() == pytest.approx(10.0**-power, rel=0.7)
+    assert np.isnan(surprise.of(np.array([np.nan]))[0])
+    far = surprise.of(np.array([50.0, 500.0, 5000.0]))
+    assert np.all(np.diff(far) > 0)
+    assert np.array_equal(Surprise.load(surprise.save()).of(later), surprise.of(later))
 
 
 def test_features_are_bounded_and_their_units_do_not_matter() -> None:
