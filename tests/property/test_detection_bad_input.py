@@ -37,6 +37,7 @@ PLACEMENTS = tuple(
     Placement(
         replica=name, deployment="chat", variant="chat-1", nodes=(f"node-{index // 2}",), gpus=(f"gpu-{index}",),
         max_num_seqs=16.0, max_num_batched_tokens=512.0, max_model_len=1024.0, kv_tokens=4800.0, capacity_rps=5.0,
+        ttft_p95_s=0.5, tpot_p95_s=0.05 if index else math.nan,
     )
     for index, name in enumerate(NAMES)
 )  # fmt: skip
@@ -96,6 +97,23 @@ def test_nothing_that_a_frame_can_hold_stops_detection(stream: list[tuple[FrameR
             for verdict in told.judgement.verdicts.values():
                 assert 0.0 <= verdict.score <= 1.0
                 assert 0.0 <= verdict.confidence <= 1.0
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(frames, clocks), max_size=15), st.lists(st.tuples(frames, clocks), max_size=10))
+def test_detection_goes_on_from_whatever_was_saved(
+    before: list[tuple[FrameReading, float]], after: list[tuple[FrameReading, float]]
+) -> None:
+    watch = fleet()
+    for frame, now_s in before:
+        watch.add(frame, now_s=now_s)
+        watch.close(now_s)
+    again = fleet()
+    again.restore(watch.save())
+    assert {each.id for each in again.book.open} == {each.id for each in watch.book.open}
+    for frame, now_s in after:
+        again.add(frame, now_s=now_s)
+        again.close(now_s)
 
 
 def steady(now_s: float, *, boot: str = "a", restarted_s: float = 0.0, stamp_s: float | None = None) -> FrameReading:

@@ -279,8 +279,8 @@ def _overload(
     used = (running >= ROOM_SHARE * _column(step, placements, "max_num_seqs")) | (
         step.of(Feature.KV_USAGE) >= KV_FULL
     )
-    burns = used & (signals.burn >= 1.0) & (signals.stalled_s == 0)
-    return _votes(long | burns, np.isfinite(queue) & ~long & ~burns)
+    burns = (signals.burn >= 1.0) & (signals.stalled_s == 0)
+    return _votes(long | burns & used, np.isfinite(queue) & ~long & ~burns)
 
 
 def _column(step: FeatureStep, placements: Mapping[str, Placement], name: str) -> Floats:
