@@ -48,6 +48,10 @@ CASES: dict[str, dict[str, Any]] = {
         "model": LARGE, "gpus": [{"type": "H100", "count": 8}], "workload": {"requests_per_s": 1, **LENGTHS},
         "objectives": {"tpot_s": 0.02}, "deployable": True,
     },
+    "an objective that nothing keeps for sure": {
+        "model": SMALL, "gpus": [{"type": "H100", "count": 1}], "workload": {"requests_per_s": 1, **ONE},
+        "objectives": {"tpot_s": 0.008}, "deployable": True,
+    },
 }  # fmt: skip
 
 
@@ -188,3 +192,8 @@ def test_figures_have_three_digits_and_no_exponent(value: float, text: str) -> N
 
 def test_durations_below_a_second_are_milliseconds() -> None:
     assert [seconds(value) for value in (0.0005, 0.25, 1.0, 12.34)] == ["0.5 ms", "250 ms", "1 s", "12.3 s"]
+
+
+def test_a_chance_below_the_usual_one_is_said_and_the_usual_one_is_not() -> None:
+    told = {name: any("kept" in each["text"] for each in answered(name)["explanation"]) for name in CASES}
+    assert [name for name, is_told in told.items() if is_told] == ["an objective that nothing keeps for sure"]
