@@ -107,6 +107,12 @@ def test_a_child_that_does_not_know_the_session_says_so() -> None:
     assert not step(DetectionRequest(session="never told", now_s=0.0)).known
 
 
+def test_a_fleet_without_a_replica_is_judged_all_the_same(tmp_path: Path) -> None:
+    child = Child(World([]), tmp_path / "detection.npz")
+    child.begin()
+    assert sum(each.steps for each in child.until(60.0)) > 5
+
+
 def test_nothing_is_said_of_a_healthy_fleet(child: Child) -> None:
     answers = child.until(SETTLED_S)
     assert sum(each.steps for each in answers) > 40

@@ -115,8 +115,9 @@ def test_leak_grows_the_process_and_eats_kv_blocks(tmp_path: Path) -> None:
     with SimulatedEngine(tmp_path, "--num-gpu-blocks-override", "200") as engine:
         process = psutil.Process(engine.process.pid)
         before = process.memory_info().rss
-        assert post(engine, kind="leak", bytes_per_s=50 << 20, blocks_per_s=200).status_code == 200
+        assert post(engine, kind="leak", bytes_per_s=50 << 20, blocks_per_s=100).status_code == 200
         until(lambda: process.memory_info().rss > before + (20 << 20))
+        until(lambda: 0.1 < engine.metrics()["vllm:kv_cache_usage_perc"] < 1, what="what is lost is in use")
         until(lambda: engine.metrics()["vllm:kv_cache_usage_perc"] == 1)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{engine.url}/v1/completions", json={"prompt": "x"}, timeout=0.3)

@@ -225,7 +225,7 @@ class Evidence:
         spare = whole & (count > 1) & (load <= most)
         self.figures["deployment_load_rps"] = np.asarray(load[index], dtype=np.float64)
         self.figures["deployment_spare_rps"] = np.asarray(most[index], dtype=np.float64)
-        named = np.array([bool(name) for name in names])
+        named = np.array([bool(name) for name in names], dtype=bool)
         return _votes(named & spare[index], named & whole[index] & ~spare[index])
 
 

@@ -107,6 +107,7 @@ class Generator:
         self.metrics = metrics
         self.scheduler = Scheduler(served.limits, served.times)
         self.is_hung = False
+        self._lost_blocks = 0
         self.core_stopped: Callable[[], bool] = lambda: False
         self.on_request: Callable[[], None] = lambda: None
         self.busy_s = 0.0  # model seconds during which a step ran
@@ -238,7 +239,13 @@ class Generator:
         metrics.set("num_requests_running", float(self.scheduler.running))
         metrics.set("num_requests_waiting", float(capacity))
         metrics.set("num_requests_waiting_by_reason", float(capacity), "capacity")
-        metrics.set("kv_cache_usage_perc", self.scheduler.kv_usage)
+        # A block that is lost is not free: an engine that leaks counts it as used.
+        lost = self._lost_blocks / self.served.limits.num_blocks if self.served.limits.num_blocks else 0.0
+        metrics.set("kv_cache_usage_perc", lost + (1.0 - lost) * self.scheduler.kv_usage)
+
+    def lose_blocks(self, count: int) -> None:
+        """Lose up to `count` free blocks of the KV cache for good."""
+        self._lost_blocks += self.scheduler.withhold_blocks(count)
 
     def _record_step(self, event: Stepped, events: list[Event], index: int) -> None:
         """vLLM counts an iteration by what it put out: the tokens it made, and prompts that it completed."""

@@ -139,4 +139,4 @@ class Ills:
             whole = int(self._leaked_blocks)
             if whole:
                 self._leaked_blocks -= whole
-                self._generator.scheduler.withhold_blocks(whole)
+                self._generator.lose_blocks(whole)
