@@ -19,6 +19,7 @@ from enova_coordinator.core.model import DeploymentAdvice, DeploymentSpec, Snaps
 from enova_coordinator.policy_process import PolicyProcess
 from enova_recommender.performance import Correction
 from enova_recommender.recommend.allocation_types import Allocation
+from enova_recommender.recommend.carried import Carried, carried
 from enova_recommender.recommend.fleet import (
     AllocationQuestion,
     FleetOptions,
@@ -70,6 +71,10 @@ class Advisor:
         """Replicas for the whole fleet. Raises as `answer` does."""
         timeout_s = SOLVE_TIMES_MAX * question.limits.time_limit_s + SOLVE_BESIDE_S
         return _usable(await self._process.run(allocated, question, timeout_s=timeout_s))
+
+    async def carried(self, request: Plain) -> Carried | Problem:
+        """What one replica of the request's `current` carries. Raises TimedOut, Unavailable, PolicyRaised."""
+        return await self._process.run(carried, {**request, "corrections": dict(self.corrections())})
 
     async def on_creation(
         self, snapshot: Snapshot, name: str, spec: DeploymentSpec, *, config_json: str

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from enova_common.errors import Corrupt, EnovaError
+from enova_coordinator.core.calibration import StoredCalibration
 from enova_coordinator.core.engine_facts import (
     batched_tokens,
     calibration_name,
@@ -25,7 +26,7 @@ from enova_coordinator.core.engine_facts import (
     restored,
     stored,
 )
-from enova_coordinator.core.model import Snapshot, StoredCalibration, Variant
+from enova_coordinator.core.model import Snapshot, Variant
 from enova_coordinator.core.plan import Delete, Put, Write
 from enova_coordinator.core.service_times import EngineLook
 from enova_coordinator.known_models import KnownModels

@@ -27,6 +27,7 @@ from enova_coordinator.core.model import (
     Deployment,
     NodeObservation,
     NodeState,
+    Replica,
     ReplicaState,
     RequestRecord,
     Severity,
@@ -336,6 +337,28 @@ class Controller:
             raise Conflict(f"the decision {full.name} was not written", remedy="try again")
         self._recorded(full, result.revision)
         return full
+
+    async def replace(self, replica: str, decision: Decision) -> None:
+        """Write that a new replica is to take this one's part once it is READY, and the decision that says why."""
+        leadership = self._leading()
+        if self._liveness.replacement_held:
+            raise Conflict(self._liveness.replacement_held, reason="MASS_LOSS_HOLD")
+        entry = await self._store.get(codec.key(replica))
+        if entry is None:
+            raise NotFound(f"{replica} does not exist any more")
+        before = codec.decode_as(Replica, entry.value, key=entry.key)
+        full = self._completed(decision, leadership, None, None)
+        after = replace(before, replace_reason=decision.reason)
+        with unknown_ends(leadership):
+            result = await commit(
+                self._store,
+                leadership.guard(),
+                [Put(value=full, revision=0), Put(value=after, revision=entry.mod_revision)],
+            )
+        if not result.succeeded:
+            raise Conflict(f"{replica} changed meanwhile: it is not replaced", remedy="try again")
+        self._recorded(full, result.revision)
+        self.events.record(replica, "ReplicaToBeReplaced", decision.reason, severity=Severity.WARNING)
 
     def _leading(self) -> Leadership:
         leadership = self._leadership

@@ -17,16 +17,19 @@ from enova_coordinator.advice_loop import AdviceFigures, AdviceLoop
 from enova_coordinator.advisor import Advisor
 from enova_coordinator.agents import Agents
 from enova_coordinator.calibration_loop import CalibrationLoop
+from enova_coordinator.capacities import Capacities
 from enova_coordinator.controller import Controller, ControllerSettings
 from enova_coordinator.core.liveness import LivenessLimits
 from enova_coordinator.core.model import Snapshot
 from enova_coordinator.core.reconcile import ReconcileLimits
 from enova_coordinator.core.series import pace
 from enova_coordinator.core.verdicts import Verdict
+from enova_coordinator.demand_history import DemandHistory
 from enova_coordinator.detection_loop import DetectionFigures, DetectionLoop
 from enova_coordinator.election import Election, Leadership
 from enova_coordinator.events import EventLog
 from enova_coordinator.figures import figures
+from enova_coordinator.foresight import Foresight
 from enova_coordinator.frame_inbox import FrameInbox
 from enova_coordinator.gpus_file import read_gpu_types
 from enova_coordinator.housekeeping import Housekeeping
@@ -167,19 +170,9 @@ class Coordinator:
             real_s=self.clock.real_s,
         )
         detection = self._detection(leadership, calibration)
-        policy_loop = PolicyLoop(
-            self.store,
-            self.controller,
-            self.telemetry,
-            self.agents,
-            self.policies,
-            settings=self.settings.scaling,
-            real_s=self.clock.real_s,
-            verdicts_by_name=verdicts,
-            models=models,
-            dead=detection.dead,
-        )
-        self.policy_figures = policy_loop.figures
+        advice_loop = self._advice_loop(leadership, models)
+        capacities = self._capacities(models, advice_loop)
+        policy_loop = self._policy_loop(models, verdicts, detection, capacities)
         housekeeping = Housekeeping(
             self.store,
             self.telemetry,
@@ -208,7 +201,6 @@ class Coordinator:
             models=models,
         )
         self.advisor.corrections = calibration.corrections
-        advice_loop = self._advice_loop(leadership, models)
         works = (
             self.controller.run(leadership),
             policy_loop.run(),
@@ -222,7 +214,43 @@ class Coordinator:
             await first_ended(asyncio.create_task(work) for work in works)
         finally:
             self.chair.current = None
+            capacities.close()
             self.agents.resign(Unavailable("this coordinator leads no longer", reason="NOT_LEADER"))
+
+    def _capacities(self, models: KnownModels, advice_loop: AdviceLoop) -> Capacities:
+        return Capacities(
+            self.advisor,
+            models,
+            self.telemetry,
+            snapshot=lambda: self.controller.snapshot,
+            observed=advice_loop.observed,
+        )
+
+    def _policy_loop(
+        self, models: KnownModels, verdicts: dict[str, Verdict], detection: DetectionLoop, capacities: Capacities
+    ) -> PolicyLoop:
+        loop = PolicyLoop(
+            self.store,
+            self.controller,
+            self.telemetry,
+            self.agents,
+            self.policies,
+            settings=self.settings.scaling,
+            real_s=self.clock.real_s,
+            verdicts_by_name=verdicts,
+            models=models,
+            dead=detection.dead,
+            foresight=Foresight(
+                self.telemetry,
+                DemandHistory(self.telemetry, self.rollups),
+                capacities,
+                self.policies,
+                verdicts=lambda: detection.verdicts,
+                scale=self.clock.scale,
+            ),
+        )
+        self.policy_figures = loop.figures
+        return loop
 
     def _advice_loop(self, leadership: Leadership, models: KnownModels) -> AdviceLoop:
         loop = AdviceLoop(

@@ -14,6 +14,7 @@ from enova_common.errors import Corrupt, EnovaError
 from enova_coordinator.core.episode import Episode, EpisodeState
 from enova_coordinator.core.model import Decision, RequestRecord, Snapshot
 from enova_coordinator.core.series import MINUTE_S
+from enova_coordinator.demand_history import DEMAND_NODE
 from enova_coordinator.rollups import NodeMinute, Rollups
 from enova_coordinator.store import Compare, Delete, ModRevisionIs, Operation, Store, codec
 from enova_coordinator.telemetry import Telemetry
@@ -89,6 +90,12 @@ class Housekeeping:
                     objects[f"{node}/gpus/{gpu}"] = found.values[-1].astype("f4")
             if objects:
                 self._rollups.write(NodeMinute(end_s=minute * MINUTE_S, node=node, objects=objects))
+        demand = {
+            deployment: telemetry.demand_minutes(deployment, count=1).values[-1].astype("f4")
+            for deployment in telemetry.demanded()
+        }
+        if demand:
+            self._rollups.write(NodeMinute(end_s=minute * MINUTE_S, node=DEMAND_NODE, objects=demand))
         telemetry.forget(
             replicas=snapshot.replicas.__contains__,
             deployments=snapshot.deployments.__contains__,

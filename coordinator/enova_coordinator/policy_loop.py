@@ -28,19 +28,22 @@ from enova_coordinator.core.observation import (
     sizes,
     wanted_replicas,
 )
-from enova_coordinator.core.scaling_guard import RECORDED, History, Ruling, rule
+from enova_coordinator.core.scaling_guard import RECORDED, History, Ruling, replacements, rule, rule_wish
+from enova_coordinator.foresight import Foresight
 from enova_coordinator.known_models import KnownModels
 from enova_coordinator.policy_process import PolicyProcess
 from enova_coordinator.settings import ScalingSettings
 from enova_coordinator.store import Entry, Store, codec
 from enova_coordinator.telemetry import Telemetry
 from enova_recommender.catalog import models as catalogue
-from enova_recommender.scaling import DEFAULT_POLICY
+from enova_recommender.scaling import DEFAULT_POLICY, FORESEEING
 from enova_recommender.scaling.types import Action, Observation, Proposal, ReplicaSeries
 from enova_recommender.scaling.types import ModelFacts as PolicyModelFacts
 
 MINUTES = 9                        # of each series that a policy gets: it needs five, and looks at three
 ANSWER_WAIT_S = 0.5                # for what a host knows of a model, in the round that asks
+AHEAD_INTERVAL_S = 15.0            # model time between two questions to a policy that looks ahead
+BEAT_S = 1.0                       # real time between two looks at who is due
 INTERVAL_REAL_S_MIN = 0.2          # under a fast model clock
 
 log = logging.getLogger(__name__)
@@ -57,6 +60,10 @@ class Control(Protocol):
 
     async def record_decision(self, decision: Decision) -> Decision:
         """Record a decision that changes nothing."""
+        ...
+
+    async def replace(self, replica: str, decision: Decision) -> None:
+        """Have a new replica take this one's part, and record why."""
         ...
 
 
@@ -86,6 +93,7 @@ class PolicyLoop:
         verdicts_by_name: dict[str, verdicts.Verdict],
         models: KnownModels,
         dead: Callable[[], frozenset[str]] = frozenset,
+        foresight: Foresight | None = None,
     ) -> None:
         self.figures = PolicyLoopFigures()
         self._store = store
@@ -95,9 +103,12 @@ class PolicyLoop:
         self._process = process
         self._settings = settings
         self._interval_s = max(INTERVAL_REAL_S_MIN, real_s(settings.interval_s))
+        self._ahead_interval_s = max(INTERVAL_REAL_S_MIN, real_s(AHEAD_INTERVAL_S))
+        self._last_asked_s: dict[str, float] = {}
         self._verdicts = verdicts_by_name
         self._models = models
         self._dead = dead
+        self._foresight = foresight
         self._last_act_s: dict[str, float] = {}
         self._held: dict[str, tuple[str, int]] = {}
         self._asked: dict[str, asyncio.Task[ModelFacts]] = {}
@@ -114,11 +125,25 @@ class PolicyLoop:
         while True:
             started_s = time.monotonic()
             for deployment in list(self._control.snapshot.deployments.values()):
-                if not deployment.deleting:
+                if not deployment.deleting and self._is_due(deployment, started_s):
                     await self._step(deployment)
             self._forget()
             self.figures.rounds += 1
-            await asyncio.sleep(max(INTERVAL_REAL_S_MIN, self._interval_s - (time.monotonic() - started_s)))
+            pace_s = min(BEAT_S, self._interval_s, self._ahead_interval_s)
+            await asyncio.sleep(max(INTERVAL_REAL_S_MIN, pace_s - (time.monotonic() - started_s)))
+
+    def _is_due(self, deployment: Deployment, now_s: float) -> bool:
+        """Whether it is time to ask this deployment's policy again: by its kind's pace, or since requests wait."""
+        ahead = (deployment.spec.policy or DEFAULT_POLICY) in FORESEEING
+        interval_s = self._ahead_interval_s if ahead else self._interval_s
+        # Half a beat early is in time: the next one would be late by more.
+        slack_s = max(INTERVAL_REAL_S_MIN, min(BEAT_S, self._interval_s, self._ahead_interval_s)) / 2
+        sleeps = ahead and deployment.status.target_replicas == 0
+        woken = sleeps and self._telemetry.held_nowhere(deployment.name) > 0
+        if not woken and now_s - self._last_asked_s.get(deployment.name, -math.inf) < interval_s - slack_s:
+            return False
+        self._last_asked_s[deployment.name] = now_s
+        return True
 
     async def _step(self, deployment: Deployment) -> None:
         """One deployment; its failure is kept as its verdict, and costs the others nothing."""
@@ -142,6 +167,9 @@ class PolicyLoop:
         model = await self._model(deployment)
         dead = self._dead_of(deployment)
         observed = self._observe(deployment, model, now_s, dead)
+        if policy in FORESEEING and self._foresight is not None:
+            await self._look_ahead(self._foresight, deployment, policy, observed, now_s)
+            return
         if observed is None:
             reason = "no replica has been measured yet, or its model or GPU is not known"
             if dead:
@@ -170,6 +198,32 @@ class PolicyLoop:
         if ruling is not None:
             decision = _decision(current, policy=policy, ruling=ruling, proposal=proposal, observed=observed)
             await self._carry_out(current, ruling, replace(decision, frames=frames))
+
+    async def _look_ahead(
+        self, foresight: Foresight, deployment: Deployment, policy: str, observed: Observation | None, now_s: float
+    ) -> None:
+        """Ask a policy that looks ahead, and act on its wish."""
+        frames, snapshot = self._frames(deployment), self._control.snapshot
+        acted_s = await self._acted_s(deployment.name, now_s)
+        asked = await foresight.ask(policy, deployment, snapshot, minutes=observed, last_act_s=acted_s)
+        if isinstance(asked, str):
+            self._say(verdicts.unknown(deployment.name, policy, asked, now_s=time.time()))
+            return
+        wish = asked.decided.wish
+        if asked.doubt:
+            wish = replace(wish, reason=f"{wish.reason} ({asked.doubt}: the capacity is a guess)")
+        self.figures.proposals += 1
+        self._say(verdicts.of_wish(deployment.name, policy, wish, now_s=time.time()))
+        current = self._control.snapshot.deployments.get(deployment.name)
+        if current is None or current.generation != deployment.generation:
+            return                 # a user changed it meanwhile: what was observed is not what runs
+        ruling = rule_wish(wish, current, self._control.snapshot.replicas_of(deployment.name))
+        if ruling is not None:
+            decision = foresight.decision(current, policy=policy, ruling=ruling, asked=asked)
+            await self._carry_out(current, ruling, replace(decision, frames=frames))
+        for replacement in replacements(wish, current, self._control.snapshot.replicas_of(deployment.name)):
+            decision = foresight.decision(current, policy=policy, ruling=replacement.ruling, asked=asked)
+            await self._control.replace(replacement.replica, replace(decision, frames=frames))
 
     async def _carry_out(self, deployment: Deployment, ruling: Ruling, decision: Decision) -> None:
         name = deployment.name
@@ -249,8 +303,10 @@ class PolicyLoop:
         self._verdicts[verdict.object] = verdicts.updated(self._verdicts, verdict)
 
     def _forget(self) -> None:
+        if self._foresight is not None:
+            self._foresight.forget(self._control.snapshot)
         living = self._control.snapshot.deployments
-        kept: tuple[dict[str, object], ...] = (self._verdicts, self._last_act_s, self._held)  # type: ignore[assignment]
+        kept: tuple[dict[str, object], ...] = (self._verdicts, self._last_act_s, self._held, self._last_asked_s)  # type: ignore[assignment]
         for values in kept:
             for name in [name for name in values if name not in living]:
                 del values[name]

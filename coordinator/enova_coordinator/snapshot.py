@@ -17,6 +17,7 @@ from typing import assert_never
 
 from enova_common.backoff import Backoff
 from enova_common.errors import EnovaError, Unavailable
+from enova_coordinator.core.calibration import StoredCalibration
 from enova_coordinator.core.episode import Episode
 from enova_coordinator.core.liveness import Liveness
 from enova_coordinator.core.model import (
@@ -31,7 +32,6 @@ from enova_coordinator.core.model import (
     RequestRecord,
     Snapshot,
     Stored,
-    StoredCalibration,
     Variant,
 )
 from enova_coordinator.store import Changed, Compacted, Entry, Event, Store, codec

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from enova_coordinator.core.series import (
     COLUMN,
+    DEMAND_FEATURES,
     FIRST_COUNTER,
     FIRST_REQUEST_COUNT,
     GPU_FEATURES,
@@ -42,6 +43,7 @@ PAIRS_MAX = 2048                   # newest lengths of prompt and answer that ar
 REQUEST_KEYS_MAX = 100_000         # deployment x replica x class, of the whole fleet
 _NO_REQUESTS = [0.0] * len(REQUEST_COUNTS)
 _UNCOUNTED = [math.nan] * len(REQUEST_COUNTS)
+_ARRIVED, _FINISHED = REQUEST_COUNTS.index("arrived"), REQUEST_COUNTS.index("finished")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +125,8 @@ class Telemetry:
         self._gpus: dict[str, _Tracked] = {}
         self._totals: dict[str, dict[tuple[str, str], RequestTotals]] = {}  # by deployment: replica, class
         self._request_keys = 0
+        self._demand: dict[str, Ring] = {}         # by deployment
+        self._heard = self._ring(1, 0)             # steps in which any node was heard of
         self._lengths: dict[str, deque[LengthFigures]] = {}
         self._pairs: dict[str, deque[tuple[int, int]]] = {}
 
@@ -140,6 +144,7 @@ class Telemetry:
         step = math.floor(frame.end_s / self.limits.step_s)
         self.frames += 1
         self.rejected["dropped_by_agent"] += frame.dropped_samples
+        self._heard.put(step, [1.0])
         self._add_gpus(known, frame, step)
         self._add_replicas(frame, step)
         self._add_requests(frame, step)
@@ -214,6 +219,7 @@ class Telemetry:
         for request in frame.requests:
             if not self._add_totals(frame.node, request):
                 continue
+            self._add_demand(request, step)
             known = by_replica.get(request.replica)
             counts = request.counts
             by_replica[request.replica] = (
@@ -223,6 +229,13 @@ class Telemetry:
             tracked = self._replicas.get(replica)
             if tracked is not None:
                 tracked.ring.add(step, FIRST_REQUEST_COUNT, summed)
+
+    def _add_demand(self, request: RequestFigures, step: int) -> None:
+        ring = self._demand.get(request.deployment)
+        if ring is None:
+            ring = self._demand[request.deployment] = self._ring(len(DEMAND_FEATURES), 0)
+        counts = request.counts
+        ring.add(step, 0, [counts[_ARRIVED], counts[_FINISHED], request.prompt_tokens, request.output_tokens])
 
     def _add_lengths(self, lengths: Iterable[LengthFigures]) -> None:
         for sample in lengths:
@@ -316,6 +329,37 @@ class Telemetry:
         first = last - min(steps, self._slots) + 1
         return first * self.limits.step_s, tracked.ring.window(first, last)
 
+    def demanded(self) -> tuple[str, ...]:
+        """The deployments that anybody has sent a request to."""
+        return tuple(self._demand)
+
+    def demand_window(self, deployment: str, *, steps: int) -> tuple[float, Figures]:
+        """What clients sent in the newest `steps` steps that are over, by DEMAND_FEATURES, and the first one's start.
+
+        A step of which no node was heard is missing; one in which nobody spoke of a request had none.
+        """
+        last = self.step - 1               # the newest step is not over: its count would look like a fall
+        first = last - min(steps, self._slots - 1) + 1
+        heard = ~np.isnan(self._heard.window(first, last))
+        ring = self._demand.get(deployment)
+        if ring is None:
+            rows: Figures = np.full((len(heard), len(DEMAND_FEATURES)), np.nan, dtype=np.float32)
+        else:
+            rows = ring.window(first, last)
+        return first * self.limits.step_s, np.where(np.isnan(rows) & heard, np.float32(0.0), rows)
+
+    def demand_minutes(self, deployment: str, *, count: int) -> MinuteSeries:
+        """The newest `count` whole minutes of what clients sent, by DEMAND_FEATURES."""
+        per_minute = round(MINUTE_S / self.limits.step_s)
+        end_minute = math.floor((self._now_s() - self.limits.step_s) / MINUTE_S)
+        behind = self.step - 1 - (end_minute * per_minute - 1)
+        count = min(count, (self._slots - 1 - behind) // per_minute)
+        _, rows = self.demand_window(deployment, steps=count * per_minute + behind)
+        whole = rows[: len(rows) - behind] if behind else rows
+        return MinuteSeries(
+            end_s=end_minute * MINUTE_S, values=minutes(whole, per_minute=per_minute, first_counter=0)
+        )
+
     def replica_source(self, replica: str) -> object:
         """The message that a replica's newest row was read from."""
         tracked = self._replicas.get(replica)
@@ -359,12 +403,19 @@ class Telemetry:
         """The sums of a deployment's requests by replica and class, since the coordinator began to listen."""
         return dict(self._totals.get(deployment, {}))
 
+    def held_nowhere(self, deployment: str) -> int:
+        """Requests that ingresses hold for the deployment's first replica."""
+        totals = self._totals.get(deployment, {})
+        return sum(sum(each.held.values()) for (replica, _), each in totals.items() if not replica)
+
     def forget(self, *, replicas: Callable[[str], bool], deployments: Callable[[str], bool]) -> None:
         """Drop the windows of replicas that are gone, and the totals of deployments that are gone."""
         for name in [name for name in self._replicas if not replicas(name)]:
             del self._replicas[name]
         for name in [name for name in self._totals if not deployments(name)]:
             self._request_keys -= len(self._totals.pop(name))
+        for name in [name for name in self._demand if not deployments(name)]:
+            del self._demand[name]
         for name in [name for name in self._pairs if not deployments(name)]:
             del self._pairs[name]
 

@@ -39,9 +39,10 @@ from enova.v1 import (
 from enova_common.clock import ModelClock
 from enova_coordinator import coordinator as coordinator_module
 from enova_coordinator.coordinator import Coordinator
+from enova_coordinator.core.calibration import StoredCalibration
 from enova_coordinator.core.episode import Episode
 from enova_coordinator.core.liveness import LivenessLimits
-from enova_coordinator.core.model import Decision, DecisionAction, RequestRecord, StoredCalibration
+from enova_coordinator.core.model import Decision, DecisionAction, RequestRecord
 from enova_coordinator.election import LEADER_KEY
 from enova_coordinator.service.leading import Leading
 from enova_coordinator.service.register import SERVICES

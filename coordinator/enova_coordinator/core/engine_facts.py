@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from enova_coordinator.core.model import Configuration, ReplicaState, StoredCalibration, Variant
+from enova_coordinator.core.calibration import StoredCalibration
+from enova_coordinator.core.model import Configuration, ReplicaState, Variant
 from enova_coordinator.core.service_times import FIRST_TOKEN, INTER_TOKEN, EngineLook
 from enova_recommender.catalog import find_gpu
 from enova_recommender.catalog import models as catalogue

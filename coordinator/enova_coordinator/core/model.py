@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from enova_coordinator.core.calibration import StoredCalibration
 from enova_coordinator.core.episode import Episode
 from enova_coordinator.core.gpu_facts import GpuFacts
 
@@ -372,6 +373,7 @@ class Replica:
     restart_nonce: int = 0
     create_time_s: float = 0.0
     drain_time_s: float = 0.0
+    replace_reason: str = ""       # why a new one is to take its part; it serves until that one is READY
     status: ReplicaStatus = ReplicaStatus()
 
     @property
@@ -475,30 +477,6 @@ class RequestRecord:
     object: str                    # the name of what it made or changed
     fingerprint: str               # of the request, so that a reused id with other content is refused
     create_time_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredCalibration:
-    """What was learnt of the step times of one model and configuration on one GPU type, whoever serves it.
-
-    The name is calibrations/{gpu type}.{hash of shape and configuration}; the figures are those of
-    `enova_recommender.performance.calibration.Calibration`.
-    """
-
-    name: str
-    gpu_type: str
-    model: str                     # as the deployment named it that was measured last
-    configuration: str             # what of it the steps depend on, in words
-    groups: tuple[str, ...]
-    factors: tuple[float, ...]
-    covariance: tuple[float, ...]  # row by row
-    noise: float
-    prior_spread: float
-    updates: int = 0
-    outliers: int = 0
-    run: int = 0                   # errors in a row that were cut: a change of the world is seen over many rounds
-    load: tuple[float, ...] = ()
-    update_time_s: float = 0.0
 
 
 Stored = Deployment | Variant | Replica | Node | Assignment | Decision | RequestRecord | StoredCalibration | Episode

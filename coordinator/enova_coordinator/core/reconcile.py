@@ -119,8 +119,8 @@ class _Round:
         )
 
     def _stays(self, replica: Replica) -> bool:
-        """Whether the replica is what the spec wants, where it may be."""
-        if replica.variant != self.variant.name:
+        """Whether the replica is what the spec wants, where it may be, and nobody wants another in its stead."""
+        if replica.variant != self.variant.name or replica.replace_reason:
             return False
         views = [self.draft.snapshot.nodes.get(member.node) for member in replica.members]
         return all(
@@ -244,6 +244,8 @@ class _Round:
         """With no room beside the old replicas, let one of them go first, if that makes room and others serve."""
         others_leaving = any(replica.intent is not Intent.RUN for replica in self._replicas())
         for replica in sacrifice(self._crew(), others_leaving=others_leaving):
+            if replica.replace_reason:
+                continue           # its GPUs are what is in doubt: a successor on them would be no better
             if isinstance(self._find_place(without=replica), Placed):
                 _release(self.draft, replica, self.now_s)
                 return

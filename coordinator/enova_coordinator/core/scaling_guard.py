@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from enova_coordinator.core.model import DecisionAction, Deployment, Intent, Replica, ReplicaState
 from enova_recommender.scaling.bounds import Bounds, clamp
+from enova_recommender.scaling.situation import Wish
 from enova_recommender.scaling.types import Action, Proposal
 
 
@@ -24,10 +25,11 @@ class Guard(StrEnum):
     COOLDOWN = "COOLDOWN"
     BOUNDS = "BOUNDS"
     NOT_APPLICABLE = "NOT_APPLICABLE"
+    NONSENSE = "NONSENSE"
 
 
 # What a person can change, or should know; the others pass by themselves and are not recorded.
-RECORDED = frozenset({Guard.PAUSED, Guard.NO_GPU, Guard.BOUNDS, Guard.NOT_APPLICABLE})
+RECORDED = frozenset({Guard.PAUSED, Guard.NO_GPU, Guard.BOUNDS, Guard.NOT_APPLICABLE, Guard.NONSENSE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +85,73 @@ def rule(
         return _hold(proposal, target, Guard.BOUNDS, clamped.reason)
     reason = f"{proposal.reason}; {clamped.reason}" if clamped.reason else proposal.reason
     return Ruling(action=_ACTIONS[proposal.action], to_replicas=clamped.replicas, reason=reason)
+
+
+def rule_wish(wish: Wish, deployment: Deployment, replicas: tuple[Replica, ...]) -> Ruling | None:
+    """The ruling on the wish of a policy that looks ahead; None where it wants nothing.
+
+    Such a policy counts what starts and waits out its own patience, so no act in flight and no cool-down hold it.
+    """
+    if wish.action is Action.KEEP:
+        return None
+    target = deployment.status.target_replicas
+    wanted = sum(wish.targets.values())
+    guard, why = _wish_guard(wish, deployment, replicas, wanted)
+    if guard is None and wish.action is not Action.RECONFIGURE and deployment.spec.clamped(wanted) == target:
+        least, most = deployment.spec.bounds
+        guard, why = Guard.BOUNDS, f"the bounds are {least} and {most}"
+    if guard is not None:
+        reason = f"{wish.action} to {wanted} replicas was wanted ({wish.reason}); held: {why}"
+        return Ruling(action=DecisionAction.HOLD, to_replicas=target, reason=reason, guard=guard)
+    to_replicas = target if wish.action is Action.RECONFIGURE else deployment.spec.clamped(wanted)
+    clamped = f"; the bounds allow {to_replicas} of {wanted}" if to_replicas != wanted else ""
+    return Ruling(action=_ACTIONS[wish.action], to_replicas=to_replicas, reason=f"{wish.reason}{clamped}")
+
+
+def _wish_guard(
+    wish: Wish, deployment: Deployment, replicas: tuple[Replica, ...], wanted: int
+) -> tuple[Guard | None, str]:
+    if any(type(count) is not int or count < 0 for count in wish.targets.values()):
+        return Guard.NONSENSE, f"{dict(wish.targets)} are no numbers of replicas"
+    if deployment.spec.fixed:
+        return Guard.FIXED, "the number of replicas is fixed"
+    if deployment.spec.autoscaling_paused:
+        return Guard.PAUSED, "autoscaling is paused"
+    if wish.action is Action.RECONFIGURE:
+        return Guard.NOT_APPLICABLE, "the recommender proposes other settings by itself"
+    unplaced = [replica for replica in replicas if replica.intent is Intent.RUN and not replica.members]
+    if wanted > deployment.status.target_replicas and unplaced:
+        return Guard.NO_GPU, f"{len(unplaced)} replicas wait for GPUs already: {unplaced[0].status.reason}"
+    return None, ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replacement:
+    """A replica that is to be replaced, and the ruling that says so."""
+
+    replica: str
+    ruling: Ruling
+
+
+def replacements(wish: Wish, deployment: Deployment, replicas: tuple[Replica, ...]) -> tuple[Replacement, ...]:
+    """Those of the replicas that the policy wants replaced which may be; one at a time, in a settled deployment."""
+    if deployment.spec.autoscaling_paused or not settled(deployment, replicas):
+        return ()
+    if any(replica.replace_reason for replica in replicas):
+        return ()
+    target = deployment.status.target_replicas
+    return tuple(
+        Replacement(
+            replica=replica.name,
+            ruling=Ruling(
+                action=DecisionAction.REPLACE,
+                to_replicas=target,
+                reason=f"{replica.name.rpartition('/')[2]} is degraded: a new one takes its part, then it goes",
+            ),
+        )
+        for replica in replicas
+        if replica.name in wish.replace
+    )[:1]
 
 
 def settled(

@@ -32,6 +32,7 @@ REPLICA_COUNTERS = (
 )
 REQUEST_COUNTS = ("arrived", "finished", "failed", "cut", "refused", "cancelled")
 REQUEST_SKETCHES = ("ttft_s", "tpot_s", "queue_s", "e2e_s")
+DEMAND_FEATURES = ("arrived", "finished", "prompt_tokens", "output_tokens")  # of a deployment, at all ingresses
 REPLICA_FEATURES = REPLICA_GAUGES + REPLICA_COUNTERS + REQUEST_COUNTS
 GPU_FEATURES = (
     "utilization",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from enova_coordinator.core.model import Intent, Replica, ReplicaState
+from enova_recommender.scaling.situation import Wish
 from enova_recommender.scaling.types import Evidence, Proposal, VerdictKind
 
 
@@ -39,6 +40,25 @@ def of_proposal(deployment: str, policy: str, proposal: Proposal, *, now_s: floa
         detector=policy,
         evidence=proposal.evidence,
         suggested_action=proposal.action.value,
+    )
+
+
+def of_wish(deployment: str, policy: str, wish: Wish, *, now_s: float) -> Verdict:
+    """The verdict that a policy's wish rests on; the band of its forecast is among the evidence."""
+    forecast, carried = wish.forecast, wish.evidence[0].threshold if wish.evidence else 0.0
+    band = () if forecast is None else tuple(
+        Evidence(feature=f"forecast_{name}_requests_per_s", value=value, threshold=carried)
+        for name, value in (("low", forecast.low), ("p50", forecast.p50), ("high", forecast.high))
+    )
+    wait = (Evidence(feature="cooldown_s", value=wish.cooldown_s, threshold=0.0),) if wish.cooldown_s > 0 else ()
+    return Verdict(
+        object=deployment,
+        kind=wish.verdict,
+        since_s=now_s,
+        reason=wish.reason,
+        detector=policy,
+        evidence=(*wish.evidence, *band, *wait),
+        suggested_action=wish.action.value,
     )
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from enova.v1 import breakdown_service_pb2, breakdown_service_pb2_grpc
 from enova_common.errors import InvalidField, NotFound, Unavailable
 from enova_coordinator.calibration_loop import CalibrationLoop, VariantSteps
+from enova_coordinator.core.calibration import StoredCalibration
 from enova_coordinator.core.engine_facts import calibration_name, restored
-from enova_coordinator.core.model import StoredCalibration, Variant
+from enova_coordinator.core.model import Variant
 from enova_coordinator.core.service_times import Quantile, ServiceSums, TimePart, service_times
 from enova_coordinator.service import names, paging
 from enova_coordinator.service.frames import HISTOGRAM_BOUNDS

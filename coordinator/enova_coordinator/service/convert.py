@@ -447,6 +447,7 @@ def _route_message(value: Route) -> agent_service_pb2.Route:
         ],
         classes=[serving_class_message(each) for each in value.classes],
         lengths=_length_rules_message(value.lengths) if value.lengths is not None else None,
+        wakes=value.wakes,
     )
 
 

@@ -42,7 +42,7 @@ from enova_coordinator.service.proposal import accept_proposal
 from enova_coordinator.service.watching import watch
 from enova_coordinator.service.writes import Call, Writes, call, check_etag
 from enova_coordinator.store import Store, codec
-from enova_recommender.scaling import POLICIES
+from enova_recommender.scaling import NAMES
 
 Context = Any  # grpc.aio.ServicerContext of whatever messages
 INSPECT_NODES_MAX = 3      # that are asked for a model before it is called missing
@@ -379,7 +379,7 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         """Raises InvalidField for the first problem; says how many more there are."""
         if before is not None:
             _check_alive(before)
-        problems = spec_problems(wanted, policies=POLICIES)
+        problems = spec_problems(wanted, policies=sorted(NAMES))
         _raise_first([*problems, *await self._name_conflicts(name, wanted)])
         if before is None or before.spec.model != wanted.model:
             await self._inspect(leading, wanted.model)

@@ -19,6 +19,7 @@ from enum import StrEnum
 from typing import Any, TypeVar, cast
 
 from enova_common.errors import Corrupt
+from enova_coordinator.core.calibration import StoredCalibration
 from enova_coordinator.core.episode import Episode
 from enova_coordinator.core.model import (
     Assignment,
@@ -28,7 +29,6 @@ from enova_coordinator.core.model import (
     Replica,
     RequestRecord,
     Stored,
-    StoredCalibration,
     Variant,
 )
 

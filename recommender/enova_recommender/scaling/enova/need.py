@@ -90,6 +90,6 @@ def _outlook(
     rates = minute_rates(situation.history, situation.demand)
     profile: Floats | None = None
     if state.profile:
-        stamps_s = situation.now_s + 60.0 * np.arange(1 - len(rates), lead + 1)
+        stamps_s = situation.now_s + 60.0 * np.arange(1 - len(rates), lead + 1, dtype=np.float64)
         profile = factors_at(state.profile, stamps_s)
     return outlook(rates, now_rate=demand.rate, lead_minutes=lead, quantile=quantile, profile=profile)

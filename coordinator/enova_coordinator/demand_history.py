@@ -1,0 +1,61 @@
+"""The minutes of each deployment's demand: in memory while this coordinator leads, in the rollups' file across terms.
+
+What the file holds is read once, when a deployment is first asked for; minutes that ended since are added as they
+come. A deployment that nobody asks for costs nothing here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from enova_coordinator.core.series import MINUTE_S, Figures
+from enova_coordinator.core.situation import history_of
+from enova_coordinator.rollups import KEEP_S, Rollups
+from enova_coordinator.telemetry import Telemetry
+from enova_recommender.scaling.situation import Demand
+
+DEMAND_NODE = ""                   # under which the rollups keep what is of no node
+MINUTES_MAX = round(KEEP_S / MINUTE_S)
+CATCH_UP_MINUTES = 9               # of the telemetry window that are looked at for minutes not taken yet
+READ_WAIT_S = 2.0                  # real time for the file; without its answer the history starts anew
+
+
+class DemandHistory:
+    """Fourteen days of minutes, of those deployments that were asked for."""
+
+    def __init__(self, telemetry: Telemetry, rollups: Rollups) -> None:
+        self._telemetry = telemetry
+        self._rollups = rollups
+        self._minutes: dict[str, deque[tuple[float, Figures]]] = {}
+
+    async def of(self, deployment: str) -> Demand:
+        """The deployment's whole minutes up to now."""
+        kept = self._minutes.get(deployment)
+        if kept is None:
+            kept = self._minutes[deployment] = deque(await self._read(deployment), maxlen=MINUTES_MAX)
+        fresh = self._telemetry.demand_minutes(deployment, count=CATCH_UP_MINUTES)
+        for place, row in enumerate(fresh.values):
+            end_s = fresh.first_end_s + place * MINUTE_S
+            if (not kept or end_s > kept[-1][0]) and not np.isnan(row).any():
+                kept.append((end_s, row.astype(np.float32)))
+        return history_of([end_s for end_s, _ in kept], [row for _, row in kept])
+
+    def forget(self, living: Callable[[str], bool]) -> None:
+        """Drop the deployments that are gone."""
+        for name in [name for name in self._minutes if not living(name)]:
+            del self._minutes[name]
+
+    async def _read(self, deployment: str) -> list[tuple[float, Figures]]:
+        now_s = self._telemetry.now_s
+        answer = self._rollups.read(deployment, nodes=(DEMAND_NODE,), start_s=now_s - KEEP_S)
+        try:
+            found = await asyncio.wait_for(asyncio.wrap_future(answer), READ_WAIT_S)
+        except TimeoutError:
+            return []
+        # A model clock that was set back must not put tomorrow's minutes before today's.
+        rows = zip(found.ends_s, found.rows, strict=True)
+        return [(end_s, row) for end_s, row in rows if end_s <= now_s and len(row) == 4]
