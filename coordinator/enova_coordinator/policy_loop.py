@@ -28,6 +28,7 @@ from enova_coordinator.core.observation import (
     sizes,
     wanted_replicas,
 )
+from enova_coordinator.core.precedence import yielding
 from enova_coordinator.core.scaling_guard import RECORDED, History, Ruling, replacements, rule, rule_wish
 from enova_coordinator.foresight import Foresight
 from enova_coordinator.known_models import KnownModels
@@ -42,6 +43,7 @@ from enova_recommender.scaling.types import ModelFacts as PolicyModelFacts
 
 MINUTES = 9                        # of each series that a policy gets: it needs five, and looks at three
 ANSWER_WAIT_S = 0.5                # for what a host knows of a model, in the round that asks
+PRECEDENCE = "policy/precedence"    # the actor of what a deployment gives up for a more urgent one
 AHEAD_INTERVAL_S = 15.0            # model time between two questions to a policy that looks ahead
 BEAT_S = 1.0                       # real time between two looks at who is due
 INTERVAL_REAL_S_MIN = 0.2          # under a fast model clock
@@ -127,10 +129,33 @@ class PolicyLoop:
             for deployment in list(self._control.snapshot.deployments.values()):
                 if not deployment.deleting and self._is_due(deployment, started_s):
                     await self._step(deployment)
+            await self._make_room()
             self._forget()
             self.figures.rounds += 1
             pace_s = min(BEAT_S, self._interval_s, self._ahead_interval_s)
             await asyncio.sleep(max(INTERVAL_REAL_S_MIN, pace_s - (time.monotonic() - started_s)))
+
+    async def _make_room(self) -> None:
+        """Let a less urgent deployment give way where a more urgent one waits for GPUs."""
+        step = yielding(self._control.snapshot, now_s=time.time())
+        if step is None:
+            return
+        before = self._control.snapshot.deployments[step.deployment]
+        decision = Decision(
+            name="",
+            deployment=before.name,
+            action=DecisionAction.SCALE_DOWN,
+            actor=PRECEDENCE,
+            reason=step.reason,
+            from_replicas=before.status.target_replicas,
+            to_replicas=step.to_replicas,
+            model_time_s=self._telemetry.now_s,
+            inputs=(),
+        )
+        try:
+            await self._control.set_target(before.name, step.to_replicas, decision)
+        except EnovaError as error:
+            log.warning("%s does not give way: %s", before.name, error)
 
     def _is_due(self, deployment: Deployment, now_s: float) -> bool:
         """Whether it is time to ask this deployment's policy again: by its kind's pace, or since requests wait."""
