@@ -8,8 +8,8 @@ times and one host time for each sequence of a batch are fitted on the other mod
 path (flash or padded, from llm_features.csv), never on the family at hand. `cold` is the same without those two.
 The headroom is that of the prediction's own interval: its rate is divided by the factor on step times that, by their
 spread, is not exceeded in 90 of 100 cases (1.58 or 1.67 here), and nothing else is added. Beside it: `bound`, which the
-product's fleet path counts with (as many users as hold the limits at steps that are longer by that factor), and
-the middle of the prediction (`middle`) with the demand raised by 0, 15 and 30 %. A case is a model with a demand, or all
+product's fleet path counts with (as many users as hold the limits at steps that are longer by that factor), and the
+middle of the prediction (`middle`) with the demand raised by 0, 15 and 30 %. A case is a model with a demand, or all
 models at once over a limited supply, drawn by seed. cost_vs_optimum is the cost of the choice over that of the cheapest
 mix by measured capacity; a case is carried if the measured capacity of the choice reaches the demand of every model.
 Baselines have the same capacities and demand. carried_mean is the mean over cases of the worst carried share of a
