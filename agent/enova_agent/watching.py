@@ -61,6 +61,7 @@ class EngineWatch:
     async def generates(self, timeout_s: float = _FIRST_TOKEN_TIMEOUT_S) -> bool | None:
         """One token: True if it came, False if not, None if this host could not even ask."""
         self.canaries = replace(self.canaries, started=self.canaries.started + 1)
+        began_s = self._host.monotonic()
         try:
             answer = await self._host.probe.generate(self._endpoint, self._model, timeout_s=timeout_s)
         except (ProbeFailed, ProbeImpossible) as error:
@@ -74,6 +75,7 @@ class EngineWatch:
             finished=count.finished + 1,
             prompt_tokens=count.prompt_tokens + answer.prompt_tokens,
             output_tokens=count.output_tokens + answer.output_tokens,
+            lasted_s=count.lasted_s + self._host.monotonic() - began_s,
         )
         return True
 

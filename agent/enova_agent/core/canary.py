@@ -4,7 +4,8 @@ An engine counts canaries and readiness tokens like any request. They are sent w
 always all that changed between two scrapes is theirs: then the whole change is taken out, histograms included.
 Where real requests were served in between as well, counts and tokens are corrected exactly, and each canary takes
 one entry out of each histogram of requests: as long as canaries lasted when they were alone, in the nearest bucket that
-grew. Means over few requests would else be those of canaries.
+grew. Means over few requests would else be those of canaries. What an answer took beyond that the canary waited: one
+that is asked while an engine is busy stands in its queue, behind all that run.
 
 A canary answered before a page was asked for is on that page or never will be. One that was open meanwhile may be:
 it is taken for counted, so that no counter ever goes back; if it was not, it is let through with the next page.
@@ -38,6 +39,11 @@ _OF_REQUESTS = frozenset({
     "request_decode_time_seconds",
     "e2e_request_latency_seconds",
 })
+_WITH_WAITING = frozenset({
+    "time_to_first_token_seconds",
+    "request_queue_time_seconds",
+    "e2e_request_latency_seconds",
+})
 _NOTHING = EngineMetrics()
 
 
@@ -55,6 +61,8 @@ class CanaryFilter:
         self._shown = _NOTHING        # those without canaries
         self._alone = _NOTHING        # of what was taken out, what canaries counted that were alone
         self._attributed = 0          # canaries that are accounted for
+        self._counted = CanaryCounts()  # those of the last page
+        self._lone = CanaryCounts()   # answered between pages on which canaries were alone
 
     def metrics(self, scrape: EngineScrape) -> EngineMetrics | None:
         """The metrics of a scrape without canaries; None where it has none."""
@@ -62,6 +70,7 @@ class CanaryFilter:
             self._instance = scrape.instance
             self._before = self._taken_out = _NOTHING
             self._attributed = 0
+            self._counted = CanaryCounts()
         now = scrape.metrics
         if now is None:
             return None
@@ -71,7 +80,7 @@ class CanaryFilter:
             self._taken_out, self._attributed = now, scrape.canaries.finished
         else:
             self._attribute(now, scrape.canaries_before, scrape.canaries)
-        self._before = now
+        self._before, self._counted = now, scrape.canaries
         self._shown = _minus(now, self._taken_out) if self._taken_out is not _NOTHING else now
         return self._shown
 
@@ -86,25 +95,42 @@ class CanaryFilter:
             change = _minus(now, self._before)
             self._taken_out = _plus(self._taken_out, change)
             self._alone = _plus(self._alone, change)
+            self._lone = CanaryCounts(
+                finished=self._lone.finished + came.finished - self._counted.finished,
+                lasted_s=self._lone.lasted_s + came.lasted_s - self._counted.lasted_s,
+            )
         elif seen > 0:
             prompt_tokens = came.prompt_tokens / came.finished if came.finished else 1.0
             change = EngineMetrics(
                 prompt_tokens_total=seen * prompt_tokens,
                 generation_tokens_total=float(seen),
                 finished_total={FinishReason.LENGTH: float(seen)},
-                histograms=_entries(seen, _minus(now, self._before), alone=self._alone),
+                histograms=_entries(
+                    seen, _minus(now, self._before), alone=self._alone, waited_s=self._waited_s(came)
+                ),
             )
             self._taken_out = _plus(self._taken_out, change)
         self._attributed = max(known, self._attributed + seen)
 
 
-def _entries(count: int, change: EngineMetrics, *, alone: EngineMetrics) -> tuple[Histogram, ...]:
+    def _waited_s(self, came: CanaryCounts) -> float:
+        """How much longer canaries lasted since the last page, each, than those that were alone."""
+        fresh = came.finished - self._counted.finished
+        if fresh <= 0 or self._lone.finished <= 0:
+            return 0.0
+        lasted_s = (came.lasted_s - self._counted.lasted_s) / fresh
+        return max(0.0, lasted_s - self._lone.lasted_s / self._lone.finished)
+
+
+def _entries(
+    count: int, change: EngineMetrics, *, alone: EngineMetrics, waited_s: float
+) -> tuple[Histogram, ...]:
     """What `count` canaries put into the histograms of requests, among what these grew by."""
     typical = {
         each.metric: each.sum / each.counts[-1] for each in alone.histograms if each.counts and each.counts[-1]
     }
     return tuple(
-        _taken(count, each, typical.get(each.metric, 0.0))
+        _taken(count, each, typical.get(each.metric, 0.0) + (waited_s if each.metric in _WITH_WAITING else 0.0))
         for each in change.histograms
         if each.metric in _OF_REQUESTS and each.counts
     )

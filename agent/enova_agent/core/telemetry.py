@@ -102,6 +102,7 @@ class CanaryCounts:
     finished: int = 0              # of those, answered
     prompt_tokens: int = 0
     output_tokens: int = 0
+    lasted_s: float = 0.0          # from asking to the answer, of all that were answered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,10 +27,17 @@ def metrics(*, finished: int, tokens: int, steps: int = 0, slow: int = 0) -> Eng
 
 
 def scrape(
-    value: EngineMetrics | None, *, sent: int = 0, answered: int | None = None, instance: str = "i"
+    value: EngineMetrics | None,
+    *,
+    sent: int = 0,
+    answered: int | None = None,
+    instance: str = "i",
+    lasted_s: float = 0.0,
 ) -> EngineScrape:
     done = sent if answered is None else answered
-    counts = CanaryCounts(started=sent, finished=done, prompt_tokens=10 * done, output_tokens=done)
+    counts = CanaryCounts(
+        started=sent, finished=done, prompt_tokens=10 * done, output_tokens=done, lasted_s=lasted_s
+    )
     return EngineScrape(
         replica="r", instance=instance, taken_s=0.0, metrics=value, canaries_before=counts, canaries=counts
     )
@@ -117,19 +124,52 @@ def test_mixed_with_others_a_canary_takes_its_entry_out_of_the_histograms() -> N
     assert abs(histogram.sum - 5.0) < 0.02
 
 
+def test_a_canary_that_waited_in_the_queue_of_a_busy_engine_takes_its_waiting_along() -> None:
+    canaries = CanaryFilter()
+    queue, decode = "request_queue_time_seconds", "request_decode_time_seconds"
+
+    def page(queued_s: list[float], decoded_s: list[float]) -> EngineMetrics:
+        histograms = tuple(
+            Histogram(
+                metric=metric, counts=tuple(sum(value <= bound for value in values) for bound in BUCKETS[metric]),
+                sum=sum(values),
+            )
+            for metric, values in ((queue, queued_s), (decode, decoded_s))
+        )  # fmt: skip
+        return replace(metrics(finished=len(queued_s), tokens=40 * len(queued_s)), histograms=histograms)
+
+    alone = replace(page([0.001], [0.0]), generation_tokens_total=1.0)
+    assert canaries.metrics(scrape(alone, sent=1, lasted_s=0.02)) is not None
+    # Three requests that began at once, and a canary behind them that had to wait until one of them ended.
+    seen = canaries.metrics(
+        scrape(page([0.001, 0.01, 0.01, 0.01, 4.0], [0.0, 4.0, 5.0, 5.0, 0.0]), sent=2, lasted_s=0.02 + 4.019)
+    )
+    assert seen is not None
+    found = {histogram.metric: histogram for histogram in seen.histograms}
+    assert [found[metric].counts[-1] for metric in (queue, decode)] == [3, 3]
+    assert abs(found[queue].sum - 0.03) < 1e-9
+    assert found[queue].counts[BUCKETS[queue].index(0.3)] == 3
+    assert found[decode].sum == 14.0
+
+
 def test_no_histogram_ever_goes_back_or_loses_its_order() -> None:
     draw = random.Random(4)
     canaries = CanaryFilter()
-    counts, total, ended, sent = [0] * len(E2E_BOUNDS), 0.0, 0, 0
+    counts, total, ended, sent, lasted_s = [0] * len(E2E_BOUNDS), 0.0, 0, 0, 0.0
     before = Histogram(metric="e2e_request_latency_seconds", counts=tuple(counts), sum=0.0)
     for _ in range(300):
         for own in [True] * draw.randint(0, 2) + [False] * draw.randint(0, 3):
             value = draw.uniform(0.01, 0.4) if own else draw.uniform(0.2, 30.0)
             counts = [count + (value <= bound) for count, bound in zip(counts, E2E_BOUNDS, strict=True)]
             total, ended, sent = total + value, ended + 1, sent + own
+            lasted_s += value + draw.uniform(0.0, 9.0) if own else 0.0
         histogram = Histogram(metric="e2e_request_latency_seconds", counts=tuple(counts), sum=total)
         seen = canaries.metrics(
-            scrape(replace(metrics(finished=ended, tokens=9 * ended), histograms=(histogram,)), sent=sent)
+            scrape(
+                replace(metrics(finished=ended, tokens=9 * ended), histograms=(histogram,)),
+                sent=sent,
+                lasted_s=lasted_s,
+            )
         )
         assert seen is not None
         (now,) = seen.histograms
