@@ -18,6 +18,7 @@ from enova_cli.commands.load import load
 from enova_cli.commands.recommend import recommend
 from enova_cli.commands.resources import describe, events, explain, get
 from enova_cli.commands.runtime import chat, completion, drain, logs, restart, uncordon, version
+from enova_cli.commands.simulate import simulate
 from enova_cli.commands.up import up
 from enova_cli.context import EXIT_USAGE, Context
 from enova_cli.output import Format, print_error
@@ -93,6 +94,7 @@ for command in (
     chat,
     load,
     recommend,
+    simulate,
     drain,
     uncordon,
     restart,

@@ -105,9 +105,7 @@ def _of_trace(path: Path, *, lengths: str, allow_gaps: bool, seed: int) -> Plain
     source = random.Random(seed)  # noqa: S311 - reproducible arrivals
     scenario = None
     if lengths:
-        words = _words(lengths, "--lengths", _LENGTH_WORDS)
-        pair = (_number(words, "prompt", "--lengths"), _number(words, "output", "--lengths"))
-        scenario = Scenario(lengths=[(round(pair[0]), round(pair[1]))])
+        scenario = Scenario(lengths=[length_pair(lengths)])
     draws = Draws(source.random, source.gammavariate)
     try:
         requests = list(parse_trace(open_trace(path, OPTION), scenario=scenario, draws=draws))
@@ -117,6 +115,12 @@ def _of_trace(path: Path, *, lengths: str, allow_gaps: bool, seed: int) -> Plain
             remedy = "it counts requests without their lengths: give --lengths prompt=512,output=128"
         raise InvalidField(f"{path.name} {error}", field=OPTION, reason="INVALID_TRACE", remedy=remedy) from error
     return of_requests(requests, allow_gaps=allow_gaps, name=path.name)
+
+
+def length_pair(text: str) -> tuple[int, int]:
+    """Prompt and output tokens of `--lengths`. Raises InvalidField."""
+    words = _words(text, "--lengths", _LENGTH_WORDS)
+    return round(_number(words, "prompt", "--lengths")), round(_number(words, "output", "--lengths"))
 
 
 def _of_words(words: Mapping[str, str]) -> Plain:

@@ -1,22 +1,30 @@
-"""Recommend without a coordinator: JSON in, JSON out; and the catalogue's facts.
+"""Recommend and simulate without a coordinator: JSON in, JSON out; and the catalogue's facts.
 
 `python -m enova_simulator.plan recommend` reads a `RecommendConfigurationRequest` as JSON from standard input and
-writes the response that the API would give. What is wrong with a request is one JSON object on standard error, exit
-code 1.
+writes the response that the API would give. `python -m enova_simulator.plan simulate` reads what `enova simulate` asks:
+`{"deployment": {...}, "trace": PATH, "fleet": {TYPE: COUNT}, "policies": [...], "start_up_s": 120, "seed": 1000,
+"lengths": [[PROMPT, OUTPUT], ...], "allow_gaps": false}`. What is wrong with a request is one JSON object on standard
+error, exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
 
 from enova_recommender import catalog
 from enova_recommender.memory import weight_bytes
 from enova_recommender.recommend.respond import Problem, respond
 from enova_recommender.shape import write_shape
+
+SEED = 1000
+START_UP_S = 120.0
 
 
 def gpu_facts() -> list[dict[str, object]]:
@@ -42,21 +50,58 @@ def recommend(text: str) -> dict[str, object]:
         why = "it is no object"
     found = respond(plain) if isinstance(plain, dict) else Problem(field="request", message=f"is not JSON: {why}")
     if isinstance(found, Problem):
-        sys.stderr.write(json.dumps(asdict(found)) + "\n")
-        raise SystemExit(1)
+        _refuse(found)
     return found
+
+
+def simulate(text: str) -> dict[str, object]:
+    """What a deployment would do on a fleet under a trace; what is wrong with the question ends the process."""
+    plain = json.loads(text)
+    try:
+        # Compiled engines take seconds to load: who only recommends does without.
+        from enova_common.traces import Scenario, TraceError
+        from enova_simulator.cluster.setup import SetupError
+        from enova_simulator.cluster.trace import read
+        from enova_simulator.cluster.what_if import Asked, what_if
+    except ImportError as error:
+        _refuse(Problem(field="", message=f"simulating needs {error.name}", remedy="pip install 'enova[simulator]'"))
+    try:
+        pairs = tuple((int(prompt), int(output)) for prompt, output in plain.get("lengths") or ())
+        path = Path(plain["trace"])
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+            rows = read(
+                lines, scenario=Scenario(lengths=pairs) if pairs else None, seed=plain.get("seed", SEED),
+                allow_gaps=plain.get("allow_gaps", False),
+            )  # fmt: skip
+        return what_if(Asked(
+            deployment=plain["deployment"], rows=rows, fleet=plain["fleet"], policies=tuple(plain.get("policies", ())),
+            start_up_s=plain.get("start_up_s", START_UP_S), seed=plain.get("seed", SEED),
+        ))  # fmt: skip
+    except TraceError as error:
+        _refuse(Problem(field="trace", message=f"line {error.line}: {error.message}"))
+    except SetupError as error:
+        _refuse(Problem(field=error.field, message=error.message))
+    except (OSError, UnicodeDecodeError) as error:
+        _refuse(Problem(field="trace", message=f"cannot be read: {error}"))
+
+
+def _refuse(problem: Problem) -> NoReturn:
+    sys.stderr.write(json.dumps(asdict(problem)) + "\n")
+    raise SystemExit(1)
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Write what was asked for to standard output as JSON."""
     parser = argparse.ArgumentParser(prog="python -m enova_simulator.plan", description=__doc__)
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("command", nargs="?", choices=["recommend"], help="answer the request on standard input")
+    asked.add_argument(
+        "command", nargs="?", choices=["recommend", "simulate"], help="answer the request on standard input"
+    )
     asked.add_argument("--gpus", action="store_true", help="known GPU types")
     asked.add_argument("--models", action="store_true", help="known models")
     options = parser.parse_args(words)
     if options.command is not None:
-        found: object = recommend(sys.stdin.read())
+        found: object = (simulate if options.command == "simulate" else recommend)(sys.stdin.read())
     else:
         found = gpu_facts() if options.gpus else model_facts()
     json.dump(found, sys.stdout)
