@@ -139,10 +139,11 @@ def _is_wrong(said: Said, played: Played) -> bool:
 
 
 def _is_spare(said: Said, played: Played) -> bool:
-    """Whether one replica fewer would hold, as was said."""
+    """Whether one replica fewer would have held what came until two steps ago, as was said."""
     if said.kind != VerdictKind.UNDERUSED.value or "UNDERUSED" in played.incident.verdicts:
         return False
-    load = max(played.loads[max(0, int(said.end_s) - 60) : int(said.end_s)], default=LOAD)
+    until = int(said.end_s) - 10
+    load = max(played.loads[max(0, until - 50) : max(1, until)], default=LOAD)
     return load <= ROOM * (REPLICAS - 1) / REPLICAS
 
 

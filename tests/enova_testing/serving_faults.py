@@ -24,7 +24,7 @@ from enova_recommender.detection.watch import FleetWatch, Watched
 from enova_recommender.engine.events import Finished, Limits, Request
 from enova_recommender.engine.scheduler import Scheduler
 from enova_recommender.performance import Affine, KernelTimes, Slowed, StepTimes
-from enova_recommender.types import Parallelism
+from enova_recommender.types import Batch, Parallelism
 from enova_testing.frame_bytes import received, sent
 from enova_testing.latency_rows import Row
 from enova_testing.serving_world import BOUNDS, HOT, Engine
@@ -64,6 +64,12 @@ class Setting:
     requests: Sequence[tuple[float, int, int]]
     residuals: Sequence[float] = ()
     efficiency: float = 1.0
+
+    @property
+    def tpot_p95_s(self) -> float:
+        """An objective for tokens that this engine can meet: twice a step of a small batch, and no less than usual."""
+        small = Batch(decode_sequences=8, context_tokens=8 * 1200)
+        return max(TPOT_P95_S, 2.0 * self.efficiency * self.times.step_s(small))
 
     def capacity_rps(self) -> float:
         """Requests a second that one replica carries, by a run that never lacks any."""
@@ -160,7 +166,7 @@ class Stage:
         """What the coordinator decided, with what it takes for the capacity."""
         guess = self.capacity_rps * math.exp(CAPACITY_SIGMA * float(np.random.default_rng(self._number).normal()))
         return [
-            replace(each.placement(), capacity_rps=guess, ttft_p95_s=TTFT_P95_S, tpot_p95_s=TPOT_P95_S)
+            replace(each.placement(), capacity_rps=guess, ttft_p95_s=TTFT_P95_S, tpot_p95_s=self.setting.tpot_p95_s)
             for each in self.engines
         ]
 

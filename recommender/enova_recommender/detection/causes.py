@@ -65,5 +65,5 @@ RULES: dict[Cause, Rule] = {
     Cause.OVERLOAD: Rule(kind=VerdictKind.OVERLOADED, action=SuggestedAction.SCALE_UP, enter=3, leave=1),
     Cause.CUT: Rule(kind=VerdictKind.MISCONFIGURED, action=SuggestedAction.RECONFIGURE, enter=12, leave=12),
     Cause.IDLE: Rule(kind=VerdictKind.UNDERUSED, action=SuggestedAction.SCALE_DOWN, enter=6, leave=1),
-    Cause.SURPLUS: Rule(kind=VerdictKind.UNDERUSED, action=SuggestedAction.SCALE_DOWN, enter=60, leave=6),
+    Cause.SURPLUS: Rule(kind=VerdictKind.UNDERUSED, action=SuggestedAction.SCALE_DOWN, enter=60, leave=1),
 }

@@ -45,7 +45,8 @@ BURN_OBJECTIVE = 0.95        # the share of requests that objectives speak of
 LEAK_IDLE_USAGE = 0.2        # of the KV cache, with nothing running
 LEAK_FACTOR = 1.1            # times what the longest sequences could hold
 CUT_FACTOR, CUT_SLACK = 2.0, 0.05
-LOAD_TAU_S = 300.0
+LOAD_TAU_S, SOON_TAU_S = 300.0, 20.0  # load is the larger of two memories: what rose counts at once
+PREEMPTIONS_FEW = 0.02       # a second: with a full cache, a queue may be what they make
 CUT_TAU_S = 300.0
 LOAD_MAX = 0.6               # of what one replica fewer carries
 NOT_SERVING = (Progress.SUSPECT, Progress.HUNG, Progress.DOWN)
@@ -66,6 +67,7 @@ class Signals:
     slowness: Slowness
     peers: Floats                  # spreads by which its steps are longer than its siblings', load taken off
     batch_gain: Floats             # throughput with twice the batch, over today's; NaN unknown
+    strain: Flags                  # steps too long for the objective, which half of the load would keep
     burn: Floats                   # how many times too fast objectives burn, over what is alarming; NaN unknown
     rarity: Floats                 # of the step times: the negative logarithm (10) of their probability; NaN unknown
 
@@ -81,7 +83,7 @@ class Evidence:
         self._restarts = np.zeros(series)
         self._calm_s = np.full(series, np.inf)      # since the last restart
         self._interval_s = np.zeros(series)         # between the last two
-        self._load = np.full(series, np.nan)
+        self._load = np.full((2, series), np.nan)   # arrivals a second: for long, and of late
         self.figures: dict[str, Floats] = {}
 
     def update(
@@ -103,7 +105,8 @@ class Evidence:
         # A queue before an engine that stands still is no load, and nothing can be told of it.
         queue = np.where(signals.stalled_s > 0, np.nan, queued(step))
         votes[:, Cause.BATCH_SLACK] = _batch_slack(step, signals, placements, queue)
-        votes[:, Cause.OVERLOAD] = _overload(step, signals, placements, queue)
+        thrashes = (self._memory[_PREEMPTED] >= PREEMPTIONS_FEW) & (step.of(Feature.KV_USAGE) >= KV_FULL)
+        votes[:, Cause.OVERLOAD] = np.where(thrashes, 0, _overload(step, signals, placements, queue))
         votes[:, Cause.CUT] = self._cut(placements, step)
         votes[:, Cause.IDLE] = np.select([signals.progress == Progress.IDLE, ~reported], [1, 0], -1)
         votes[:, Cause.SURPLUS] = self._surplus(step, signals, placements)
@@ -119,15 +122,15 @@ class Evidence:
 
     def forget(self, row: int) -> None:
         """Another replica has this row."""
-        if row < len(self._load):
+        if row < self._load.shape[1]:
             self._memory[:, row] = self._restarts[row] = self._interval_s[row] = 0.0
             self._calm_s[row] = np.inf
-            self._load[row] = np.nan
+            self._load[:, row] = np.nan
 
     def save(self) -> dict[str, Floats]:
         """What is remembered, by row in the last dimension."""
         return {
-            "memory": self._memory.T.copy(), "restarts": self._restarts.copy(), "load": self._load.copy(),
+            "memory": self._memory.T.copy(), "restarts": self._restarts.copy(), "load": self._load.T.copy(),
             "calm_s": self._calm_s.copy(), "interval_s": self._interval_s.copy(),
         }  # fmt: skip
 
@@ -137,17 +140,17 @@ class Evidence:
         for row, before in enumerate(rows):
             if 0 <= before < len(saved["load"]):
                 self._memory[:, row] = saved["memory"][before]
-                self._restarts[row], self._load[row] = saved["restarts"][before], saved["load"][before]
+                self._restarts[row], self._load[:, row] = saved["restarts"][before], saved["load"][before]
                 self._calm_s[row], self._interval_s[row] = saved["calm_s"][before], saved["interval_s"][before]
 
     def _grow(self, series: int) -> None:
-        more = series - len(self._load)
+        more = series - self._load.shape[1]
         if more > 0:
             self._memory = np.pad(self._memory, ((0, 0), (0, more)))
             self._restarts = np.pad(self._restarts, (0, more))
             self._calm_s = np.pad(self._calm_s, (0, more), constant_values=np.inf)
             self._interval_s = np.pad(self._interval_s, (0, more))
-            self._load = np.pad(self._load, (0, more), constant_values=np.nan)
+            self._load = np.pad(self._load, ((0, 0), (0, more)), constant_values=np.nan)
 
     def _remember(self, step: FeatureStep, step_s: float) -> None:
         self._grow(len(step.values))
@@ -161,14 +164,14 @@ class Evidence:
         self._memory[_FAILED, (self._calm_s == 0) | (step.of(Feature.READY) != 1.0)] = 0.0
         arrivals = step.of(Feature.ARRIVALS)
         started = np.where(np.isnan(self._load), arrivals, self._load)
-        keep = math.exp(-step_s / LOAD_TAU_S)
+        keep = np.exp(-step_s / np.array([[LOAD_TAU_S], [SOON_TAU_S]]))
         self._load = np.where(np.isnan(arrivals), self._load, keep * started + (1 - keep) * arrivals)
         failed, answered = self._memory[_FAILED], self._memory[_ANSWERED]
         self.figures = {
             "preemptions": self._memory[_PREEMPTED], "restarts": self._restarts, "failed": failed,
             "failed_share": failed / np.maximum(failed + answered, 1e-9),
             "cut_share": self._memory[_CUT] / np.maximum(self._memory[_ANSWERED_LONG], 1e-9),
-            "load_rps": self._load,
+            "load_rps": self._load.max(axis=0),
         }  # fmt: skip
 
     def _count_restarts(self, restarts: Floats, step_s: float) -> None:
@@ -214,10 +217,11 @@ class Evidence:
         names = [placements[name].deployment if name in placements else "" for name in step.replicas]
         _, index = np.unique(np.array(names, dtype=str), return_inverse=True)
         serves = (step.of(Feature.READY) == 1.0) & ~np.isin(signals.progress, NOT_SERVING)
-        known = np.isfinite(capacity) & np.isfinite(self._load) & serves
+        now = self.figures["load_rps"]
+        known = np.isfinite(capacity) & np.isfinite(now) & serves
         count = np.bincount(index)
         whole = np.bincount(index, weights=known) == count
-        load = np.bincount(index, weights=np.where(known, self._load, 0.0))
+        load = np.bincount(index, weights=np.where(known, now, 0.0))
         carried = np.bincount(index, weights=np.where(known, capacity, 0.0))
         least = np.full(len(count), np.inf)
         np.minimum.at(least, index, np.where(known, capacity, np.inf))
@@ -273,13 +277,14 @@ def _batch_slack(
 def _overload(
     step: FeatureStep, signals: Signals, placements: Mapping[str, Placement], queue: Floats
 ) -> Votes:
-    """A queue, or objectives that burn while the engine is well used: too large a batch needs no queue to be late."""
+    """A queue, or a batch too large for its objectives, as steps say now and burnt budgets in the end."""
     running = np.nan_to_num(step.of(Feature.RUNNING))
     long = queue >= np.maximum(QUEUE_MIN, QUEUE_SHARE * running)
     used = (running >= ROOM_SHARE * _column(step, placements, "max_num_seqs")) | (
         step.of(Feature.KV_USAGE) >= KV_FULL
     )
     burns = (signals.burn >= 1.0) & (signals.stalled_s == 0)
+    long |= signals.strain & (signals.stalled_s == 0)
     return _votes(long | burns & used, np.isfinite(queue) & ~long & ~burns)
 
 

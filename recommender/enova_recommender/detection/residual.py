@@ -346,15 +346,24 @@ class ResidualWatch:
             self._learnt = np.pad(self._learnt, (0, more))
 
 
+def _scaled(batches: StepBatches, factor: float) -> StepBatches:
+    return replace(
+        batches,
+        prefill_tokens=factor * batches.prefill_tokens,
+        prefill_pairs=factor * batches.prefill_pairs,
+        decode_sequences=factor * batches.decode_sequences,
+        context_tokens=factor * batches.context_tokens,
+    )
+
+
+def halved(batches: StepBatches) -> StepBatches:
+    """Steps of half of the work."""
+    return _scaled(batches, 0.5)
+
+
 def batch_gain(batches: StepBatches, expectation: Expectation) -> Floats:
     """How much more a step of twice the work would make in the same time: 2 where steps cost the same however full."""
-    double = replace(
-        batches,
-        prefill_tokens=2 * batches.prefill_tokens,
-        prefill_pairs=2 * batches.prefill_pairs,
-        decode_sequences=2 * batches.decode_sequences,
-        context_tokens=2 * batches.context_tokens,
-    )
+    double = _scaled(batches, 2.0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return 2.0 * expectation.expected_s(batches) / expectation.expected_s(double)
 

@@ -31,6 +31,7 @@ from enova_recommender.detection.residual import (
     StepBatches,
     batch_gain,
     bias_limits,
+    halved,
     longest_steps_s,
     step_batches,
 )
@@ -40,6 +41,7 @@ from enova_recommender.performance import StepTimes
 
 Array = npt.NDArray[Any]     # Any: of figures or of names
 
+STRAINED_SHARE = 0.9         # of the objective for tokens, that the load must explain
 PREEMPTIONS_OVER = 0.01      # a second, of late: below it no gap is left that a preemption made
 # Fast enough for a queue that grows in minutes; a day's slow burn is for people, not for a controller.
 BURN_RULES = (BurnRule(long_s=300.0, short_s=30.0, factor=10.0), BurnRule(long_s=1800.0, short_s=180.0, factor=4.0))
@@ -149,6 +151,7 @@ class FleetWatch:
                 slowness=slowness,
                 peers=peers,
                 batch_gain=self._gain(step, batches, model),
+                strain=self._strained(step, batches, model),
                 burn=self._burnt(step),
                 rarity=rarity,
             )
@@ -219,6 +222,19 @@ class FleetWatch:
             return np.full(len(step.values), np.nan)
         return batch_gain(replace(batches, weights=np.where(waits, batches.weights, np.nan)), model.expectation)
 
+    def _strained(self, step: FeatureStep, batches: StepBatches, model: _Model) -> Flags:
+        """Where steps are longer than the objective for tokens, but would not be with half of the load."""
+        objective_s = model.tpot_p95_s
+        late = step.of(Feature.STEP_S) > objective_s
+        if not late.any():
+            return late
+        now = replace(batches, weights=np.where(late, batches.weights, np.nan))
+        now_s, half_s = (
+            self._variants.expected(each, model.expectation.expected_s(each), self._groups).expected_s
+            for each in (now, halved(now))
+        )
+        return np.asarray(late & (now_s > STRAINED_SHARE * objective_s) & (half_s <= objective_s))
+
     def _burnt(self, step: FeatureStep) -> Floats:
         """How many times beyond a rule's factor each replica's objectives burn; NaN where there are none."""
         self._burn.grow(len(step.values))
@@ -238,21 +254,24 @@ class FleetWatch:
     def _modelled(self, replicas: tuple[str, ...]) -> _Model:
         if self._model is None or len(self._model.limits) != len(replicas):
             times = [self._times.get(name) for name in replicas]
+            placed = [self.fold.placements.get(name) for name in replicas]
             self._model = _Model(
                 expectation=MixedExpectation.of(times),
-                longest_s=longest_steps_s(times, [self.fold.placements.get(name) for name in replicas]),
+                longest_s=longest_steps_s(times, placed),
                 limits=bias_limits(times),
+                tpot_p95_s=np.array([each.tpot_p95_s if each else math.nan for each in placed], dtype=np.float64),
             )
         return self._model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Model:
-    """What is expected of each row: step times, the longest step, and how far the model may be off."""
+    """What is expected of each row: step times, the longest step, how far the model may be off, the objective."""
 
     expectation: MixedExpectation
     longest_s: Floats
     limits: Floats
+    tpot_p95_s: Floats
 
 
 def _padded(values: Floats, count: int) -> Floats:

@@ -34,7 +34,7 @@ def judged(judge: Judge, number: int, placement: Placement, **figures: float) ->
     signals = Signals(
         progress=np.array([Progress.BUSY], dtype=np.int8), stalled_s=np.zeros(1),
         slowness=Slowness(ratio=nothing, threshold=nothing + 1.3, alarm=np.zeros(1, bool)),
-        peers=nothing, batch_gain=nothing, burn=nothing, rarity=nothing,
+        peers=nothing, batch_gain=nothing, strain=np.zeros(1, bool), burn=nothing, rarity=nothing,
     )  # fmt: skip
     return judge.update(step, signals, {ONE: placement}, step_s=STEP_S)
 
