@@ -101,7 +101,7 @@ def test_an_engine_that_shares_its_gpu_or_is_not_ready_makes_no_step() -> None:
 
 
 def test_a_calibration_comes_back_from_the_store_as_it_went_in() -> None:
-    calibration = updated(prior(0.5), np.array([1e-3, 6e-3, 2e-3, 0.0, 1e-3]), 0.05)
+    calibration = updated(prior(0.5), np.array([1e-3, 6e-3, 2e-3, 0.0, 1e-3, 1e-4]), 0.05)
     assert calibration.run == 1
     assert all(getattr(calibration, each.name) != each.default for each in fields(Calibration))
     value = stored("calibrations/H100.x", VARIANT, known(), calibration, now_s=5.0)
