@@ -6,7 +6,8 @@ recommender believes; it knows nothing of the world. LB is the programme of `sca
 99 %, with the true capacity; in case 10 its relaxation on the type that is cheapest a request. Bounds are 1 to 24
 replicas, the beginning is 1.2 x what the load of then needs. `static-peak` and `static-mean` know the load beforehand.
 `cron` needs days of history and is left out. A peer is a reimplemented policy, not the product. With FULL=1 all five
-knob values run, and the table holds the best of them beside the default. POLICIES=a,b chooses some.
+knob values run, and the table holds the best of them beside the default. POLICIES=a,b chooses some. Runs that are in
+`--out` are not repeated.
 
 Raw results: `results.csv.gz` (policy, knob, case, seed, attainment, gpu_hours, cost_usd, lb_usd, cost_ratio,
 direction_changes, wrong_acts, acts, passed, reason), `replicas.csv.gz` (policy, knob, case, t_s, holding, ready).
@@ -14,6 +15,7 @@ direction_changes, wrong_acts, acts, passed, reason), `replicas.csv.gz` (policy,
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -67,6 +69,7 @@ GPU, OTHER_GPU = "A100-80G", "H100"
 LB_SECONDS = 20.0
 GIB = 1024**3
 ENOVA_KNOBS = (0.5, 0.75, 1.0, 1.5, 2.0)
+Row = dict[str, object]
 LEFT_OUT = {"cron": "needs days of history"}
 
 
@@ -78,6 +81,11 @@ class Job:
     knob: float
     case: int
     seed: int
+
+    @property
+    def key(self) -> str:
+        """What it is remembered by."""
+        return f"{self.policy}|{self.knob:g}|{CASES[self.case].name}|{self.seed}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,8 +196,8 @@ def _policy(job: Job, on: Ground) -> Policy:
     return PEERS[job.policy](job.knob)
 
 
-def run(job: Job) -> tuple[Result, dict[str, object], list[dict[str, object]]]:
-    """One policy in one case: the result, its row, and its replicas over time."""
+def run(job: Job) -> tuple[Row, list[Row]]:
+    """One policy in one case: its row, and its replicas over time."""
     on = ground(job.case, job.seed)
     seen = Seen(_policy(job, on), on.case)
     deployment = replace(on.fleet.deployments[0], policy=seen)
@@ -206,29 +214,27 @@ def run(job: Job) -> tuple[Result, dict[str, object], list[dict[str, object]]]:
         cost_ratio=found.cost_usd / on.lb_usd, wrong_acts=len(seen.wrong_acts),
         direction_changes=direction_changes(record.acts["chat"], since_s=WARM_UP_S),
     )
-    row: dict[str, object] = {
-        "policy": job.policy, "knob": job.knob, "case": on.case.name, "seed": job.seed,
-        "attainment": result.attainment, "gpu_hours": found.gpu_hours, "cost_usd": found.cost_usd,
+    keys: Row = {"policy": job.policy, "knob": job.knob, "case": on.case.name, "seed": job.seed}
+    row: Row = {
+        **keys, "attainment": result.attainment, "gpu_hours": found.gpu_hours, "cost_usd": found.cost_usd,
         "lb_usd": on.lb_usd, "cost_ratio": result.cost_ratio, "direction_changes": result.direction_changes,
         "wrong_acts": result.wrong_acts, "acts": found.acts, "passed": int(result.passed), "reason": result.reason,
     }
     holding, ready = replicas_over_time(record, "chat", step_s=WIDTH_S)
-    over_time = [
-        {"policy": job.policy, "knob": job.knob, "case": on.case.name, "t_s": place * WIDTH_S, "holding": int(held),
-         "ready": int(serving)}
+    return row, [
+        {**keys, "t_s": place * WIDTH_S, "holding": int(held), "ready": int(serving)}
         for place, (held, serving) in enumerate(zip(holding, ready, strict=True))
     ]
-    return result, row, over_time
 
 
 def jobs(bench: Benchmark) -> list[Job]:
-    """The runs: defaults, and with FULL=1 every knob value. Cases first, so that a process makes each ground once."""
+    """The runs: defaults, and with FULL=1 every knob value."""
     chosen = os.environ.get("POLICIES", "").split(",") if os.environ.get("POLICIES") else ["enova", *PEERS]
     names = [name for name in chosen if name not in LEFT_OUT]
     knobs = {name: KNOBS.get(name, ENOVA_KNOBS) if bench.full else (1.0,) for name in names}
     return [
         Job(policy=name, knob=knob, case=case, seed=bench.seed)
-        for case in range(len(CASES)) for name in names for knob in knobs[name]
+        for name in names for knob in knobs[name] for case in range(len(CASES))
     ]
 
 
@@ -237,17 +243,30 @@ def main() -> None:
     bench = benchmark("autoscale_cases", __doc__)
     bench.notes.update({name: f"left out: {why}" for name, why in LEFT_OUT.items()})
     todo = jobs(bench)
-    parts = [[job for job in todo if job.case == case] for case in range(len(CASES))]
-    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        done = [each for part in pool.map(_run_all, parts) for each in part]
-    bench.write("results", [row for _, row, _ in done])
-    bench.write("replicas", [each for _, _, rows in done for each in rows])
-    bench.table("Twelve cases: passed at published defaults", _table(todo, [result for result, _, _ in done]))
-    bench.end(_figures(todo, [result for result, _, _ in done]))
+    bench.out.mkdir(parents=True, exist_ok=True)
+    kept = bench.out / "kept.jsonl"
+    rows: dict[str, tuple[Row, list[Row]]] = {}
+    if kept.exists():
+        rows = {key: (row, over_time) for key, row, over_time in map(json.loads, kept.read_text().splitlines())}
+    missing = [job for job in todo if job.key not in rows]
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool, kept.open("a") as file:
+        for job, (row, over_time) in zip(missing, pool.map(run, missing), strict=True):
+            rows[job.key] = row, over_time
+            file.write(json.dumps([job.key, row, over_time]) + "\n")
+            file.flush()
+    bench.write("results", [rows[job.key][0] for job in todo])
+    bench.write("replicas", [each for job in todo for each in rows[job.key][1]])
+    results = [_result(rows[job.key][0]) for job in todo]
+    bench.table("Twelve cases: passed at published defaults", _table(todo, results))
+    bench.end(_figures(todo, results))
 
 
-def _run_all(part: list[Job]) -> list[tuple[Result, dict[str, object], list[dict[str, object]]]]:
-    return [run(job) for job in part]
+def _result(row: Row) -> Result:
+    return judged(
+        str(row["policy"]), str(row["case"]), attainment=float(str(row["attainment"])),
+        cost_ratio=float(str(row["cost_ratio"])), direction_changes=int(str(row["direction_changes"])),
+        wrong_acts=int(str(row["wrong_acts"])),
+    )
 
 
 def _by_policy(todo: list[Job], done: list[Result]) -> dict[str, dict[float, list[Result]]]:

@@ -66,7 +66,7 @@ def test_case_passes_at_its_limits_and_fails_beyond_each() -> None:
 
 
 def test_start_up_after_the_change_the_warm_up_and_the_tail_do_not_count() -> None:
-    arrivals = np.array([599.0, 600.0, 899.0, 900.0, 1019.0, 1020.0, END_S - TAIL_S - 1, END_S - TAIL_S])
+    arrivals = np.array([599.0, 600.0, 899.0, 900.0, 1087.0, 1088.0, END_S - TAIL_S - 1, END_S - TAIL_S])
     assert case("1 ").judged(arrivals).tolist() == [False, True, True, False, False, True, True, False]
 
 
