@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from enova.v1.deployment_service_pb2 import GetLiveCapacityRequest
+from enova.v1.deployment_service_pb2 import GetLiveCapacityRequest, LiveCapacity
 from enova_cli.client import CALL_TIMEOUT_S, Client
 from enova_cli.plain import to_plain
+from enova_common.errors import EnovaError
 
 MEBIBYTE = 1 << 20
 
 
 async def live_capacity(client: Client, name: str) -> dict[str, Any]:
-    """What the coordinator says of it."""
+    """What the coordinator says of it; where it cannot (nobody leads, an older release), the reason in its place."""
     request = GetLiveCapacityRequest(name=name)
-    return to_plain(await client.call(lambda s: s.deployments.GetLiveCapacity(request, timeout=CALL_TIMEOUT_S)))
+    try:
+        return to_plain(await client.call(lambda s: s.deployments.GetLiveCapacity(request, timeout=CALL_TIMEOUT_S)))
+    except EnovaError as error:
+        return to_plain(LiveCapacity(name=name, reason=error.message, memory_reason=error.message))
 
 
 def live_line(plain: dict[str, Any]) -> str:
     """One line: the figures with their intervals, or why there are none."""
     if plain["n_limit_rps"] is None:
         carried = f"; {plain['at_least_rps']:.3g} requests/s were carried" if plain["at_least_rps"] else ""
-        return f"live capacity is not known ({plain['doubt']}): {plain['reason']}{carried}"
+        return f"live capacity is not known: {plain['reason']}{carried}"
     rate, time, load = (_interval(plain[name]) for name in ("n_limit_rps", "t_limit_s", "saturation_load"))
     memory = plain["memory"]
     cache = (

@@ -87,6 +87,8 @@ def recommend(
         _refuse_beside_fleet()
         run(print_allocation(context, headroom=headroom, time_limit_s=time_limit), context.form)
         return
+    if headroom or time_limit is not None:
+        raise click.UsageError(f"{'--headroom' if headroom else '--time-limit'} belongs to --fleet")
     if model is None or workload is None:
         raise click.UsageError(f"Missing option '{'--model' if model is None else '--workload'}'.")
     remote = _asks_coordinator()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from enova_coordinator.core.advice import grounds_of
 from enova_coordinator.core.fleet import Ground, Wanted, living_replicas
 from enova_coordinator.core.gpu_types import LeftOut
 from enova_coordinator.core.model import Snapshot
-from enova_recommender.recommend.allocation_types import Allocation, Unmet, VariantShare
+from enova_recommender.recommend.allocation_types import Allocation, Option, Unmet, VariantShare
 from enova_recommender.recommend.fleet import CAPACITY_BASIS, RUNNING
 
 Answer = dict[str, object]
@@ -31,8 +31,17 @@ def answer_of(
 ) -> Answer:
     """The answer to whoever asked for the fleet."""
     found = solved.allocation
+    shares = _shares(ground, found)
+    running = Counter(each.deployment for each in living_replicas(snapshot))
+    kept = Counter(each.deployment for each in found.replicas if each.kept)
     return {
-        "deployments": [_deployment(snapshot, ground, each, found) for each in wanted],
+        "deployments": [
+            _deployment(
+                each, found, shares.get(each.deployment.name, ()), running=running[each.deployment.name],
+                kept=kept[each.deployment.name],
+            )
+            for each in wanted
+        ],
         "gpus": [
             {
                 "gpu_type": each.gpu, "total": each.total_gpus, "held": each.held_gpus,
@@ -65,20 +74,45 @@ def left_out_plain(value: LeftOut) -> Answer:
     return {"object": value.object, "reason": value.reason}
 
 
-def _deployment(snapshot: Snapshot, ground: Ground, wanted: Wanted, found: Allocation) -> Answer:
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """The replicas of one option: all by node, and those of them that stay where they are."""
+
+    share: VariantShare
+    nodes: Counter[str]
+    kept: Counter[str]
+
+
+def _shares(ground: Ground, found: Allocation) -> Mapping[str, Sequence[_Share]]:
+    """By deployment; looked through once, however many replicas there are."""
+    nodes: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    kept: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for each in found.replicas:
+        key, node = (each.deployment, each.option), ground.parts[each.node].node
+        nodes[key][node] += 1
+        kept[key][node] += each.kept
+    shares: dict[str, list[_Share]] = defaultdict(list)
+    for share in found.variants:
+        key = share.deployment, share.option
+        shares[share.deployment].append(_Share(share, nodes[key], kept[key]))
+    return shares
+
+
+def _deployment(wanted: Wanted, found: Allocation, shares: Sequence[_Share], *, running: int, kept: int) -> Answer:
     name = wanted.deployment.name
-    variants = [_variant(ground, wanted, each, found) for each in found.variants if each.deployment == name]
+    options = {each.name: each for each in wanted.options.options}
+    variants = [_variant(wanted, each, options[each.share.option]) for each in shares]
     priorities = {each.name: each.priority for each in wanted.deployment.spec.classes}
     classes = [each for each in found.classes if each.deployment == name]
     unmet = next((each for each in found.unmet if each.deployment == name), None)
-    running = sum(each.deployment == name for each in living_replicas(snapshot))
-    kept = sum(each.deployment == name and each.kept for each in found.replicas)
     return {
         "name": name,
         "grounds": _grounds(wanted),
         "demand_rps": sum(each.demand_rps for each in classes),
         "carried_rps": sum(each.carried_rps for each in classes),
-        "cost_per_hour": sum(float(str(each["cost_per_hour"])) for each in variants),
+        "cost_per_hour": sum(
+            each.share.replicas * options[each.share.option].settings.cost_per_hour for each in shares
+        ),
         "running_replicas": running,
         "stopped_replicas": running - kept,
         "classes": [
@@ -102,12 +136,9 @@ def _grounds(wanted: Wanted) -> str:
     return words
 
 
-def _variant(ground: Ground, wanted: Wanted, share: VariantShare, found: Allocation) -> Answer:
+def _variant(wanted: Wanted, placed: _Share, option: Option) -> Answer:
+    share = placed.share
     facts = wanted.options.facts[share.option]
-    option = next(each for each in wanted.options.options if each.name == share.option)
-    placed = [each for each in found.replicas if (each.deployment, each.option) == (share.deployment, share.option)]
-    nodes = Counter(ground.parts[each.node].node for each in placed)
-    kept = Counter(ground.parts[each.node].node for each in placed if each.kept)
     rate = facts.capacity_rps
     return {
         "gpu_type": facts.gpu_type,
@@ -118,7 +149,8 @@ def _variant(ground: Ground, wanted: Wanted, share: VariantShare, found: Allocat
         "capacity_rps": {"value": rate.value, "low": rate.low, "high": rate.high},
         "cost_per_hour": share.replicas * option.settings.cost_per_hour,
         "nodes": [
-            {"node": node, "replicas": count, "kept": kept[node]} for node, count in sorted(nodes.items())
+            {"node": node, "replicas": count, "kept": placed.kept[node]}
+            for node, count in sorted(placed.nodes.items())
         ],
         "runs_now": share.option == RUNNING,
     }
