@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from enova_coordinator.core.episode import Episode, EpisodeState
 from enova_coordinator.core.model import (
     Decision,
     DecisionAction,
@@ -20,11 +21,19 @@ from enova_coordinator.core.model import (
     Snapshot,
     Stored,
 )
-from enova_coordinator.housekeeping import DECISIONS_KEPT, ORPHAN_KEEP_S, REQUEST_KEEP_S, Housekeeping
+from enova_coordinator.housekeeping import (
+    DECISIONS_KEPT,
+    EPISODE_KEEP_S,
+    EPISODES_KEPT,
+    ORPHAN_KEEP_S,
+    REQUEST_KEEP_S,
+    Housekeeping,
+)
 from enova_coordinator.rollups import Rollups
 from enova_coordinator.store import CreateRevisionIs, ModRevisionIs, Put, codec
 from enova_coordinator.store.sqlite import MEMORY, SqliteStore
 from enova_coordinator.telemetry import Telemetry, TelemetryLimits
+from enova_recommender.types import VerdictKind
 from enova_testing.waiting import until_async
 
 LIVING = "deployments/living"
@@ -42,6 +51,13 @@ def record(name: str, age_s: float) -> RequestRecord:
     return RequestRecord(
         name=f"requests/{name}", method="m", object=LIVING, fingerprint="f", create_time_s=time.time() - age_s
     )
+
+
+def episode(number: int, age_s: float, *, state: EpisodeState = EpisodeState.CLOSED) -> Episode:
+    return Episode(
+        name=f"episodes/{number:016d}-00000000", object="o", verdict=VerdictKind.DEGRADED, state=state,
+        close_time_s=time.time() - age_s if state is EpisodeState.CLOSED else 0.0,
+    )  # fmt: skip
 
 
 @dataclass
@@ -111,3 +127,13 @@ async def test_decisions_of_what_is_no_more_go_in_time(house: House) -> None:
     await house.put(living := decision(LIVING, ORPHAN_KEEP_S + 1))
     left = await house.tidied(2)
     assert left == sorted(codec.key(each.name).removeprefix(codec.PREFIX) for each in (young, living))
+
+
+async def test_episodes_that_are_over_go_in_time_and_by_number_and_open_ones_stay(house: House) -> None:
+    still_open, old = episode(1, 0.0, state=EpisodeState.OPEN), episode(2, EPISODE_KEEP_S + 1)
+    await house.put(still_open, old, *(episode(number, 1.0) for number in range(10, EPISODES_KEPT + 12)))
+    left = await house.tidied(EPISODES_KEPT + 1)
+    assert still_open.name in left
+    assert old.name not in left
+    assert episode(11, 1.0).name not in left  # two more than are kept: the oldest went
+    assert episode(12, 1.0).name in left
