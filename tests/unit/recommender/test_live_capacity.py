@@ -6,7 +6,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from enova_recommender.recommend.live import Doubt, Evidence, LiveCapacity, NotYet, ReplicaFrames, live_capacity
+from enova_recommender.recommend.live import (
+    DRIFT_SHARE,
+    Doubt,
+    Evidence,
+    LiveCapacity,
+    NotYet,
+    ReplicaFrames,
+    live_capacity,
+)
 
 BATCH, SERVICE_S = 60, 15.0
 LIMIT_RPS = BATCH / SERVICE_S
@@ -106,6 +114,20 @@ def test_a_plateau_without_a_queue_is_seen() -> None:
     found = capacity(closed(users, rates))
     assert found.evidence is Evidence.PLATEAU
     assert found.n_limit_rps.value == pytest.approx(5.0, rel=0.1)
+
+
+def test_what_may_still_grow_on_a_plateau_is_within_its_interval() -> None:
+    users = np.repeat(np.array([2, 4, 8, 16, 24, 32, 48, 64, 96, 128.0]), 60)
+    rates = 5.0 * users / (users + 6)  # still grows: by an eighth from 30 users to 128
+    found = capacity(closed(users, rates))
+    assert found.evidence is Evidence.PLATEAU
+    assert found.n_limit_rps.value < rates[-1] <= found.n_limit_rps.high
+
+
+def test_few_blocks_and_long_observation_leave_a_wider_interval_than_chance_alone() -> None:
+    short, long = (capacity(frames(np.full(length, 8.0))).n_limit_rps for length in (60, 6000))
+    assert (short.high - short.low) > (long.high - long.low)
+    assert (long.high - long.low) / 2 / long.value >= DRIFT_SHARE
 
 
 def test_a_rate_that_follows_the_load_is_no_plateau() -> None:
