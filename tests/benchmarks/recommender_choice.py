@@ -1,14 +1,14 @@
 """How well max_num_seqs and the layout are chosen for a target of the time between tokens, on measured servers.
 
 Cases are groups of measured settings (model x GPU x load) with a target that some of them meet and some do not. Ours is
-the product's search (`most_assured`), which is asked for a load without end: the cheapest then has the most requests a
+the product's search, which is asked for a load without end: the cheapest then has the most requests a
 second and GPU, and its max_num_seqs is what keeps the target in a full batch with the wanted chance. `cold`: it knows
 the model's shape and the GPU's data sheet alone, by the constants that are shipped. `cold_taught`: also what a fleet
 learns that serves the other model families of the same set on that type of GPU (leave one family out: the family at
 hand teaches nothing). `after3`: as that, and three settings of the group, drawn by the seed, calibrate it; five seeds.
 A choice that misses the target counts under violations alone; of the others the regret is 1 - tokens/s per GPU of the
-choice / that of the best feasible setting; no answer is a regret of 1. The chance is the product's: 90 %, or less where
-nothing is that sure.
+choice / that of the best feasible setting; no answer is a regret of 1. The chance is the product's: 90 %, or 75 % or
+50 % where nothing that was measured is that sure.
 
 Assumed: prompt lengths of rec_mlenergy by task (`PROMPT_TOKENS`), output lengths are those of the group's load; expert
 parallel over N GPUs with one data rank is attention split over N; max_num_batched_tokens is vLLM's default.

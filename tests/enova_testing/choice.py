@@ -23,9 +23,9 @@ from enova_recommender.performance.engine_model import EngineModel, corrected_ti
 from enova_recommender.recommend.capacity import factor_of, lanes_of
 from enova_recommender.recommend.capacity_curve import curve, load_grid
 from enova_recommender.recommend.capacity_lengths import Lengths, lengths_of
-from enova_recommender.recommend.search import TimesOf, most_assured
+from enova_recommender.recommend.search import TimesOf, search
 from enova_recommender.recommend.search_space import SearchSpace
-from enova_recommender.recommend.types import InventoryNode, Objectives, Workload
+from enova_recommender.recommend.types import ASSURANCES, EngineSettings, InventoryNode, Objectives, Workload
 from enova_recommender.scaling.enova_007_model import GIB, TableRow, lay_out, max_num_seqs, one_sequence_bytes
 from enova_recommender.scaling.types import GpuFacts
 from enova_recommender.types import Batch, Experts, GpuModel, Interval, ModelShape, Parallelism, Precision
@@ -293,7 +293,8 @@ def advised(group: Group, target_s: float, times_of: TimesOf) -> int | None:
     """What the product's search chooses for a load without end on GPUs without end, all at one price.
 
     The cheapest then is the one with the most requests a second and GPU. Its max_num_seqs is snapped down to a measured
-    one; where none is as small, the next candidate counts.
+    one. Where nothing that was measured keeps the target with the first of the product's chances, the next is asked
+    for, as the product does (`most_assured`) where nothing at all keeps it.
     """
     first = group.settings[0]
     gpu = replace(first.gpu, price_per_hour=1.0)
@@ -303,20 +304,25 @@ def advised(group: Group, target_s: float, times_of: TimesOf) -> int | None:
         max_num_batched_tokens=(BATCHED_TOKENS,), gpu_memory_utilizations=(UTILIZATION,),
         kv_cache_dtypes=(first.precision.kv_cache_dtype,),
     )  # fmt: skip
-    found = most_assured(
-        first.shape, nodes, load_of(group), Objectives(tpot_s=target_s, percentile=MEDIAN), space=space,
-        precision=first.precision, times_of=times_of, check_floor=False,
-    )  # fmt: skip
-    for candidate in found.feasible():
-        chosen = candidate.settings
-        places = [
-            place for place, one in enumerate(group.settings)
-            if one.parallelism == chosen.parallelism
-            and one.sequences <= chosen.max_num_seqs * chosen.parallelism.data
-        ]  # fmt: skip
-        if places:
-            return max(places, key=lambda place: group.settings[place].sequences)
+    for assurance in ASSURANCES:
+        found = search(
+            first.shape, nodes, load_of(group), Objectives(tpot_s=target_s, percentile=MEDIAN), space=space,
+            precision=first.precision, times_of=times_of, assurance=assurance, check_floor=False,
+        )  # fmt: skip
+        for candidate in found.feasible():
+            if (place := _measured_as(group, candidate.settings)) is not None:
+                return place
     return None
+
+
+def _measured_as(group: Group, chosen: EngineSettings) -> int | None:
+    """The largest measured setting of this layout that is no larger than what was chosen."""
+    most = chosen.max_num_seqs * chosen.parallelism.data
+    places = [
+        place for place, one in enumerate(group.settings)
+        if one.parallelism == chosen.parallelism and one.sequences <= most
+    ]  # fmt: skip
+    return max(places, key=lambda place: group.settings[place].sequences, default=None)
 
 
 # -- baselines
