@@ -2,10 +2,10 @@
 
 Arrivals are those of gentd26 (a production image service, requests_*.csv.gz; it holds no tokens), twelve hours of them,
 as dense as recorded (a request in 97 s on average) and thinned to a quarter, with FULL=1 also to a sixteenth and from
-five places; without the set, a Poisson process of the same rates. Lengths are pairs of Azure's conversation service, or drawn (mean 1,500 and 800).
-Llama-3.1-8B on A100-80GB, world (b), starts of 60 s (lognormal), 0 to 4 replicas, one at the beginning; while none is
-READY the ingress holds up to 100 requests for 300 s. Saved is against one replica that always runs. Figures are over
-all densities; a request that arrives in the last ten minutes is not judged.
+five places; without the set, a Poisson process of the same rates. Lengths are pairs of Azure's conversation service, or
+drawn (mean 1,500 and 800). Llama-3.1-8B on A100-80GB, world (b), starts of 60 s (lognormal), 0 to 4 replicas, one at
+the beginning; while none is READY the ingress holds up to 100 requests for 300 s. Saved is against one replica that
+always runs. Figures are over all densities; a request that arrives in the last ten minutes is not judged.
 
 Raw results: `requests.csv.gz` (policy, density, seed, arrival_s, ttft_s, tpot_s, served, met), `runs.csv.gz` (policy,
 density, seed, requests, lost, attainment, ttft_p50_s, ttft_p99_s, woken_share, gpu_hours, always_on_gpu_hours, wakes).

@@ -101,6 +101,8 @@ class Case:
     leaderless: bool = False           # nobody decides, and what was remembered is lost
     same_rate: bool = False            # the mix changes at the same requests/s: `load` is told in the usual mix
     restart_s: float = 30.0            # from a hang until the agent starts the replica again
+    failing: float = 0.0               # share of starts that fail once
+    draw: int = 0                      # tells the requests of cases with one seed apart
 
     def judged(self, arrival_s: Floats) -> npt.NDArray[np.bool_]:
         """Which requests count."""
@@ -147,7 +149,7 @@ def _sawtooth(now_s: float) -> float:
     return 2.7 if now_s % 300 < 150 else 3.3
 
 
-CASES = (
+_GENERATED = (
     Case(name="1 step to five times", load=_step(1.0, 5.0)),
     Case(name="2 spike shorter than a start", load=_step(3.0, 5.5, until_s=CHANGE_S + 60)),
     Case(
@@ -169,6 +171,27 @@ CASES = (
     Case(name="10 two GPU types", load=_step(1.5, 4.5), two_types=True),
     Case(name="11 leader lost in a scale-up", load=_step(1.5, 4.5), leaderless=True),
     Case(name="12 sawtooth around a threshold", load=_sawtooth, changes_s=()),
+)
+CASES = tuple(replace(one, draw=place) for place, one in enumerate(_GENERATED))
+
+# One load, with one kind of fault each; `share` is of the READY replicas by age.
+_DIURNAL = CASES[2]
+FAULTLESS = replace(_DIURNAL, name="none")
+FAULTY = (
+    replace(_DIURNAL, name="replica losses", faults=tuple(
+        Fault(at_s=at_s, ill=ill, share=share, until_s=at_s + 900.0)
+        for at_s, ill, share in ((900.0, Ill.LOST, 0.3), (1500.0, Ill.CRASHED, 0.7), (2100.0, Ill.LOST, 0.6))
+    )),
+    replace(_DIURNAL, name="stragglers", faults=tuple(
+        Fault(at_s=at_s, ill=Ill.SLOW, share=0.5, until_s=at_s + 900.0, factor=1.5) for at_s in (900.0, 1800.0)
+    )),
+    replace(_DIURNAL, name="hangs", faults=tuple(
+        Fault(at_s=at_s, ill=Ill.HUNG, share=0.4) for at_s in (1000.0, 1900.0)
+    )),
+    replace(_DIURNAL, name="lost telemetry", gaps=(
+        Gap(start_s=1000.0, end_s=1120.0), Gap(start_s=1500.0, end_s=1800.0), Gap(start_s=2300.0, end_s=2330.0),
+    )),
+    replace(_DIURNAL, name="start-up failures", failing=0.3, never=frozenset({1})),
 )
 
 
