@@ -68,12 +68,12 @@ class Fleet:
         variants = [variant for deployment in setup.deployments for variant in deployment.variants]
         self._kind_of = {id(variant): place for place, variant in enumerate(variants)}
         kinds = [Kind(limits=variant.limits, times=variant.times) for variant in variants]
-        self._engines = Engines(kinds, requests, count=_most(setup, variants))
-        self._free_engines = list(range(self._engines.count))[::-1]
+        self.engines = Engines(kinds, requests, count=_most(setup, variants))
+        self._free_engines = list(range(self.engines.count))[::-1]
         self.fates = np.zeros(len(requests), dtype=np.uint8)
         self._kinds = np.full(len(requests), -1, dtype=np.int32)
         self._deployments = [self._deployment(place, each) for place, each in enumerate(setup.deployments)]
-        self._desk_of_engine: list[Desk | None] = [None] * self._engines.count
+        self._desk_of_engine: list[Desk | None] = [None] * self.engines.count
         self._heap: list[tuple[float, int, int, Callable[[float], None]]] = []
         self._order = 0
         self._prompts = requests.prompt_tokens.astype(np.float64)
@@ -105,7 +105,7 @@ class Fleet:
                 following += 1
         self._pass(setup.end_s)
         return record_of(
-            setup, self._traffic, self._engines, fates=self.fates, kinds=self._kinds,
+            setup, self._traffic, self.engines, fates=self.fates, kinds=self._kinds,
             rolls=[deployment.roll for deployment in self._deployments],
             acts=[deployment.acts for deployment in self._deployments],
         )  # fmt: skip
@@ -118,7 +118,7 @@ class Fleet:
 
     def _pass(self, until_s: float) -> None:
         """Let the engines compute until then, and act on what finishes."""
-        engines = self._engines
+        engines = self.engines
         while True:
             if engines.advance(until_s):
                 for _, engine, request, at_s in engines.happened():
@@ -139,7 +139,7 @@ class Fleet:
     def _arrive(self, deployment: _Deployment, request: int, now_s: float) -> None:
         requests = self._traffic.requests
         prompt, output = int(requests.prompt_tokens[request]), int(requests.output_tokens[request])
-        if not any(self._engines.fits(self._kind_of[id(v)], prompt, output) for v in deployment.setup.variants):
+        if not any(self.engines.fits(self._kind_of[id(v)], prompt, output) for v in deployment.setup.variants):
             deployment.desk.arrived += 1
             self.fates[request] = Fate.IMPOSSIBLE
             return
@@ -154,7 +154,7 @@ class Fleet:
 
     def _sample(self, now_s: float) -> None:
         telemetry = self._setup.telemetry
-        self._engines.settle(now_s)
+        self.engines.settle(now_s)
         ends = abs(now_s / telemetry.step_s - round(now_s / telemetry.step_s)) < 1e-6
         for deployment in self._deployments:
             ready = deployment.roll.ready()
@@ -205,10 +205,10 @@ class Fleet:
         requests = self._traffic.requests
         desk = Desk(
             draws=Draws(np.random.default_rng([self._setup.seed, index])), paces=self._setup.paces,
-            engines=self._engines, fates=self.fates, kinds=self._kinds, prompts=requests.prompt_tokens,
+            engines=self.engines, fates=self.fates, kinds=self._kinds, prompts=requests.prompt_tokens,
             priorities=requests.priority, queue_limit=setup.queue_limit,
         )  # fmt: skip
-        return _Deployment(index, setup, Watch(setup, self._setup.telemetry, self._engines, desk), desk)
+        return _Deployment(index, setup, Watch(setup, self._setup.telemetry, self.engines, desk), desk)
 
     def _begin(self, deployment: _Deployment) -> None:
         """The replicas of the beginning are READY at once."""
@@ -278,8 +278,8 @@ class Fleet:
             deployment.watch.started(member.variant, now_s - member.since_s)
         member.move(Stage.READY, now_s)
         member.ready_s = now_s if math.isnan(member.ready_s) else member.ready_s
-        self._engines.begin(member.engine, member.kind, now_s)
-        self._engines.slow(member.engine, member.slowness)
+        self.engines.begin(member.engine, member.kind, now_s)
+        self.engines.slow(member.engine, member.slowness)
         deployment.watch.ready(member)
         if starts:
             self._at(now_s + self._setup.paces.routed_s, partial(self._routed, deployment, member, starts))
@@ -319,7 +319,7 @@ class Fleet:
         if holds and member.stage is not Stage.LOST:
             self._pools.give(member.variant)
         if holds:
-            self._engines.begin(member.engine, member.kind, now_s)
+            self.engines.begin(member.engine, member.kind, now_s)
             self._free_engines.append(member.engine)
         deployment.desk.router.retain(deployment.desk.replicas)
         deployment.roll.leave(member, now_s)
@@ -336,11 +336,11 @@ class Fleet:
         member.ill, member.ill_since_s = fault.ill, now_s
         match fault.ill:
             case Ill.SLOW:
-                self._engines.slow(member.engine, member.slowness * fault.factor)
+                self.engines.slow(member.engine, member.slowness * fault.factor)
                 self._at(fault.until_s, partial(self._recover, member, member.starts))
             case Ill.HUNG:
-                self._engines.settle(now_s)
-                self._engines.hang(member.engine)
+                self.engines.settle(now_s)
+                self.engines.hang(member.engine)
                 restart = partial(self._restart, deployment, member, member.starts)
                 self._at(now_s + self._setup.paces.restart_s, restart)
             case Ill.CRASHED:
@@ -351,7 +351,7 @@ class Fleet:
     def _recover(self, member: Member, starts: int, now_s: float) -> None:
         del now_s
         if member.starts == starts and member.stage in {Stage.READY, Stage.DRAINING}:
-            self._engines.slow(member.engine, member.slowness)
+            self.engines.slow(member.engine, member.slowness)
             member.ill, member.ill_since_s = None, math.inf
 
     def _restart(
@@ -391,7 +391,7 @@ class Fleet:
         if member.engine in deployment.desk.by_engine:
             deployment.desk.broken(member, now_s)
         deployment.watch.gone(member)
-        self._engines.begin(member.engine, member.kind, now_s)
+        self.engines.begin(member.engine, member.kind, now_s)
 
     def _lost_share(self, now_s: float) -> float:
         lost = sum(gpus for at_s, gpus in self._lost_gpus if now_s - at_s <= LOST_SHARE_S)
