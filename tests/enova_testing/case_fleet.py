@@ -189,6 +189,6 @@ def run_case(name: str, knob: float, case: Case, *, seed: int) -> Ran:
     result = judged(
         name, case.name, attainment=float(record.requested.met[counted].mean()),
         cost_ratio=found.cost_usd / on.lb_usd, wrong_acts=len(seen.wrong_acts),
-        direction_changes=direction_changes(record.acts[DEPLOYMENT], since_s=WARM_UP_S),
+        direction_changes=int(direction_changes(record.acts[DEPLOYMENT], since_s=WARM_UP_S)),
     )
     return Ran(result=result, figures=found, lb_usd=on.lb_usd, record=record)
