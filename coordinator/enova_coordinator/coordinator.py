@@ -97,14 +97,14 @@ class Coordinator:
         self.store = store
         self.policies = PolicyProcess(timeout_s=settings.scaling.timeout_s)
         self.advisor = Advisor(
-            PolicyProcess(timeout_s=settings.advice.timeout_s, module="enova_coordinator.advice_child"),
+            PolicyProcess(timeout_s=settings.advice.timeout_s, work="advice"),
             now_s=time.time,
             creation_wait_s=settings.advice.creation_wait_s,
             types=read_gpu_types(settings.advice.gpus_file),
         )
-        self.learner = PolicyProcess(timeout_s=LEARNING_TIMEOUT_S, module="enova_coordinator.length_child")
+        self.learner = PolicyProcess(timeout_s=LEARNING_TIMEOUT_S, work="lengths")
         self.learning_figures = LearningFigures()
-        self.detector = PolicyProcess(timeout_s=DETECTION_TIMEOUT_S, module="enova_coordinator.detection_child")
+        self.detector = PolicyProcess(timeout_s=DETECTION_TIMEOUT_S, work="detection")
         self.detection_figures = DetectionFigures()
         self.advice_figures = AdviceFigures()
         self.policy_figures = PolicyLoopFigures()

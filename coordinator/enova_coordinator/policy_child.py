@@ -1,7 +1,8 @@
 """The child process that policies and fits run in: a request a line of work, read from stdin, answered on stdout.
 
 It knows nothing but the recommender. numpy (and later statsmodels) hold the interpreter's lock for as long as they
-like here, and may crash: neither delays a heartbeat in the coordinator. It ends when its parent does.
+like here, and may crash: neither delays a heartbeat in the coordinator. It ends when its parent does. Its arguments
+are the parent's pid and the kind of its work, for whoever lists processes.
 """
 
 from __future__ import annotations

@@ -50,15 +50,16 @@ class PolicyProcessFigures:
 
 
 class PolicyProcess:
-    """One child that runs `module`, started when it is needed, one call at a time."""
+    """One child for one kind of work, started when it is needed, one call at a time.
 
-    def __init__(
-        self, *, timeout_s: float, start_timeout_s: float = 20.0, module: str = "enova_coordinator.policy_child"
-    ) -> None:
+    `work` is what `ps` shows of it; each kind has a child of its own, so that none waits for another.
+    """
+
+    def __init__(self, *, timeout_s: float, start_timeout_s: float = 20.0, work: str = "policies") -> None:
         self.figures = PolicyProcessFigures()
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
-        self._module = module
+        self._work = work
         self._process: asyncio.subprocess.Process | None = None
         self._fresh = False                # not answered yet: it may still be importing numpy
         self._lock = asyncio.Lock()
@@ -128,11 +129,11 @@ class PolicyProcess:
             self.figures.starts += 1
             self._fresh = True
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", self._module, str(os.getpid()),
+                sys.executable, "-m", "enova_coordinator.policy_child", str(os.getpid()), self._work,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
             )  # fmt: skip
-            log.info("%s runs in process %d", self._module, self._process.pid)
+            log.info("%s: process %d works on them", self._work, self._process.pid)
         return self._process
 
     async def _end(self) -> None:

@@ -40,12 +40,12 @@ class CoordinatorProcess:
 
     def policy_child(self) -> int:
         """The pid of the process that its policies run in; 0 while there is none."""
-        return self.child("policy_child")
+        return self.child("policies")
 
-    def child(self, module: str) -> int:
-        """The pid of its child that runs a module; 0 while there is none."""
+    def child(self, work: str) -> int:
+        """The pid of its child for one kind of work; 0 while there is none."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return next((int(pid) for pid in children if module.encode() in _command(int(pid))), 0)
+        return next((int(pid) for pid in children if _command(int(pid)).endswith(f"\0{work}\0".encode())), 0)
 
 
 def _command(pid: int) -> bytes:

@@ -289,8 +289,8 @@ async def test_a_child_that_stops_or_dies_delays_nothing_and_detection_goes_on(
     stroke: signal.Signals,
 ) -> None:
     await deploy(channel, agent, replicas=2)
-    await until_async(lambda: coordinator.child("detection_child"), timeout_s=20, what="the child")
-    child = coordinator.child("detection_child")
+    await until_async(lambda: coordinator.child("detection"), timeout_s=20, what="the child")
+    child = coordinator.child("detection")
     os.kill(child, stroke)
     acks, sent, began_s = agent.acks, traffic.sent, time.monotonic()
     await until_async(lambda: agent.acks >= acks + 5, timeout_s=4)

@@ -153,7 +153,7 @@ class Fleet:
 
 @contextlib.asynccontextmanager
 async def _fleet(folder: Path, *, timeout_s: float = 30.0) -> AsyncIterator[Fleet]:
-    process = PolicyProcess(timeout_s=timeout_s, module="enova_coordinator.detection_child")
+    process = PolicyProcess(timeout_s=timeout_s, work="detection")
     store = await AwayStore.open(MEMORY)
     try:
         yield Fleet(store, process, folder)

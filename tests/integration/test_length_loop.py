@@ -104,7 +104,7 @@ class Fleet:
 
 @contextlib.asynccontextmanager
 async def _fleet(folder: Path) -> AsyncIterator[Fleet]:
-    process = PolicyProcess(timeout_s=60.0, module="enova_coordinator.length_child")
+    process = PolicyProcess(timeout_s=60.0, work="lengths")
     try:
         yield Fleet(folder / "lengths", process)
     finally:
