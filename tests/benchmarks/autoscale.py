@@ -3,13 +3,14 @@
 What is replayed is in `scenarios.toml`. By default one smooth trace (starts of 60 s and 300 s) and one bursty (120 s),
 in worlds (a) and (b), each a window of half an hour (10 minutes of it warm-up) of the steepest change, at a density at
 which the lower bound's 99th percentile is 6 replicas; with FULL=1 all traces, windows of an hour, 20 replicas and five
-seeds, which takes days of one core: runs that are in `--out` are not repeated. POLICIES=a,b and TRACES=a,b choose some.
+seeds, which takes days of one core: runs that are in `--out` are not repeated. POLICIES=a,b, TRACES=a,b and WORLDS=a choose some.
 
 Held equal between policies: arrivals, router, configuration, fleet, bounds, replicas at the beginning (1.2 x what the
 load of then needs), start-ups and slowness by the number of a replica, metric delay, the capacity that policies are
 told (the recommender's, which knows no world) and the history before the window. `cron`, `static-peak` and
 `static-mean` know the load of the window itself, as published they would know a past one. Cost is in dollars, list
-price, start-ups included. LB: `scaling.lower_bound` over what comes after the warm-up, at the attainment that is asked.
+price, start-ups included. LB: `scaling.lower_bound` over what comes after the warm-up, at the attainment that is asked,
+with the capacity that a replica has among as many as are wanted (one alone carries less: a router evens out what comes).
 
 Raw results: `runs.csv.gz` (a row a run: trace, world, start_up_s, seed, policy, knob, attainment, gpu_hours, cost_usd,
 ttft_p50_s, ttft_p99_s, worst_5_minutes, direction_changes_per_hour, acts, refused, cut, open, lb_usd),
@@ -60,7 +61,7 @@ ENOVA_KNOBS = (0.5, 0.75, 1.0, 1.5, 2.0)
 ASKED = {"smooth": 0.99, "bursty": 0.97, "sparse": 0.97}
 PRIOR_SIGMA = 0.3          # of the told capacity, where the recommender says that nothing holds the objective
 LB_LIMIT_S = 20.0
-GOODPUT_REQUESTS = 1500
+GOODPUT_REQUESTS = 3000
 LEFT_OUT = {"cron": "needs days of history, which one window of one trace has not"}
 
 
@@ -98,7 +99,7 @@ class Laid:
 
     requests: Requests
     setup: FleetSetup
-    lb_usd: Mapping[str, float | None]     # by the attainment that is asked
+    lb_usd: Mapping[str, float]            # by the attainment that is asked
     factor: float
     peak_rps: float
     mean_rps: float
@@ -123,11 +124,15 @@ def _window(name: str, data: str, seed: int, full: bool) -> Window | None:
     return chosen[0] if chosen else None
 
 
-@lru_cache(maxsize=4)
-def _carried(name: str, world: str, data: str, seed: int, full: bool) -> float:
-    window = _window(name, data, seed, full)
+@lru_cache(maxsize=8)
+def _carried(ground: Ground, asked: float) -> float:
+    """Requests a second of one replica among as many as are wanted, at the attainment that is asked."""
+    window = _window(ground.trace, ground.data, ground.seed, ground.full)
     assert window is not None
-    return goodput(_engine(world, seed), window.source.lengths, OBJECTIVE, seed=seed, requests=GOODPUT_REQUESTS)
+    return goodput(
+        _engine(ground.world, ground.seed), window.source.lengths, replace(OBJECTIVE, attainment=asked),
+        seed=ground.seed, requests=GOODPUT_REQUESTS, replicas=(FULL if ground.full else USUAL)["replicas"],
+    )
 
 
 @lru_cache(maxsize=2)
@@ -136,18 +141,17 @@ def laid(ground: Ground) -> Laid:
     window = _window(ground.trace, ground.data, ground.seed, ground.full)
     assert window is not None
     one = _engine(ground.world, ground.seed)
-    carried = _carried(ground.trace, ground.world, ground.data, ground.seed, ground.full)
+    carried = _carried(ground, OBJECTIVE.attainment)
     wanted = (FULL if ground.full else USUAL)["replicas"]
     factor = wanted * carried / max(1e-9, float(np.quantile(window.counts, 0.99)) / GRID_S)
     shape = _bound(factor * window.counts, carried, ground.start_up_s, 0.99)
-    if shape is not None:          # the load's own percentile is near, not the same
-        factor *= wanted / max(1.0, float(np.quantile(shape[1], 0.99)))
+    factor *= wanted / max(1.0, float(np.quantile(shape[1], 0.99)))        # the load's own percentile is near
     rows = window.requests(factor, seed=ground.seed)
     rows = _fitting(rows, one)
     counts = np.bincount((rows.arrival_s // GRID_S).astype(int), minlength=len(window.counts)).astype(np.float64)
     prices = one.gpu.cost_per_hour(one.gpus)
     bounds = {
-        f"{asked:g}": found[0] * prices if (found := _bound(counts, carried, ground.start_up_s, asked)) else None
+        f"{asked:g}": _bound(counts, _carried(ground, asked), ground.start_up_s, asked)[0] * prices
         for asked in sorted(set(ASKED.values()))
     }
     return Laid(
@@ -165,7 +169,7 @@ def _fitting(rows: Rows, one: Engine) -> Rows:
 
 def _bound(
     counts: np.ndarray[tuple[int, ...], np.dtype[np.float64]], carried: float, start_s: float, asked: float
-) -> tuple[float, np.ndarray[tuple[int, ...], np.dtype[np.float64]]] | None:
+) -> tuple[float, np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
     """Replica-hours of the lower bound after the warm-up, and its replicas over time."""
     first = round(WARM_UP_S / GRID_S)
     span = slice(first, len(counts) - round(TAIL_S / GRID_S))
@@ -269,7 +273,7 @@ def grounds(bench: Benchmark) -> list[Ground]:
         starts = [USUAL["usual_start_up_s"]] if trace.kind != "smooth" else USUAL["start_ups_s"]
         if bench.full:
             starts = sorted({USUAL["usual_start_up_s"], *USUAL["start_ups_s"]})
-        for world in SCENARIOS["worlds"]:
+        for world in os.environ.get("WORLDS", "").split(",") if os.environ.get("WORLDS") else SCENARIOS["worlds"]:
             for start_s in starts:
                 found += [
                     Ground(

@@ -77,21 +77,25 @@ def believed(engine: Engine, lengths: Sequence[tuple[int, int]], objective: Obje
 
 
 def goodput(
-    engine: Engine, lengths: Sequence[tuple[int, int]], objective: Objective, *, seed: int, requests: int = REQUESTS
-) -> float:
-    """The highest Poisson rate at which one replica of this world meets the objective; 0 if it never does."""
+    engine: Engine, lengths: Sequence[tuple[int, int]], objective: Objective, *, seed: int, requests: int = REQUESTS,
+    replicas: int = 1,
+) -> float:  # fmt: skip
+    """The highest Poisson rate, of one replica among so many, at which this world meets the objective; 0 for none.
+
+    Replicas that share requests carry more each than one alone: the router evens out what happens to come.
+    """
     pairs = np.array(lengths, dtype=np.int64)
     generator = np.random.default_rng([seed, 11])
     picked = pairs[generator.integers(0, len(pairs), requests)]
     unit_s = np.cumsum(generator.exponential(1.0, requests))
-    low, high = 0.0, _most(engine, pairs)
+    low, high = 0.0, replicas * _most(engine, pairs)
     for _ in range(BISECTIONS):
         rate = (low + high) / 2
-        if _attainment(engine, picked, unit_s / rate, objective) >= objective.attainment:
+        if _attainment(engine, picked, unit_s / rate, objective, replicas) >= objective.attainment:
             low = rate
         else:
             high = rate
-    return low
+    return low / replicas
 
 
 def _most(engine: Engine, pairs: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> float:
@@ -105,7 +109,7 @@ def _most(engine: Engine, pairs: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 def _attainment(
     engine: Engine, pairs: np.ndarray[tuple[int, ...], np.dtype[np.int64]], arrival_s: np.ndarray[
         tuple[int, ...], np.dtype[np.float64]
-    ], objective: Objective,
+    ], objective: Objective, replicas: int,
 ) -> float:  # fmt: skip
     count = len(pairs)
     none = np.zeros(count, dtype=np.int64)
@@ -115,10 +119,12 @@ def _attainment(
     )  # fmt: skip
     variant = variant_of(engine)
     deployment = DeploymentSetup(
-        name="one", variants=(variant,), targets={variant.name: 1},
-        bounds=Bounds(min_replicas=1, max_replicas=1), objective=objective,
+        name="one", variants=(variant,), targets={variant.name: replicas},
+        bounds=Bounds(min_replicas=replicas, max_replicas=replicas), objective=objective,
     )  # fmt: skip
     last_s = float(arrival_s[-1])
-    setup = FleetSetup(gpus={variant.gpu_type: variant.gpus}, deployments=(deployment,), end_s=last_s + TAIL_S)
+    setup = FleetSetup(
+        gpus={variant.gpu_type: replicas * variant.gpus}, deployments=(deployment,), end_s=last_s + TAIL_S
+    )  # fmt: skip
     record = Fleet(setup, Traffic(requests=requests, deployment=none)).run()
     return figures(record, "one", until_s=last_s + 1.0, warm_up_s=SETTLED_SHARE * last_s).attainment
