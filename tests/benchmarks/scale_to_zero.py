@@ -148,7 +148,10 @@ def _requests(job: Job, record: Record) -> list[Row]:
 def figures(runs: list[Row], requests: list[Row], policy: str) -> dict[str, object]:
     """What is said of one policy over all its runs."""
     own = [row for row in runs if row["policy"] == policy]
-    first = [float(str(row["ttft_s"])) for row in requests if row["policy"] == policy]
+    first = [
+        float(str(row["ttft_s"])) for row in requests
+        if row["policy"] == policy and float(str(row["arrival_s"])) < SPAN_S - TAIL_S
+    ]
     late = np.where(np.isnan(first), np.inf, first)
     used, always = (sum(float(str(row[key])) for row in own) for key in ("gpu_hours", "always_on_gpu_hours"))
     told = float(np.median(late))
