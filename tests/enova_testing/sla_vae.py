@@ -12,6 +12,7 @@ Score: the divergence of the code. It runs in single precision to spend its CPU 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,6 +149,10 @@ class SlaVae:
                 slopes, kl = self._slopes(rows[batch], marked[batch])
                 adam.step(slopes)
                 self._controller.update(kl)
+
+    def copy(self) -> SlaVae:
+        """One that stands where this one stands."""
+        return copy.deepcopy(self)
 
     def score(self, rows: Singles) -> Floats:
         """The divergence of each row's code from a standard normal."""
