@@ -23,6 +23,7 @@ from enova_recommender.recommend.search import most_assured, search
 from enova_recommender.recommend.search_result import SearchResult
 from enova_recommender.recommend.search_space import SearchSpace, parallelisms, pools_of
 from enova_recommender.recommend.types import (
+    ASSURANCES,
     Advice,
     Candidate,
     Constraint,
@@ -68,8 +69,13 @@ def advise(request: AdviceRequest) -> Advice:
     )
 
 
-def evaluate(request: AdviceRequest, settings: EngineSettings) -> Candidate | None:
-    """One configuration as the search judges it, on as many GPUs as it takes; None if the model cannot be cut so."""
+def evaluate(
+    request: AdviceRequest, settings: EngineSettings, *, assurance: float = ASSURANCES[0]
+) -> Candidate | None:
+    """One configuration as the search judges it, on as many GPUs as it takes; None if the model cannot be cut so.
+
+    What is held against an advice is judged with the advice's own chance.
+    """
     space = SearchSpace(
         parallelisms=(settings.parallelism,),
         max_num_seqs=(settings.max_num_seqs,),
@@ -83,7 +89,7 @@ def evaluate(request: AdviceRequest, settings: EngineSettings) -> Candidate | No
     nodes = _endless(tuple(node for node in request.nodes if node.gpu.name == settings.gpu.name) or _node_of(settings))
     found = search(
         request.shape, nodes, request.workload, request.objectives, space=space, precision=settings.precision,
-        times_of=times_of(request), check_floor=False,
+        times_of=times_of(request), assurance=assurance, check_floor=False,
     )  # fmt: skip
     return found.candidate(0) if len(found) else None
 

@@ -26,8 +26,9 @@ def respond(plain: Mapping[str, object]) -> dict[str, object] | Problem:
 
     try:
         request = request_from_plain(plain)
-        current = evaluate(request, request.current) if request.current is not None else None
-        return answer(request, advise(request), partial(tier_of, request), current)
+        advice, running = advise(request), request.current
+        current = None if running is None else evaluate(request, running, assurance=advice.assurance)
+        return answer(request, advice, partial(tier_of, request), current)
     except RecommendError as error:
         remedy = error.remedy if isinstance(error, RequestError) else ""
         return Problem(field=error.field, message=error.message, remedy=remedy)

@@ -197,3 +197,13 @@ def test_durations_below_a_second_are_milliseconds() -> None:
 def test_a_chance_below_the_usual_one_is_said_and_the_usual_one_is_not() -> None:
     told = {name: any("kept" in each["text"] for each in answered(name)["explanation"]) for name in CASES}
     assert [name for name, is_told in told.items() if is_told] == ["an objective that nothing keeps for sure"]
+
+
+def test_what_runs_is_judged_with_the_chance_of_the_advice() -> None:
+    name = "an objective that nothing keeps for sure"
+    running = {"gpu_type": "H100", "configuration": answered(name)["chosen"]["configuration"]}
+    found = respond({**CASES[name], "current": running})
+    assert not isinstance(found, Problem), found
+    current: Any = found["current"]
+    assert current["replicas"] == 1
+    assert current["cost_per_hour"] == answered(name)["chosen"]["cost_per_hour"]
