@@ -197,6 +197,13 @@ class Client:
         request = verdict_service_pb2.ListVerdictsRequest(object=obj)
         return await self._list(lambda stubs: stubs.verdicts.ListVerdicts, request, "verdicts")
 
+    async def list_episodes(
+        self, wanted: verdict_service_pb2.ListEpisodesRequest | None = None
+    ) -> list[verdict_service_pb2.Episode]:
+        """Episodes, newest first or as they are wanted."""
+        request = wanted or verdict_service_pb2.ListEpisodesRequest()
+        return await self._list(lambda stubs: stubs.verdicts.ListEpisodes, request, "episodes")
+
     async def get_deployment(self, name: str) -> cluster_pb2.Deployment:
         """One deployment by its full name."""
         request = deployment_service_pb2.GetDeploymentRequest(name=name)

@@ -16,6 +16,7 @@ from enova_coordinator.core.model import Decision, RequestRecord, Snapshot
 from enova_coordinator.core.series import MINUTE_S
 from enova_coordinator.demand_history import DEMAND_NODE
 from enova_coordinator.rollups import NodeMinute, Rollups
+from enova_coordinator.service_log import in_turns
 from enova_coordinator.store import Compare, Delete, ModRevisionIs, Operation, Store, codec
 from enova_coordinator.telemetry import Telemetry
 
@@ -27,6 +28,7 @@ ORPHANS_KEPT = 20                  # of a deployment that is no more, and only f
 ORPHAN_KEEP_S = 7 * 86_400.0
 EPISODES_KEPT = 1_000              # that are over; 7 MB
 EPISODE_KEEP_S = 90 * 86_400.0     # of those that are over
+AT_ONCE = 50                       # that are read before all else has its turn: 12 ms of episodes
 PRUNE_BATCH = 100                  # deletes in one transaction
 
 V = TypeVar("V", RequestRecord, Decision, Episode)
@@ -137,7 +139,7 @@ class Housekeeping:
         """Keys, revisions and values; one that cannot be read stays, is named, and keeps no other from going."""
         found: list[tuple[str, int, V]] = []
         entries, _ = await self._store.range(codec.prefix(collection))
-        for entry in entries:
+        async for entry in in_turns(entries, at_once=AT_ONCE):
             try:
                 value = codec.decode_as(kind, entry.value, key=entry.key)
             except Corrupt as error:

@@ -18,7 +18,7 @@ from enova.v1.verdict_service_pb2 import (
     WatchEpisodesResponse,
 )
 from enova_cli import output
-from enova_cli.client import CALL_TIMEOUT_S, PAGE_SIZE, Client, Stubs
+from enova_cli.client import CALL_TIMEOUT_S, Client, Stubs
 from enova_cli.context import Context, output_option, pass_context
 from enova_cli.plain import to_plain
 from enova_common.errors import NotFound
@@ -51,7 +51,7 @@ def episodes(ctx: click.Context, follow: bool, only_open: bool, uncertain: bool,
         if follow:
             await _follow(client, request, context.form)
         else:
-            output.print_objects(KIND, [to_plain(each) for each in await _listed(client, request)], context.form)
+            output.print_objects(KIND, [to_plain(each) for each in await client.list_episodes(request)], context.form)
 
     context.run(action)
 
@@ -110,18 +110,6 @@ async def _object(client: Client, what: str) -> str:
     return str((await find(client, kind, name))["name"])
 
 
-async def _listed(client: Client, request: ListEpisodesRequest) -> list[Episode]:
-    """All that the request asks for, page by page."""
-    request.page_size = PAGE_SIZE
-    found: list[Episode] = []
-    while True:
-        answer = await client.call(lambda s: s.verdicts.ListEpisodes(request, timeout=CALL_TIMEOUT_S))
-        found += answer.episodes
-        if not answer.next_page_token:
-            return found
-        request.page_token = answer.next_page_token
-
-
 async def _found(client: Client, name: str) -> Episode:
     """An episode by its name, or by how that begins or ends where only one does. Raises NotFound."""
     wanted = name.removeprefix("episodes/")
@@ -129,7 +117,7 @@ async def _found(client: Client, name: str) -> Episode:
         request = GetEpisodeRequest(name=f"episodes/{wanted}")
         return await client.call(lambda s: s.verdicts.GetEpisode(request, timeout=CALL_TIMEOUT_S))
     except NotFound:
-        every = await _listed(client, ListEpisodesRequest())
+        every = await client.list_episodes()
         short = [(each, each.name.removeprefix("episodes/")) for each in every]
         matching = [each for each, text in short if text.startswith(wanted) or text.endswith(wanted)]
         if len(matching) != 1:

@@ -29,6 +29,7 @@ KINDS: dict[str, Listing] = {
     "variants": lambda client: client.list_variants(),
     "decisions": lambda client: client.list_decisions(),
     "verdicts": lambda client: client.list_verdicts(),
+    "episodes": lambda client: client.list_episodes(),
     "events": lambda client: client.list_events(),
 }
 

@@ -16,11 +16,13 @@ from enova_coordinator.service import names, paging
 from enova_coordinator.service.leading import Chair, Leading, actor
 from enova_coordinator.service.watching import watch
 from enova_coordinator.service.writes import Writes, call, check_etag
+from enova_coordinator.service_log import in_turns
 from enova_coordinator.store import Store, codec
 from enova_recommender.detection.causes import Cause
 
 Context = Any  # grpc.aio.ServicerContext of whatever messages
 ORDER = verdict_service_pb2.ListEpisodesRequest
+AT_ONCE = 50                       # episodes that are read before all else has its turn: 12 ms
 _LABELS = {
     verdict_service_pb2.Episode.LABEL_UNSPECIFIED: EpisodeLabel.NONE,
     verdict_service_pb2.Episode.LABEL_TRUE: EpisodeLabel.TRUE,
@@ -75,7 +77,8 @@ class VerdictService(verdict_service_pb2_grpc.VerdictServiceServicer):
         """A page of the episodes that are kept: newest first, or those first of which a label would teach most."""
         actor(context)
         entries, _ = await self._store.range(codec.prefix("episodes"))
-        found = [codec.decode_as(Episode, entry.value, key=entry.key) for entry in reversed(entries)]
+        newest_first = in_turns(list(reversed(entries)), at_once=AT_ONCE)
+        found = [codec.decode_as(Episode, entry.value, key=entry.key) async for entry in newest_first]
         state = verdict_service_pb2.Episode.State.Name(request.state).removeprefix("STATE_")
         wanted = [
             each
