@@ -124,6 +124,7 @@ def judged(played: Played, name: str, said: Sequence[Said]) -> dict[str, object]
             [each for each in wrong if each.action in DESTRUCTIVE and _is_healthy(each, played)], played
         ),
         "wrong": ",".join(sorted({f"{each.kind}/{each.cause}" for each in wrong})),
+        "knob": None, "pages": None, "quiet_node_s": None, "requests": None,
     }  # fmt: skip
 
 
