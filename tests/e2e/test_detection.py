@@ -20,7 +20,7 @@ from enova_testing.waiting import until
 pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(300)]
 
 SCALE = 10.0
-LEARN_S = 60.0             # real time: what a model is wrong by is known after so many steps
+LEARN_S = 45.0             # real time: what a model is wrong by is known after so many steps
 FOUND_S = 60.0
 OVER_S = 60.0
 LOAD_S = 36_000.0          # of model time: until it is ended

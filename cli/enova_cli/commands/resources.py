@@ -99,7 +99,7 @@ def describe(context: Context, what: str) -> None:
         if context.form is not output.Format.TABLE:
             output.print_object(kind, plain | ({"live_capacity": live} if live is not None else {}), context.form)
             return
-        output.print_description(plain)
+        output.print_description({key: value for key, value in plain.items() if kind != "episodes" or key != "series"})
         if live is not None:
             print(live_line(live))
             await _describe_steps(client, str(plain["name"]))
