@@ -3,14 +3,15 @@
 What is replayed is in `scenarios.toml`. By default one smooth trace (starts of 60 s and 300 s) and one bursty (120 s),
 in worlds (a) and (b), each a window of half an hour (10 minutes of it warm-up) of the steepest change, at a density at
 which the lower bound's 99th percentile is 6 replicas; with FULL=1 all traces, windows of an hour, 20 replicas and five
-seeds, which takes days of one core: runs that are in `--out` are not repeated. POLICIES=a,b, TRACES=a,b and WORLDS=a choose some.
+seeds, which takes days of one core: runs that are in `--out` are not repeated. POLICIES=a,b, TRACES=a,b and WORLDS=a
+choose some.
 
 Held equal between policies: arrivals, router, configuration, fleet, bounds, replicas at the beginning (1.2 x what the
 load of then needs), start-ups and slowness by the number of a replica, metric delay, the capacity that policies are
 told (the recommender's, which knows no world) and the history before the window. `cron`, `static-peak` and
 `static-mean` know the load of the window itself, as published they would know a past one. Cost is in dollars, list
 price, start-ups included. LB: `scaling.lower_bound` over what comes after the warm-up, at the attainment that is asked,
-with the capacity that a replica has among as many as are wanted (one alone carries less: a router evens out what comes).
+with the capacity that a replica has among as many as are wanted (one alone carries less: routing evens out what comes).
 
 Raw results: `runs.csv.gz` (a row a run: trace, world, start_up_s, seed, policy, knob, attainment, gpu_hours, cost_usd,
 ttft_p50_s, ttft_p99_s, worst_5_minutes, direction_changes_per_hour, acts, refused, cut, open, lb_usd),
