@@ -239,13 +239,23 @@ async def test_changes_of_episodes_are_watched(
         async for answer in verdicts(channel).WatchEpisodes(verdict_service_pb2.WatchEpisodesRequest()):
             seen.extend(answer.changed)
 
-    watching = asyncio.create_task(watch())
+    standing: dict[str, str] = {}
+
+    async def watch_verdicts() -> None:
+        async for answer in verdicts(channel).WatchVerdicts(verdict_service_pb2.WatchVerdictsRequest()):
+            standing.update({each.object: each.cause for each in answer.changed})
+            for name in answer.ended:
+                del standing[name]
+
+    watching = asyncio.gather(watch(), watch_verdicts())
     name = await hung(channel, agent, traffic)
     await until_async(lambda: any(each.object == name for each in seen), what="the watch says so")
+    await until_async(lambda: standing.get(name) == "HUNG", what="the watch of verdicts says so")
     traffic.standing.clear()
 
     def ended() -> bool:
-        return any(each.object == name and each.state == EPISODE.STATE_CLOSED for each in seen)
+        over = any(each.object == name and each.state == EPISODE.STATE_CLOSED for each in seen)
+        return over and standing.get(name) != "HUNG"
 
     await until_async(ended, timeout_s=TIMEOUT_S, what="its end")
     watching.cancel()

@@ -148,7 +148,8 @@ READS = {
     *(f"NodeService.{name}" for name in ("GetNode", "ListNodes", "WatchNodes")),
     *(f"ReplicaService.{name}" for name in ("GetReplica", "ListReplicas", "WatchReplicas", "StreamLogs")),
     "ReplicaService.GetTelemetry",
-    *(f"VerdictService.{name}" for name in ("ListVerdicts", "GetEpisode", "ListEpisodes", "WatchEpisodes")),
+    *(f"VerdictService.{name}" for name in ("ListVerdicts", "WatchVerdicts", "GetEpisode", "ListEpisodes")),
+    "VerdictService.WatchEpisodes",
 }
 
 

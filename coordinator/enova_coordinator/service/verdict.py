@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from enova_recommender.detection.causes import Cause
 
 Context = Any  # grpc.aio.ServicerContext of whatever messages
 ORDER = verdict_service_pb2.ListEpisodesRequest
+WATCH_PERIOD_S = 0.5               # real time
 AT_ONCE = 50                       # episodes that are read before all else has its turn: 12 ms
 _LABELS = {
     verdict_service_pb2.Episode.LABEL_UNSPECIFIED: EpisodeLabel.NONE,
@@ -44,11 +46,7 @@ class VerdictService(verdict_service_pb2_grpc.VerdictServiceServicer):
     ) -> verdict_service_pb2.ListVerdictsResponse:
         """A page of the verdicts that stand now."""
         actor(context)
-        standing = [
-            verdict
-            for verdict in _standing(self._chair.leading())
-            if request.object in {"", verdict.object} or verdict.object.startswith(request.object + "/")
-        ]
+        standing = _standing(self._chair.leading(), request.object)
         taken, token = paging.page(
             sorted(standing, key=lambda verdict: verdict.object),
             collection="verdicts",
@@ -59,6 +57,24 @@ class VerdictService(verdict_service_pb2_grpc.VerdictServiceServicer):
         return verdict_service_pb2.ListVerdictsResponse(
             verdicts=[_message(verdict) for verdict in taken], next_page_token=token
         )
+
+    async def WatchVerdicts(  # noqa: N802
+        self, request: verdict_service_pb2.WatchVerdictsRequest, context: Context
+    ) -> AsyncIterator[verdict_service_pb2.WatchVerdictsResponse]:
+        """What stands, then what changes, looked at as often as steps may end; figures of one verdict move with it."""
+        actor(context)
+        told: dict[str, Verdict] | None = None
+        while True:
+            now = {verdict.object: verdict for verdict in _standing(self._chair.leading(), request.object)}
+            known = told or {}
+            changed = [verdict for name, verdict in now.items() if known.get(name) != verdict]
+            ended = [name for name in known if name not in now]
+            if told is None or changed or ended:
+                yield verdict_service_pb2.WatchVerdictsResponse(
+                    changed=[_message(verdict) for verdict in changed], ended=ended
+                )
+            told = now
+            await asyncio.sleep(WATCH_PERIOD_S)
 
     async def GetEpisode(  # noqa: N802
         self, request: verdict_service_pb2.GetEpisodeRequest, context: Context
@@ -168,8 +184,11 @@ def _concerns(episode: Episode, obj: str) -> bool:
     return any(member == obj or member.startswith(obj + "/") for member in episode.members)
 
 
-def _standing(leading: Leading) -> list[Verdict]:
-    """Of deployments the policy's; of replicas the detector's, and the agents' where it says nothing."""
+def _standing(leading: Leading, obj: str) -> list[Verdict]:
+    """Of deployments the policy's; of replicas the detector's, and the agents' where it says nothing.
+
+    Of one object and what is part of it, or of all.
+    """
     snapshot, detection = leading.control.snapshot, leading.detection
     of_deployments = [verdict for name, verdict in leading.verdicts.items() if name in snapshot.deployments]
     found = dict(detection.verdicts) if detection is not None else {}
@@ -177,7 +196,8 @@ def _standing(leading: Leading) -> list[Verdict]:
         supervised = of_replica(replica)
         if supervised is not None:
             found.setdefault(replica.name, supervised)
-    return of_deployments + [verdict for name, verdict in found.items() if name in snapshot.replicas]
+    every = of_deployments + [verdict for name, verdict in found.items() if name in snapshot.replicas]
+    return [each for each in every if obj in {"", each.object} or each.object.startswith(obj + "/")]
 
 
 def _message(verdict: Verdict) -> verdict_service_pb2.Verdict:

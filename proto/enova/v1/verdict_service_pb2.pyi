@@ -317,6 +317,52 @@ class ListVerdictsResponse(_message.Message):
 Global___ListVerdictsResponse: _TypeAlias = ListVerdictsResponse  # noqa: Y015
 
 @_typing.final
+class WatchVerdictsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBJECT_FIELD_NUMBER: _builtins.int
+    object: _builtins.str
+    """empty: all"""
+    def __init__(
+        self,
+        *,
+        object: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["object", b"object"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchVerdictsRequest: _TypeAlias = WatchVerdictsRequest  # noqa: Y015
+
+@_typing.final
+class WatchVerdictsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGED_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def changed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Verdict]: ...
+    @_builtins.property
+    def ended(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """objects of which nothing is said any more"""
+
+    def __init__(
+        self,
+        *,
+        changed: _abc.Iterable[Global___Verdict] | None = ...,
+        ended: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "ended", b"ended"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchVerdictsResponse: _TypeAlias = WatchVerdictsResponse  # noqa: Y015
+
+@_typing.final
 class GetEpisodeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -39,6 +39,11 @@ class VerdictServiceStub(object):
                 request_serializer=enova_dot_v1_dot_verdict__service__pb2.ListVerdictsRequest.SerializeToString,
                 response_deserializer=enova_dot_v1_dot_verdict__service__pb2.ListVerdictsResponse.FromString,
                 _registered_method=True)
+        self.WatchVerdicts = channel.unary_stream(
+                '/enova.v1.VerdictService/WatchVerdicts',
+                request_serializer=enova_dot_v1_dot_verdict__service__pb2.WatchVerdictsRequest.SerializeToString,
+                response_deserializer=enova_dot_v1_dot_verdict__service__pb2.WatchVerdictsResponse.FromString,
+                _registered_method=True)
         self.GetEpisode = channel.unary_unary(
                 '/enova.v1.VerdictService/GetEpisode',
                 request_serializer=enova_dot_v1_dot_verdict__service__pb2.GetEpisodeRequest.SerializeToString,
@@ -66,6 +71,13 @@ class VerdictServiceServicer(object):
 
     def ListVerdicts(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchVerdicts(self, request, context):
+        """First what stands, then what changes; of what is not told nothing is said but that it is well.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -102,6 +114,11 @@ def add_VerdictServiceServicer_to_server(servicer, server):
                     servicer.ListVerdicts,
                     request_deserializer=enova_dot_v1_dot_verdict__service__pb2.ListVerdictsRequest.FromString,
                     response_serializer=enova_dot_v1_dot_verdict__service__pb2.ListVerdictsResponse.SerializeToString,
+            ),
+            'WatchVerdicts': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchVerdicts,
+                    request_deserializer=enova_dot_v1_dot_verdict__service__pb2.WatchVerdictsRequest.FromString,
+                    response_serializer=enova_dot_v1_dot_verdict__service__pb2.WatchVerdictsResponse.SerializeToString,
             ),
             'GetEpisode': grpc.unary_unary_rpc_method_handler(
                     servicer.GetEpisode,
@@ -151,6 +168,33 @@ class VerdictService(object):
             '/enova.v1.VerdictService/ListVerdicts',
             enova_dot_v1_dot_verdict__service__pb2.ListVerdictsRequest.SerializeToString,
             enova_dot_v1_dot_verdict__service__pb2.ListVerdictsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchVerdicts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/enova.v1.VerdictService/WatchVerdicts',
+            enova_dot_v1_dot_verdict__service__pb2.WatchVerdictsRequest.SerializeToString,
+            enova_dot_v1_dot_verdict__service__pb2.WatchVerdictsResponse.FromString,
             options,
             channel_credentials,
             insecure,

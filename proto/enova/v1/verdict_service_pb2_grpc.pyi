@@ -32,6 +32,8 @@ class VerdictServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> VerdictServiceAsyncStub: ...
     ListVerdicts: _grpc.UnaryUnaryMultiCallable[_verdict_service_pb2.ListVerdictsRequest, _verdict_service_pb2.ListVerdictsResponse]
+    WatchVerdicts: _grpc.UnaryStreamMultiCallable[_verdict_service_pb2.WatchVerdictsRequest, _verdict_service_pb2.WatchVerdictsResponse]
+    """First what stands, then what changes; of what is not told nothing is said but that it is well."""
     GetEpisode: _grpc.UnaryUnaryMultiCallable[_verdict_service_pb2.GetEpisodeRequest, _verdict_service_pb2.Episode]
     ListEpisodes: _grpc.UnaryUnaryMultiCallable[_verdict_service_pb2.ListEpisodesRequest, _verdict_service_pb2.ListEpisodesResponse]
     WatchEpisodes: _grpc.UnaryStreamMultiCallable[_verdict_service_pb2.WatchEpisodesRequest, _verdict_service_pb2.WatchEpisodesResponse]
@@ -42,6 +44,8 @@ class VerdictServiceStub:
 class VerdictServiceAsyncStub(VerdictServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListVerdicts: _aio.UnaryUnaryMultiCallable[_verdict_service_pb2.ListVerdictsRequest, _verdict_service_pb2.ListVerdictsResponse]  # type: ignore[assignment]
+    WatchVerdicts: _aio.UnaryStreamMultiCallable[_verdict_service_pb2.WatchVerdictsRequest, _verdict_service_pb2.WatchVerdictsResponse]  # type: ignore[assignment]
+    """First what stands, then what changes; of what is not told nothing is said but that it is well."""
     GetEpisode: _aio.UnaryUnaryMultiCallable[_verdict_service_pb2.GetEpisodeRequest, _verdict_service_pb2.Episode]  # type: ignore[assignment]
     ListEpisodes: _aio.UnaryUnaryMultiCallable[_verdict_service_pb2.ListEpisodesRequest, _verdict_service_pb2.ListEpisodesResponse]  # type: ignore[assignment]
     WatchEpisodes: _aio.UnaryStreamMultiCallable[_verdict_service_pb2.WatchEpisodesRequest, _verdict_service_pb2.WatchEpisodesResponse]  # type: ignore[assignment]
@@ -55,6 +59,14 @@ class VerdictServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _verdict_service_pb2.ListVerdictsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_verdict_service_pb2.ListVerdictsResponse, _abc.Awaitable[_verdict_service_pb2.ListVerdictsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def WatchVerdicts(
+        self,
+        request: _verdict_service_pb2.WatchVerdictsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_verdict_service_pb2.WatchVerdictsResponse], _abc.AsyncIterator[_verdict_service_pb2.WatchVerdictsResponse]]:
+        """First what stands, then what changes; of what is not told nothing is said but that it is well."""
 
     @_abc_1.abstractmethod
     def GetEpisode(
