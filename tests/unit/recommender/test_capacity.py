@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from enova_recommender.memory import fit
@@ -242,12 +242,11 @@ def limit_of(times: AffineTimes, asked: Workload, tpot_s: float, assurance: floa
 def test_a_batch_of_as_many_sequences_as_are_allowed_takes_the_objective(prompt: int, output: int, tpot: float) -> None:
     asked = workload(lengths=((prompt, output),))
     limit = limit_of(STEP, asked, tpot, 0.5)
-    if not 2 < limit < 1000:
-        return
+    assume(5 < limit < 1000)
     load = lengths_of(asked, prefix_caching=False)
     found = full_batch(STEP, load, sequences=limit, max_num_batched_tokens=8192)
-    if found.requests_per_s * prompt * found.mean_step_s < 0.5 * 8192:  # prompts do not fill the steps
-        assert found.mean_step_s == pytest.approx(tpot, rel=0.06)
+    assume(found.mean_step_s < 1.5 * found.decode_s)  # beyond that the two share prompts out over steps differently
+    assert found.mean_step_s == pytest.approx(tpot, rel=0.03)
 
 
 def test_the_surer_the_fewer_sequences_and_most_so_where_large_batches_are_doubtful() -> None:
