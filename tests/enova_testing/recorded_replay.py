@@ -1,8 +1,9 @@
 """Recorded runs of real engines, replayed in the simulator: calibrated on the first half, judged on the second.
 
-Four numbers are fitted (what a step takes, a prompt token, a decoding sequence, a token of context) so that the
-logarithms of TTFT and of the mean gap between tokens of the first half's requests are met; the whole run is then
-simulated, since what waits at its half waits in both.
+Five numbers are fitted (what a step takes, a prompt token, a decoding sequence, a token of context, and what a first
+token takes beside its steps) so that the logarithms of TTFT and of the mean gap between tokens of the first half's
+requests are met; the whole run is then simulated, since what waits at its half waits in both. Requests of labelled
+events and of the recovery from them are not replayed.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from enova_simulator.cluster.kernel import columns as at
 from enova_simulator.cluster.tables import tabulated
 
 Floats = NDArray[np.float64]
-START = (0.01, 5e-5, 1e-4, 1e-7)
+START = (0.01, 5e-5, 1e-4, 1e-7, 0.01)
 EVALUATIONS = 160
 LEAST_GAPS = 3                     # tokens that a mean gap between them takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Recorded:
-    """One run: NaN where the client saw nothing. `counts` are requests outside of events and recoveries."""
+    """One run: NaN where the client saw nothing. `counts` are requests that were served whole."""
 
     name: str
     limits: Limits
@@ -59,7 +60,8 @@ def errors(run: Recorded) -> dict[str, float]:
     half = float(run.requests.arrival_s[-1]) / 2
     first = run.counts & (run.requests.arrival_s < half)
     second = run.counts & (run.requests.arrival_s >= half)
-    ttft_s, gap_s = simulated(run, calibrated(run, first))
+    times, delay_s = calibrated(run, first)
+    ttft_s, gap_s = simulated(run, times, delay_s)
     found: dict[str, float] = {}
     for name, told, seen in (("ttft", ttft_s, run.ttft_s), ("gap", gap_s, run.gap_s)):
         both = second & ~np.isnan(told) & ~np.isnan(seen)
@@ -69,11 +71,11 @@ def errors(run: Recorded) -> dict[str, float]:
     return found
 
 
-def calibrated(run: Recorded, chosen: NDArray[np.bool_]) -> Affine:
-    """Step times that these requests were served with."""
+def calibrated(run: Recorded, chosen: NDArray[np.bool_]) -> tuple[Affine, float]:
+    """Step times that these requests were served with, and what first tokens took beside them."""
 
     def loss(logs: Floats) -> float:
-        ttft_s, gap_s = simulated(run, _times(np.exp(logs)))
+        ttft_s, gap_s = simulated(run, *_times(np.exp(logs)))
         parts = [
             np.abs(np.log(np.maximum(told[both], 1e-6) / np.maximum(seen[both], 1e-6))).mean()
             for told, seen in ((ttft_s, run.ttft_s), (gap_s, run.gap_s))
@@ -81,12 +83,12 @@ def calibrated(run: Recorded, chosen: NDArray[np.bool_]) -> Affine:
         ]
         return float(sum(parts))
 
-    options = {"maxfev": EVALUATIONS, "initial_simplex": np.log(START) + np.vstack([np.zeros(4), 1.0 * np.eye(4)])}
+    options = {"maxfev": EVALUATIONS, "initial_simplex": np.log(START) + np.vstack([np.zeros(5), np.eye(5)])}
     found = minimize(loss, np.log(START), method="Nelder-Mead", options=options)
     return _times(np.exp(found.x))
 
 
-def simulated(run: Recorded, times: Affine) -> tuple[Floats, Floats]:
+def simulated(run: Recorded, times: Affine, delay_s: float = 0.0) -> tuple[Floats, Floats]:
     """TTFT and mean gap of every request under these step times."""
     limits = run.limits
     table = tabulated(
@@ -99,7 +101,8 @@ def simulated(run: Recorded, times: Affine) -> tuple[Floats, Floats]:
     _pass(engines, 1e9)
     seen = engines.state.times
     gaps = (seen[:, at.FINISH] - seen[:, at.FIRST]) / np.maximum(run.requests.output_tokens - 1, 1)
-    return seen[:, at.FIRST] - seen[:, at.ARRIVAL], np.where(run.requests.output_tokens >= LEAST_GAPS, gaps, np.nan)
+    ttft_s = seen[:, at.FIRST] - seen[:, at.ARRIVAL] + delay_s
+    return ttft_s, np.where(run.requests.output_tokens >= LEAST_GAPS, gaps, np.nan)
 
 
 def _pass(engines: Engines, until_s: float) -> None:
@@ -110,9 +113,9 @@ def _pass(engines: Engines, until_s: float) -> None:
             return
 
 
-def _times(values: Floats) -> Affine:
-    base, token, sequence, context = values.tolist()
-    return Affine(base_s=base, prefill_token_s=token, sequence_s=sequence, context_token_s=context)
+def _times(values: Floats) -> tuple[Affine, float]:
+    base, token, sequence, context, delay = values.tolist()
+    return Affine(base_s=base, prefill_token_s=token, sequence_s=sequence, context_token_s=context), delay
 
 
 def _gpu_run(path: Path, meta: Mapping[str, object]) -> Recorded:
@@ -152,13 +155,11 @@ def _cpu_run(folder: Path) -> Recorded:
     def setting(name: str) -> int:
         return int(words[words.index(name) + 1])
 
+    with (folder / "events.csv").open() as lines:
+        spans = [(float(event["start_s"]), float(event["recovered_s"])) for event in csv.DictReader(lines)]
+    rows = [row for row in rows if not any(start <= float(row["t"]) <= end for start, end in spans)]
     arrival_s = np.array([float(row["t"]) for row in rows])
     ok = np.array([row["outcome"] == "ok" for row in rows])
-    calm = np.ones(len(rows), dtype=np.bool_)
-    with (folder / "events.csv").open() as lines:
-        for event in csv.DictReader(lines):
-            inside = (arrival_s >= float(event["start_s"])) & (arrival_s <= float(event["recovered_s"]))
-            calm &= ~inside
     outputs = np.array([max(1, int(float(row["tokens"] or row["max_tokens"]))) for row in rows])
     return Recorded(
         name=f"cpu_{folder.name}",
@@ -169,7 +170,7 @@ def _cpu_run(folder: Path) -> Recorded:
         requests=_requests(arrival_s, np.array([float(row["prompt_tokens"]) for row in rows]), outputs),
         ttft_s=np.array([float(row["ttft_s"] or "nan") for row in rows]),
         gap_s=np.where(outputs >= LEAST_GAPS, [float(row["tpot_s"] or "nan") for row in rows], np.nan),
-        counts=ok & calm,
+        counts=ok,
     )
 
 

@@ -14,7 +14,7 @@ HEADER = "arrival_s,prompt_tokens,output_tokens"
 
 def rows(count: int = 2000, *, every_s: float = 0.5) -> Rows:
     return Rows(
-        arrival_s=every_s * np.arange(count), prompt_tokens=np.arange(1, count + 1),
+        arrival_s=np.linspace(0.0, every_s * (count - 1), count), prompt_tokens=np.arange(1, count + 1),
         output_tokens=np.full(count, 7, dtype=np.int64),
     )  # fmt: skip
 
