@@ -37,6 +37,7 @@ from enova.v1 import cluster_pb2, decision_service_pb2
 from enova_cli.client import Client
 from enova_cli.commands.deployments import apply_deployment, wait_ready
 from enova_cli.commands.load import decision_rows, measured_load, trace_requests
+from enova_cli.commands.simulate import compute
 from enova_cli.load.generator import Progress, Target
 from enova_cli.load.report import Report, report_table, summary_lines
 from enova_cli.manifest import parse_manifest
@@ -50,6 +51,8 @@ UP_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
 VIEW_PERIOD_S = 1.0
 POLL_S = 0.2
+FLEET_GPUS = 16
+COMPARED_START_UP_S, COMPARED_SEED = 60.0, 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,7 @@ class Scenario:
     open_max: int | None = None  # so many are open all the time, over and over; None: each leaves at its time, once
     load_limit_s: float  # an endless load stops when a killed engine is back, and by then at the latest
     ready_timeout_s: float
+    compared: tuple[str, ...] = ()  # policies that the same requests are simulated under
     scale_in_timeout_s: float  # three model minutes of idleness for each halving
 
 
@@ -76,6 +80,7 @@ SIMULATED = Scenario(
         "model": "meta-llama/Llama-3.1-8B-Instruct",
         "min": 1,
         "max": 6,
+        "policy": "enova",
         "objectives": {"ttft_p95_s": 1.0, "tpot_p95_s": 0.05},
         # Few sequences a replica: one carries less than half of the trace's rate, so that the load must be shared.
         "configuration": {"max_num_seqs": 4, "max_model_len": 8192},
@@ -87,6 +92,7 @@ SIMULATED = Scenario(
     load_limit_s=60.0,
     ready_timeout_s=60.0,
     scale_in_timeout_s=90.0,
+    compared=("static-peak", "enova-0.0.7-mended", "enova"),
 )
 
 
@@ -102,6 +108,7 @@ def vllm_scenario(model: str, command: str) -> Scenario:
             "model": model,
             "min": 1,
             "max": 2,
+            "policy": "enova-0.0.7-mended",
             "configuration": {"max_num_seqs": 4, "max_model_len": 1024},
         },
         # A minute of the policy takes 15 s here. It wants five of them with figures before it acts, and an engine
@@ -187,6 +194,28 @@ class Demo:
         decisions = await self._scaled_in(client, deployment.name)
         self._check_decisions(decisions)
         self._print_report(replace(report, decisions=decision_rows(decisions)))
+        if self.scenario.compared:
+            await self._compare(document)
+
+    async def _compare(self, document: dict[str, Any]) -> None:
+        """What the same requests would have cost under other policies, by simulation."""
+        trace = self.directory / "trace.csv"
+        rows = [f"{each.arrival_s},{each.prompt_tokens},{each.output_tokens}" for each in _requests(self.scenario)]
+        trace.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows, ""]))
+        fleet = {"H100": FLEET_GPUS}
+        question = {
+            "deployment": to_plain(parse_manifest(document)), "trace": str(trace), "fleet": fleet,
+            "policies": list(self.scenario.compared), "start_up_s": COMPARED_START_UP_S, "lengths": [],
+            "allow_gaps": False, "seed": COMPARED_SEED,
+        }  # fmt: skip
+        answer = await asyncio.to_thread(compute, question)
+        self.console.print("the same requests on a fleet in simulation, by policy:")
+        for row in answer["policies"]:
+            self.console.print(
+                f"  {row['policy']}: {row['gpu_hours']:.2f} GPU hours, {100 * row['attainment']:.2f} % within the "
+                f"objectives, {min(row['replicas'])} to {max(row['replicas'])} replicas"
+            )
+        self._check("compared with other policies", f"{len(answer['policies'])} policies", passed=True)
 
     async def _drive(self, client: Client, name: str) -> Report:
         """Replay the trace, watch, and kill an engine on the way."""

@@ -31,7 +31,7 @@ from enova_common.clock import ModelClock
 from enova_common.errors import TimedOut, Unavailable
 from enova_coordinator.agents import INSPECT_TIMEOUT_S
 from enova_coordinator.policy_process import PolicyProcess, PolicyRaised
-from enova_recommender.scaling import DEFAULT_POLICY
+from enova_recommender.scaling.enova_007 import MENDED
 from enova_recommender.scaling.types import (
     EngineSizes,
     Feature,
@@ -49,6 +49,7 @@ from enova_testing.waiting import until_async
 
 pytestmark = pytest.mark.network
 SCALE = 120.0                          # two model minutes a second
+POLICY = MENDED.name
 DEPLOYMENT = "deployments/scaled"
 ACTION = decision_service_pb2.Decision
 
@@ -85,7 +86,7 @@ async def process() -> AsyncIterator[PolicyProcess]:
 
 
 async def test_a_policy_answers_from_another_process(process: PolicyProcess) -> None:
-    proposal = await process.decide(DEFAULT_POLICY, observation())
+    proposal = await process.decide(POLICY, observation())
     assert (proposal.verdict, proposal.replicas) == (VerdictKind.OVERLOADED, 2)
     assert process.pid not in {None, os.getpid()}
 
@@ -94,34 +95,34 @@ async def test_what_a_policy_raises_costs_its_answer_alone(process: PolicyProces
     with pytest.raises(PolicyRaised, match="OverflowError"):
         await process.decide("enova-0.0.7-faithful", observation(success=0))
     child = process.pid
-    assert (await process.decide(DEFAULT_POLICY, observation())).replicas == 2
+    assert (await process.decide(POLICY, observation())).replicas == 2
     assert process.pid == child
 
 
 async def test_a_child_that_is_killed_is_replaced(process: PolicyProcess) -> None:
-    await process.decide(DEFAULT_POLICY, observation())
+    await process.decide(POLICY, observation())
     child = process.pid
     assert child is not None
     os.kill(child, signal.SIGKILL)
     with contextlib.suppress(Unavailable):  # whether this call meets the dying child or already a new one
-        await process.decide(DEFAULT_POLICY, observation())
-    assert (await process.decide(DEFAULT_POLICY, observation())).replicas == 2
+        await process.decide(POLICY, observation())
+    assert (await process.decide(POLICY, observation())).replicas == 2
     assert process.pid != child
     assert process.figures.starts == 2
 
 
 async def test_a_child_that_stands_still_is_killed_at_the_deadline_and_replaced(process: PolicyProcess) -> None:
-    await process.decide(DEFAULT_POLICY, observation())
+    await process.decide(POLICY, observation())
     child = process.pid
     assert child is not None
     os.kill(child, signal.SIGSTOP)
     started_s = time.monotonic()
     with pytest.raises(TimedOut) as caught:
-        await process.decide(DEFAULT_POLICY, observation())
+        await process.decide(POLICY, observation())
     assert caught.value.reason == "POLICY_HUNG"
     assert 0.9 < time.monotonic() - started_s < 5
     assert not psutil.pid_exists(child)
-    assert (await process.decide(DEFAULT_POLICY, observation())).replicas == 2
+    assert (await process.decide(POLICY, observation())).replicas == 2
 
 
 @pytest.fixture
@@ -192,7 +193,7 @@ async def load(agent: ScriptedAgent, clock: ModelClock) -> AsyncIterator[Load]:
 
 async def deploy(channel: grpc.aio.Channel, agent: ScriptedAgent, **fields: Any) -> None:
     stub: Any = deployment_service_pb2_grpc.DeploymentServiceStub(channel)
-    merged: dict[str, Any] = {"model": MODEL, "min": 1, "max": 3} | fields
+    merged: dict[str, Any] = {"model": MODEL, "min": 1, "max": 3, "policy": POLICY} | fields
     configuration = cluster_pb2.Configuration(max_num_seqs=4)
     await stub.CreateDeployment(
         deployment_service_pb2.CreateDeploymentRequest(
@@ -228,7 +229,7 @@ async def test_overload_scales_out_and_idleness_back_in_by_stored_frames(
     await deploy(channel, agent)
     overload(load)
     (up,) = (await until_async(decided(channel, ACTION.ACTION_SCALE_UP), timeout_s=30))[:1]  # type: ignore[index]
-    assert (up.from_replicas, up.to_replicas, up.actor) == (1, 3, f"policy/{DEFAULT_POLICY}")
+    assert (up.from_replicas, up.to_replicas, up.actor) == (1, 3, f"policy/{POLICY}")
     assert up.term == agent.terms[-1]
     assert {each.feature for each in up.inputs} >= {"pending_requests", "running_requests", "gpu_kv_cache_usage"}
     assert all(frame.startswith(f"{agent.node}/{agent.instance}/") for frame in up.frames)

@@ -15,7 +15,7 @@ from enova_recommender.scaling.types import ScalingPolicy
 POLICIES: Mapping[str, ScalingPolicy] = MappingProxyType({policy.name: policy for policy in (MENDED, FAITHFUL)})
 FORESEEING = frozenset({"enova"})
 NAMES = frozenset(POLICIES) | FORESEEING
-DEFAULT_POLICY = MENDED.name
+DEFAULT_POLICY = "enova"
 
 
 def foreseeing(name: str) -> Policy:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from enova_recommender.scaling import DEFAULT_POLICY, POLICIES
+from enova_recommender.scaling import DEFAULT_POLICY, FORESEEING, POLICIES
 from enova_recommender.scaling.bounds import Bounds, clamp
 from enova_recommender.scaling.enova_007 import FAITHFUL, MENDED, Enova007
 from enova_recommender.scaling.enova_007_model import GIB, cold_start, released_row
@@ -305,8 +305,8 @@ def test_bounds_clamp_and_say_so(wanted: int, low: int, high: int, given: int, r
     assert bool(reason) is bool(clamped.reason)
 
 
-def test_the_mended_policy_is_the_default() -> None:
-    assert POLICIES[DEFAULT_POLICY] is MENDED
+def test_what_looks_ahead_is_the_default_and_both_old_rules_stay() -> None:
+    assert DEFAULT_POLICY in FORESEEING
     assert set(POLICIES) == {"enova-0.0.7-mended", "enova-0.0.7-faithful"}
 
 
