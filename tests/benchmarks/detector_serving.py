@@ -59,7 +59,7 @@ SLOW = ("throttle_1.2", "throttle_1.5", "throttle_2", "throttle_3", "slow_gpu_of
 # (model, GPU, tensor-parallel size): what perf_splitwise holds, and what the kernel tables do.
 ADDITIVE = (("meta-llama/Llama-2-70b-hf", "H100", 4), ("meta-llama/Llama-2-70b-hf", "A100-80G", 8),
             ("meta-llama/Llama-3.1-8B-Instruct", "A100-80G", 2))  # fmt: skip
-KERNELS = (("meta-llama/Llama-3.1-8B-Instruct", "H100", 1), ("meta-llama/Llama-3.1-70B-Instruct", "H100", 4))
+KERNELS = (("meta-llama/Llama-3.1-70B-Instruct", "H100", 4), ("meta-llama/Llama-3.1-8B-Instruct", "H100", 1))
 Task = tuple[Setting, str, int, Mapping[str, float] | None]   # the incident by name
 
 
