@@ -251,7 +251,7 @@ def test_more_conservatism_never_asks_for_less(knob: float) -> None:
 
 def test_the_case_by_hand_of_the_documentation_is_what_it_says() -> None:
     """docs/scaling.md, "A case by hand"."""
-    wish = POLICY.decide(busy(10_000, rate=45, ready=2), {}).wish
+    wish = POLICY.decide(situation(ready=2, measures=QUIET, demand=asked(45.0, end_s=10_000)), {}).wish
     sigma = math.sqrt(2 / (60 * 45) + 0.06**2 * 3)
     record = sum(0.5 ** (age / 120) for age in range(7))
     high = 45 * math.exp(1.2815515655446004 * sigma * 20 / (20 + record))
