@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -181,6 +183,24 @@ def test_an_engine_that_crashes_again_and_again_is_a_crash_loop(watched: Watched
     assert (episode["kind"], episode["object"]) == ("DEGRADED", replica["name"])
 
 
+def followed(fleet: UpFleet, *, count: int) -> list[dict[str, Any]]:
+    """The first lines of `enova episodes -f`."""
+    process = subprocess.Popen(
+        [str(ENOVA), "episodes", "-f", "-o", "json"], env={**os.environ, "ENOVA_API": fleet.facts["api"]},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    giving_up = threading.Timer(FOUND_S, process.kill)
+    giving_up.start()
+    try:
+        return [json.loads(process.stdout.readline()) for _ in range(count)]
+    finally:
+        giving_up.cancel()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
 def test_a_person_follows_labels_and_draws_episodes(watched: Watched, tmp_path: Path) -> None:
     every = watched.fleet.ok("episodes")
     assert every
@@ -191,6 +211,7 @@ def test_a_person_follows_labels_and_draws_episodes(watched: Watched, tmp_path: 
     drawn = watched.fleet.enova("episodes", "show", name, "--plot", str(tmp_path / "evidence.svg"))
     assert drawn.code == 0, drawn.err
     assert (tmp_path / "evidence.svg").read_text().startswith("<?xml")
+    assert name in {each["name"] for each in followed(watched.fleet, count=len(every))}
     shown = watched.fleet.enova("episodes")
     assert "DEGRADED" in shown.out
     refused = watched.fleet.enova("episodes", "label", name, "--cause", "sunspots", "-o", "json")
