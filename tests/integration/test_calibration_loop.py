@@ -14,6 +14,7 @@ import pytest
 
 from enova_common.errors import EnovaError
 from enova_coordinator.calibration_loop import CalibrationLoop
+from enova_coordinator.core.calibration import StoredCalibration
 from enova_coordinator.core.model import (
     Claim,
     Deployment,
@@ -23,7 +24,6 @@ from enova_coordinator.core.model import (
     ReplicaState,
     ReplicaStatus,
     Snapshot,
-    StoredCalibration,
     Variant,
 )
 from enova_coordinator.core.series import COLUMN, FIRST_REQUEST_COUNT, NodeFrame, ObjectFigures

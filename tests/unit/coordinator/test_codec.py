@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from enova_common.errors import Corrupt
+from enova_coordinator.core.calibration import StoredCalibration
 from enova_coordinator.core.episode import Episode, EpisodeLabel, EpisodeState, EvidenceSeries, Finding
 from enova_coordinator.core.model import (
     AssignedMember,
@@ -29,7 +30,6 @@ from enova_coordinator.core.model import (
     RequestRecord,
     ServingClass,
     Stored,
-    StoredCalibration,
     Variant,
 )
 from enova_coordinator.store import codec
