@@ -14,7 +14,7 @@ What is compiled is kept beside `engines.py`; numba notices no change in the oth
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
@@ -63,11 +63,14 @@ class State(NamedTuple):
     tables: Tables
 
 
+_JIT: Any = numba.njit     # its types leave out options that it takes
+
+
 def compiled(function: F) -> F:
     """The function as machine code, for other compiled functions alone: wrappers would double the time to compile."""
-    return cast(F, numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)(function))
+    return cast(F, _JIT(no_cpython_wrapper=True, no_cfunc_wrapper=True)(function))
 
 
 def exported(function: F) -> F:
     """The function as machine code with all that it calls, kept on disk between runs; Python may call it."""
-    return cast(F, numba.njit(cache=True, no_cfunc_wrapper=True)(function))
+    return cast(F, _JIT(cache=True, no_cfunc_wrapper=True)(function))
