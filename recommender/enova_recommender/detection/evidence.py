@@ -164,8 +164,8 @@ class Evidence:
         self._memory[_FAILED, (self._calm_s == 0) | (step.of(Feature.READY) != 1.0)] = 0.0
         arrivals = step.of(Feature.ARRIVALS)
         started = np.where(np.isnan(self._load), arrivals, self._load)
-        keep = np.exp(-step_s / np.array([[LOAD_TAU_S], [SOON_TAU_S]]))
-        self._load = np.where(np.isnan(arrivals), self._load, keep * started + (1 - keep) * arrivals)
+        kept = np.exp(-step_s / np.array([[LOAD_TAU_S], [SOON_TAU_S]]))
+        self._load = np.where(np.isnan(arrivals), self._load, kept * started + (1 - kept) * arrivals)
         failed, answered = self._memory[_FAILED], self._memory[_ANSWERED]
         self.figures = {
             "preemptions": self._memory[_PREEMPTED], "restarts": self._restarts, "failed": failed,
