@@ -344,3 +344,19 @@ def test_an_operators_file_that_cannot_be_used_ends_the_start_with_its_field(tmp
         assert caught.value.field == "advice.gpus_file"
     with pytest.raises(InvalidField, match="cannot read"):
         read_gpu_types(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--fleet", "--model", MODEL], "it takes no --model"),
+        (["--fleet", "--gpus-file", "x.json"], "it takes no --gpu"),
+        (["--model", MODEL, "--workload", "rate=1", "--headroom", "0.2"], "--headroom belongs to --fleet"),
+        (["--model", MODEL, "--workload", "rate=1", "--time-limit", "2s"], "--time-limit belongs to --fleet"),
+        (["--workload", "rate=1"], "Missing option '--model'"),
+    ],
+)
+def test_options_of_the_fleet_and_of_one_deployment_do_not_mix(words: list[str], told: str) -> None:
+    done = CliRunner().invoke(main, ["recommend", *words])
+    assert done.exit_code == 2
+    assert told in done.output

@@ -34,35 +34,37 @@ from enova_recommender.recommend.fleet import RUNNING, FleetOptions, OptionFacts
 from enova_recommender.recommend.types import EngineSettings
 from enova_recommender.types import Interval, Parallelism, Precision
 
-KINDS = ("H100", "L40S", "H20", "CPU", "Odd")
+KINDS = ("H100", "H100", "H100", "L40S", "H20", "CPU", "Odd")
+
+OPTIONS: tuple[list[str], ...] = (["H100"], ["H100", "L40S"], ["H100", "L40S"], [])
 
 
 @st.composite
 def nodes(draw: st.DrawFn, name: str) -> NodeView:
-    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=10))
+    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=6))
     gpus = tuple(
         Gpu(
             uuid=f"{name}-{at}", index=at, type=kind, memory_bytes=80 << 30,
-            free_memory_bytes=draw(st.sampled_from([80 << 30, 80 << 30, 1 << 30])),
+            free_memory_bytes=draw(st.sampled_from([*[80 << 30] * 7, 1 << 30])),
         )
         for at, kind in enumerate(kinds)
     )
     node = Node(
         name=f"nodes/{name}", uid=name, gpus=gpus, engine=draw(st.sampled_from(["vllm", "simulated"])),
-        cluster=draw(st.sampled_from(["here", "there"])), draining=draw(st.integers(0, 9)) == 0,
+        cluster=draw(st.sampled_from(["here", "there"])), draining=draw(st.sampled_from([False, False, False, True])),
     )
-    return NodeView(node=node, state=draw(st.sampled_from([NodeState.READY, NodeState.READY, NodeState.LOST])))
+    return NodeView(node=node, state=draw(st.sampled_from([*[NodeState.READY] * 4, NodeState.LOST])))
 
 
 @st.composite
 def deployments(draw: st.DrawFn, name: str) -> Deployment:
     least = draw(st.integers(0, 2))
     spec = DeploymentSpec(
-        model="m", min=least, max=least + draw(st.integers(0, 6)), priority=draw(st.integers(0, 30)),
-        engine=draw(st.sampled_from(["", "vllm"])),
+        model="m", min=least, max=least + draw(st.sampled_from([0, 2, 30])), priority=draw(st.integers(0, 30)),
+        engine=draw(st.sampled_from(["", "", "vllm"])),
         hardware=Hardware(
-            allow=tuple(draw(st.sets(st.sampled_from(KINDS), max_size=2))),
-            max_gpus=draw(st.none() | st.integers(1, 8)), clusters=draw(st.sampled_from([(), ("here",)])),
+            allow=draw(st.sampled_from([(), (), (), ("H100",), ("L40S", "H20")])),
+            max_gpus=draw(st.sampled_from([None, None, 3])), clusters=draw(st.sampled_from([(), (), ("here",)])),
         ),
     )
     return Deployment(name=f"deployments/{name}", uid=name, spec=spec)
@@ -93,10 +95,10 @@ def options(kinds: list[str], tensor: int) -> FleetOptions:
 @st.composite
 def fleets(draw: st.DrawFn) -> tuple[Snapshot, list[Wanted]]:
     views = [draw(nodes(f"n{at}")) for at in range(draw(st.integers(1, 3)))]
-    made = [draw(deployments(f"d{at}")) for at in range(draw(st.integers(1, 4)))]
+    made = [draw(deployments(f"d{at}")) for at in range(draw(st.integers(2, 4)))]
     replicas: dict[str, Replica] = {}
     for at, gpu in enumerate(gpu for view in views for gpu in view.gpus):
-        if draw(st.integers(0, 3)):
+        if draw(st.booleans()):
             continue
         owner = draw(st.sampled_from(made)).name
         member = Member(node=f"nodes/{gpu.uuid.split('-')[0]}", claims=(Claim(gpu_uuid=gpu.uuid),))
@@ -118,9 +120,9 @@ def fleets(draw: st.DrawFn) -> tuple[Snapshot, list[Wanted]]:
     wanted = [
         Wanted(
             deployment=each,
-            options=options(draw(st.sampled_from([["H100"], ["H100", "L40S"], []])), draw(st.sampled_from([1, 2]))),
+            options=options(draw(st.sampled_from(OPTIONS)), draw(st.sampled_from([1, 2]))),
             observed=Observed(
-                requests_per_s=draw(st.floats(0.1, 20.0)), prompt_tokens=9, output_tokens=9, requests=99
+                requests_per_s=draw(st.sampled_from([0.5, 7.0, 60.0])), prompt_tokens=9, output_tokens=9, requests=99
             ),
         )
         for each in asked
