@@ -154,6 +154,17 @@ async def hung(channel: grpc.aio.Channel, agent: ScriptedAgent, traffic: Traffic
     return name
 
 
+async def hung_episode(channel: grpc.aio.Channel, name: str) -> verdict_service_pb2.Episode:
+    """The episode of a replica that stands still: written a moment after the verdict stands."""
+
+    async def written() -> list[verdict_service_pb2.Episode]:
+        return [each for each in await episodes(channel, object=name) if "HUNG" in each.causes]
+
+    found: Any = await until_async(written, what=f"an episode of {name}")
+    episode: verdict_service_pb2.Episode = found[0]
+    return episode
+
+
 async def test_an_engine_that_stands_still_is_a_verdict_an_episode_an_event_and_a_figure(
     coordinator: CoordinatorProcess, channel: grpc.aio.Channel, agent: ScriptedAgent, traffic: Traffic
 ) -> None:
@@ -167,7 +178,7 @@ async def test_an_engine_that_stands_still_is_a_verdict_an_episode_an_event_and_
     assert [each.contribution for each in verdict.evidence] == sorted(
         (each.contribution for each in verdict.evidence), reverse=True
     )
-    (episode,) = await episodes(channel, object=name, state=EPISODE.STATE_OPEN)
+    episode = await hung_episode(channel, name)
     assert (episode.object, list(episode.causes)) == (name, ["HUNG"])
     got = await verdicts(channel).GetEpisode(verdict_service_pb2.GetEpisodeRequest(name=episode.name))
     assert got.open_time == episode.open_time
@@ -197,7 +208,7 @@ async def test_a_label_is_written_once_and_taken_back_and_the_most_doubtful_come
 ) -> None:
     await deploy(channel, agent, replicas=2)
     name = await hung(channel, agent, traffic)
-    episode = next(each for each in await episodes(channel, object=name) if "HUNG" in each.causes)
+    episode = await hung_episode(channel, name)
     request = verdict_service_pb2.LabelEpisodeRequest
     uncertain = verdict_service_pb2.ListEpisodesRequest.ORDER_UNCERTAIN
     assert episode.name in {each.name for each in await episodes(channel, order=uncertain)}
