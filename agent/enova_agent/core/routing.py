@@ -68,6 +68,7 @@ class Router:
     def __init__(self, policy: Policy | None = None) -> None:
         self._policy = policy or Policy()
         self._standings: dict[str, _Standing] = {}
+        self._latest_s = float("-inf")     # by then nobody is being left any more
 
     def choose(
         self, targets: Sequence[RouteTarget], *, now_s: float, draws: tuple[float, float], tried: Collection[str] = ()
@@ -78,7 +79,9 @@ class Router:
         ]
         if not untried:
             return None
-        open_ones = [t for t in untried if self._left_until_s(t) <= now_s]
+        open_ones = untried
+        if now_s < self._latest_s:
+            open_ones = [t for t in untried if self._left_until_s(t) <= now_s]
         if not open_ones:
             return min(untried, key=self._left_until_s)
         first = _drawn(open_ones, draws[0])
@@ -109,11 +112,13 @@ class Router:
         pause_s = self._policy.ejection.delay_s(standing.failures, draw)
         standing.failures += 1
         standing.left_until_s = now_s + pause_s
+        self._latest_s = max(self._latest_s, standing.left_until_s)
 
     def full(self, replica: str, *, now_s: float) -> None:
         """Its queue is full: leave it for a moment."""
         standing = self._standing(replica)
         standing.left_until_s = max(standing.left_until_s, now_s + self._policy.full_pause_s)
+        self._latest_s = max(self._latest_s, standing.left_until_s)
 
     def answered(self, replica: str) -> None:
         """It answered: whatever was held against it is forgotten."""
