@@ -177,6 +177,14 @@ class EnsembleDetector:
                 self._members, self._weights, self._last[:, series], parts, strict=True)
         )  # fmt: skip
 
+    def reweighed(self, weights: Floats) -> EnsembleDetector:
+        """The same with other weights, as it stands; it shares the members with this one."""
+        other = EnsembleDetector(self._members, weights=weights.tolist())
+        other._surprises = self._surprises
+        other._features, other._lingering = self._features, self._lingering.copy()
+        other._hold_out()
+        return other
+
     def without(self, name: str) -> EnsembleDetector:
         """The same without one member, as it stands; it shares the others with this one."""
         kept = [index for index, member in enumerate(self._members) if member.name != name]

@@ -1,11 +1,11 @@
 """A detector that people teach: an ensemble, an auto-encoder, and what was said of their alarms.
 
-Before any label it scores as its ensemble does, on a log scale. Labels are learnt three times. The ensemble learns the
-new steps as normal time, without those that were true alarms, and without those that look like one and of which nobody
-said that it was false. The auto-encoder goes on training, with the true alarms as anomalies. Once there are labels of
-both kinds, `LabelHead` weighs the surprises of single features against the ensemble's score, so that what false alarms
-have in common counts less and what true ones have in common counts more; an episode counts as much whether it is long
-or short. With true alarms alone it is left out: that they are strange, the detector knew.
+Before any label it scores as its ensemble does, on a log scale. Labels are learnt four times. Members that put true
+alarms before the other steps come to weigh more. What was a false alarm is learnt as normal time. The auto-encoder goes
+on training, with the true alarms as anomalies. Once there are labels of both kinds, `LabelHead` weighs the surprises of
+single features against the ensemble's score, so that what false alarms have in common counts less and what true ones
+have in common counts more; an episode counts as much whether it is long or short. With true alarms alone it is left
+out: that they are strange, the detector knew.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from enova_recommender.detection.detector import (
     thinned,
 )
 from enova_recommender.detection.ensemble import EnsembleDetector
-from enova_recommender.detection.labels import LabelHead
+from enova_recommender.detection.labels import LabelHead, weights_by_labels
 from enova_recommender.detection.learned import VaeDetector
 from enova_recommender.detection.surprise import Surprise
 
@@ -38,7 +38,6 @@ Floats = npt.NDArray[np.float64]
 NORMAL_MAX = 1000        # rows of normal time that labels are weighed against
 MARKED_MAX = 2000        # newest marked rows that are kept
 PAST_MAX = 50_000        # newest steps that are kept to learn anew from
-SUSPECT_QUANTILE = 0.9   # of held-out scores, above which an unlabelled step is not taken for normal time
 PRIOR_SPREAD = 0.3       # of the weights of evidence, before labels
 EPISODE_COUNT = 20.0     # rows that an episode counts for
 
@@ -88,12 +87,13 @@ class TaughtDetector:
         """
         check_features(values, self._past.shape[1])
         known = np.flatnonzero(marks != UNKNOWN)
-        suspects = self.score(values, first=first) > np.nanquantile(self.held_out, SUSPECT_QUANTILE)
-        left_out = (marks == TRUE_ALARM) | (suspects & (marks != FALSE_ALARM))
-        self._extend(np.where(left_out[:, None], np.nan, values), first)
-        self._ensemble.fit(self._past, first=self._first)
         if not len(known):
             return
+        if (marks == FALSE_ALARM).any():
+            self._extend(np.where((marks == FALSE_ALARM)[:, None], values, np.nan), first)
+            self._ensemble.fit(self._past, first=self._first)
+        if (marks == TRUE_ALARM).any():
+            self._balance(values, marks == TRUE_ALARM, first)
         self._learned.learn(values, marks, first=first)
         self._surprise.fit(self._learned.held_out)
         counts = np.zeros(len(known))
@@ -155,6 +155,14 @@ class TaughtDetector:
         whole = np.concatenate((self._past, gap, values[max(0, end - first) :]))
         self._first += max(0, len(whole) - PAST_MAX)
         self._past = whole[-PAST_MAX:]
+
+    def _balance(self, values: Floats, true: Flags, first: int) -> None:
+        """Let members weigh as true alarms tell."""
+        surprises = self._ensemble.surprises(values, first=first)
+        default = np.array(list(self._ensemble.weights.values()))
+        self._ensemble = self._ensemble.reweighed(weights_by_labels(
+            lambda weights: np.nan_to_num(self._ensemble.weighed(surprises, weights.tolist())), true, default
+        ))  # fmt: skip
 
     def _weigh(self) -> None:
         """Learn what true and false alarms differ in."""
