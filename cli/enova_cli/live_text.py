@@ -24,8 +24,7 @@ async def live_capacity(client: Client, name: str) -> dict[str, Any]:
 def live_line(plain: dict[str, Any]) -> str:
     """One line: the figures with their intervals, or why there are none."""
     if plain["n_limit_rps"] is None:
-        carried = f"; {plain['at_least_rps']:.3g} requests/s were carried" if plain["at_least_rps"] else ""
-        return f"live capacity is not known: {plain['reason']}{carried}"
+        return f"live capacity is not known: {plain['reason']}"
     rate, time, load = (_interval(plain[name]) for name in ("n_limit_rps", "t_limit_s", "saturation_load"))
     memory = plain["memory"]
     cache = (
