@@ -61,6 +61,7 @@ ENVIRONMENT = ROOT / ".venv-detectors"
 RATE = 1e-3               # of normal steps that may raise an alarm
 PEER_QUANTILE = 0.999
 PEER_BUDGET_S = 100.0     # CPU seconds of one peer on one set
+SHIFT_STEPS = 600         # an alarm of a day has been seen; so many steps where a day has none
 LEAD_STEPS = 300          # of train before test, so that its first steps have a past
 DAY_S = 86_400.0
 OURS = "enova"
@@ -124,7 +125,7 @@ def ours(entity: Entity) -> Scored:
     first = max(0, len(entity.train) - LEAD_STEPS)
     lead = entity.train[first:]
     scores = np.nan_to_num(model.score(np.concatenate((lead, entity.test)), first=first)[len(lead) :])
-    threshold = DriftingThreshold(rate=RATE)
+    threshold = DriftingThreshold(rate=RATE, shift_steps=day_steps(entity) or SHIFT_STEPS)
     threshold.fit(np.log1p(model.held_out))
     alarms = threshold.judge(np.log1p(scores))
     return Scored(name=OURS, entity=entity, scores=scores, alarms=alarms, cpu_s=time.process_time() - began_s)

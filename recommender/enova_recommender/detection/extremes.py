@@ -98,15 +98,23 @@ class DriftingThreshold:
 
     `rate` is the wished share of normal steps that raise an alarm. Fit it on scores of normal time that the detector
     had not learnt when it gave them (those that it had are lower), then give it each step's scores in order.
+
+    With `shift_steps`, an alarm that lasts so many steps in a row has been seen by then: its level is taken for the new
+    normal. Without, an alarm lasts as long as the scores do.
     """
 
-    def __init__(self, *, rate: float, series: int = 1, drift_steps: int = DRIFT_STEPS) -> None:
+    def __init__(
+        self, *, rate: float, series: int = 1, drift_steps: int = DRIFT_STEPS, shift_steps: int | None = None
+    ) -> None:
         if not 0.0 < rate < 1.0 - LEVEL_QUANTILE:
             raise ValueError(f"rate: must lie between 0 and {1 - LEVEL_QUANTILE:g}, not {rate:g}")
         self.rate = rate
         self.alarms = 0
         self.steps = 0                # scores that were judged, of all series
         self._keep = 1.0 - 1.0 / drift_steps
+        self._shift_steps = shift_steps or 0
+        self._run = np.zeros(series)          # alarms in a row
+        self._run_sum = np.zeros(series)      # of their scores
         self._drift = np.full(series, np.nan)
         self._base = 0.0
         self._tail = Tail(level=math.inf, shape=0.0, scale=1.0, peaks=1, observations=1)
@@ -149,6 +157,7 @@ class DriftingThreshold:
         self.alarms += int(alarms.sum())
         self._drift[normal] = self._keep * self._drift[normal] + (1.0 - self._keep) * now[normal]
         self._normal += int(normal.sum())
+        self._shift(now, alarms, known)
         if peaks.any() or self._normal >= COUNT_STEPS * len(self._drift):
             self._learn(residual[peaks] - self._tail.level)
         return alarms
@@ -157,7 +166,7 @@ class DriftingThreshold:
         """Which steps of the only series raise an alarm: what `update` would say of each in turn, in less time."""
         alarms = np.zeros(len(scores), dtype=np.bool_)
         keep, fresh = self._keep, 1.0 - self._keep
-        (drift,) = self._drift.tolist()
+        (drift,), (run,), (run_sum,) = self._drift.tolist(), self._run.tolist(), self._run_sum.tolist()
         for step, score in enumerate(np.asarray(scores, dtype=np.float64).tolist()):
             if not math.isfinite(score):
                 continue
@@ -166,14 +175,18 @@ class DriftingThreshold:
             if residual > self._level:
                 self.alarms += 1
                 alarms[step] = True
+                run, run_sum = run + 1, run_sum + score
+                if run == self._shift_steps:
+                    drift, run, run_sum = run_sum / run, 0, 0.0
                 continue
+            run, run_sum = 0, 0.0
             drift = keep * drift + fresh * score
             self._normal += 1
             if residual > self._tail.level:
                 self._learn(np.array([residual - self._tail.level]))
             elif self._normal >= COUNT_STEPS:
                 self._learn(np.empty(0))
-        self._drift[0] = drift
+        self._drift[0], self._run[0], self._run_sum[0] = drift, run, run_sum
         return alarms
 
     @property
@@ -183,12 +196,13 @@ class DriftingThreshold:
 
     def save(self) -> dict[str, Floats]:
         """Everything that it knows, as arrays."""
-        counts = [self.alarms, self.steps, self._fresh, self._normal]
+        counts = [self.alarms, self.steps, self._fresh, self._normal, self._shift_steps]
         return {
             "rate": np.array([self.rate, self._keep, self._base, self._level]),
             "counts": np.array(counts, dtype=np.float64),
             "tail": self._tail.save(),
             "drift": self._drift.copy(),
+            "run": np.stack((self._run, self._run_sum)),
             "peaks": self._peaks.copy(),
         }
 
@@ -198,10 +212,23 @@ class DriftingThreshold:
         rate, keep, base, level = saved["rate"].tolist()
         loaded = cls(rate=rate, series=len(saved["drift"]))
         loaded._keep, loaded._base, loaded._level = keep, base, level
-        loaded.alarms, loaded.steps, loaded._fresh, loaded._normal = (int(value) for value in saved["counts"])
+        loaded.alarms, loaded.steps, loaded._fresh, loaded._normal, loaded._shift_steps = (
+            int(value) for value in saved["counts"]
+        )
+        loaded._run, loaded._run_sum = saved["run"].copy()
         loaded._tail = Tail.load(saved["tail"])
         loaded._drift, loaded._peaks = saved["drift"].copy(), saved["peaks"].copy()
         return loaded
+
+    def _shift(self, scores: Floats, alarms: Flags, known: Flags) -> None:
+        """Take the level of alarms that have lasted for the new normal."""
+        ended = known & ~alarms
+        self._run = np.where(ended, 0.0, self._run + alarms)
+        self._run_sum = np.where(ended, 0.0, self._run_sum + np.where(alarms, scores, 0.0))
+        lasted = (self._run == self._shift_steps) & alarms
+        if lasted.any():
+            self._drift[lasted] = self._run_sum[lasted] / self._run[lasted]
+            self._run[lasted], self._run_sum[lasted] = 0.0, 0.0
 
     def _without_drift(self, column: Floats) -> Floats:
         """Residuals of one series, as `update` would see them if none raised an alarm."""

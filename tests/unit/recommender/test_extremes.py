@@ -76,6 +76,21 @@ def test_a_slow_drift_is_followed_and_a_step_is_not() -> None:
     assert all(threshold.update([draw.normal() + 14.0]).all() for _ in range(500))
 
 
+@pytest.mark.parametrize(("shift_steps", "alarms"), [(None, 300), (100, 100)])
+def test_an_alarm_lasts_until_its_level_is_taken_for_the_new_normal(shift_steps: int | None, alarms: int) -> None:
+    draw = np.random.default_rng(5)
+    normal, shifted = draw.normal(size=5000), 20.0 + draw.normal(size=300)
+    stepped, batch = (DriftingThreshold(rate=1e-3, shift_steps=shift_steps) for _ in range(2))
+    stepped.fit(normal)
+    batch.fit(normal)
+    raised = [bool(stepped.update([score])[0]) for score in shifted]
+    assert sum(raised) == pytest.approx(alarms, abs=2)
+    assert batch.judge(shifted).tolist() == raised
+    again = DriftingThreshold.load(stepped.save())
+    for score in shifted:
+        assert np.array_equal(again.update([score]), stepped.update([score]))
+
+
 def test_what_is_missing_raises_no_alarm_and_is_not_counted() -> None:
     threshold = DriftingThreshold(rate=1e-3, series=3)
     threshold.fit(np.random.default_rng(2).normal(size=(2000, 3)))
