@@ -11,7 +11,7 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,17 @@ from enova.v1 import (
 from enova_common.clock import ModelClock
 from enova_coordinator import coordinator as coordinator_module
 from enova_coordinator.coordinator import Coordinator
+from enova_coordinator.core import plan
 from enova_coordinator.core.calibration import StoredCalibration
 from enova_coordinator.core.episode import Episode
 from enova_coordinator.core.liveness import LivenessLimits
-from enova_coordinator.core.model import Decision, DecisionAction, RequestRecord
+from enova_coordinator.core.model import Decision, DecisionAction, Deployment, DeploymentAdvice, RequestRecord
 from enova_coordinator.election import LEADER_KEY
 from enova_coordinator.service.leading import Leading
 from enova_coordinator.service.register import SERVICES
 from enova_coordinator.settings import CoordinatorSettings
 from enova_coordinator.store import Compare, CreateRevisionIs, ModRevisionIs, Operation, Put, TransactionResult, codec
+from enova_coordinator.store.changes import commit
 from enova_coordinator.store.sqlite import MEMORY, SqliteStore
 from enova_recommender.types import VerdictKind
 from enova_testing.scripted_agent import MODEL, ScriptedAgent
@@ -144,7 +146,7 @@ READS = {
     *(f"DecisionService.{name}" for name in ("WatchEvents", "Explain")),
     *(f"DeploymentService.{name}" for name in ("GetDeployment", "ListDeployments", "WatchDeployments")),
     *(f"DeploymentService.{name}" for name in ("ListVariants", "InspectModel")),
-    "DeploymentService.RecommendConfiguration",
+    *(f"DeploymentService.{name}" for name in ("RecommendConfiguration", "RecommendAllocation", "GetLiveCapacity")),
     *(f"NodeService.{name}" for name in ("GetNode", "ListNodes", "WatchNodes")),
     *(f"ReplicaService.{name}" for name in ("GetReplica", "ListReplicas", "WatchReplicas", "StreamLogs")),
     "ReplicaService.GetTelemetry",
@@ -204,6 +206,18 @@ async def label(world: World) -> None:
     await world.writes(codec.key(episode.name), world.call("VerdictService.LabelEpisode", request))
 
 
+async def accept(world: World) -> None:
+    key = codec.key(DEPLOYMENT)
+    entry = await world.store.get(key)
+    assert entry is not None
+    before = codec.decode_as(Deployment, entry.value, key=key)
+    better = DeploymentAdvice(gpu_type="H100", configuration={"max_num_seqs": 64}, reason="it is better")
+    put = plan.Put(value=replace(before, proposal=better), revision=entry.mod_revision)
+    await world.writes(key, commit(world.store, world.leading.fence.guard(), [put]))
+    request = deployment_service_pb2.AcceptProposalRequest(name=DEPLOYMENT)
+    await world.writes(key, world.call("DeploymentService.AcceptProposal", request))
+
+
 async def delete_deployment(world: World) -> None:
     request = deployment_service_pb2.DeleteDeploymentRequest(name=DEPLOYMENT)
     await world.writes("/enova/v1/deployments/chat", world.call("DeploymentService.DeleteDeployment", request))
@@ -227,6 +241,7 @@ WRITES: dict[str, Callable[[World], Awaitable[None]]] = {
     "NodeService.DrainNode": drain,
     "NodeService.UncordonNode": uncordon,
     "VerdictService.LabelEpisode": label,
+    "DeploymentService.AcceptProposal": accept,
     "DeploymentService.DeleteDeployment": delete_deployment,
     "NodeService.DeleteNode": delete_node,
 }
