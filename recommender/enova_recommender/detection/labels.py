@@ -23,6 +23,7 @@ ROUNDS = 20              # of Newton's method; it is done long before
 SLOPE_MIN = 1e-9         # of the posterior, where it is done
 QUARTERS = 4             # of a whole, in which weights are tried
 PRECISION_SCALE = 0.03   # of average precision: weights that are so much worse count a third
+PRIOR_STEPS = 20.0       # labelled as true, before which the default weights count more than theirs
 SIMILARITY_MIN = 0.7     # cosine of contributions from which an episode is like another
 
 
@@ -79,12 +80,13 @@ def weights_by_labels(score: Callable[[Floats], Floats], true: Flags, default: F
     """The weights under which true alarms come before all other steps, as a mean over those that do well.
 
     `score` gives the scores of the steps under some weights. Few labels tell weights apart badly: the mean is over all
-    of a lattice and the default, by how close each comes to the best.
+    of a lattice and the default, by how close each comes to the best, and the default counts as PRIOR_STEPS true ones.
     """
     choices = np.vstack((default, lattice(len(default))))
     worth = np.array([average_precision(score(weights), true) for weights in choices])
     chances = np.exp((worth - worth.max()) / PRECISION_SCALE)
-    return np.asarray(chances @ choices / chances.sum())
+    trust = true.sum() / (true.sum() + PRIOR_STEPS)
+    return np.asarray(trust * (chances @ choices / chances.sum()) + (1.0 - trust) * default)
 
 
 class LabelHead:

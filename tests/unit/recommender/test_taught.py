@@ -66,11 +66,13 @@ def test_a_new_normal_is_learnt_if_people_say_that_its_alarm_was_false_and_not_i
 def test_a_member_that_finds_what_is_labelled_comes_to_weigh_more() -> None:
     draw = np.random.default_rng(8)
     scores = np.stack((draw.random(200), draw.random(200)))
-    true = np.arange(200) >= 190
+    true = np.arange(200) >= 160
     scores[1, true] += 2.0
     weights = weights_by_labels(lambda each: each @ scores, true, np.array([0.5, 0.5]))
     assert weights.sum() == pytest.approx(1.0)
     assert weights[1] > 0.6
+    few = weights_by_labels(lambda each: each @ scores, np.arange(200) >= 198, np.array([0.5, 0.5]))
+    assert 0.5 < few[1] < weights[1]
     same = np.stack((scores[1], scores[1]))
     assert weights_by_labels(lambda each: each @ same, true, np.array([0.5, 0.5])) == pytest.approx([0.5, 0.5])
 
