@@ -329,7 +329,11 @@ def main() -> None:
     bench.write("replicas", [each for job in todo for each in done[job.key][1]])
     compared = [_compared(part) for part in _by_ground(rows)]
     bench.table("Cost at the attainment that is asked, against the lower bound", _table(compared))
-    bench.end(_figures(compared, rows))
+    found = _figures(compared, rows)
+    for key, value in found.items():
+        if value is None or value == math.inf:
+            bench.notes[key] = "no ground of this kind was run, or a policy in it never reaches the asked attainment"
+    bench.end(found)
 
 
 def _keys(todo: Sequence[Job]) -> list[tuple[Ground, str]]:
