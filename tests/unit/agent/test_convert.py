@@ -83,6 +83,7 @@ def test_metrics_histograms_and_sketches_arrive_whole() -> None:
     summary = Summary(
         deployment="deployments/d", replica="r", serving_class="c", arrived=1, finished=2, failed=3, cut=4, refused=5,
         cancelled=6, prompt_tokens=7, output_tokens=8, held=9, ttft_s=sketch, e2e_s=sketch,
+        prompt_lengths=(10, 11), output_lengths=(3, 4),
     )
     frame = over_the_wire(
         Frame(
@@ -97,7 +98,8 @@ def test_metrics_histograms_and_sketches_arrive_whole() -> None:
     assert list(replica.histograms[0].counts) == [1, 2, 3]
     (request,) = frame.requests
     plain = {field.name: getattr(summary, field.name) for field in fields(Summary) if not field.name.endswith("_s")}
-    assert {name: getattr(request, name) for name in plain} == plain
+    lengths = {name: tuple(getattr(request, name)) for name in ("prompt_lengths", "output_lengths")}
+    assert {name: getattr(request, name) for name in plain} | lengths == plain
     assert (request.ttft_s.offset, list(request.ttft_s.counts), request.ttft_s.max) == (-3, [1, 0, 2], 0.9)
     assert list(request.e2e_s.counts) == [1, 0, 2]
     assert not request.HasField("tpot_s")
