@@ -296,8 +296,8 @@ def drive(state: State, deed: int, replica: int, request: int, at_s: float) -> i
 @compiled
 def _submit(state: State, replica: int, request: int, at_s: float) -> None:
     engine, clock = state.engines[replica], state.clocks[replica]
-    if not engine[at.IN_STEP] and engine[at.RUNNING] == 0 and engine[at.WAITING] == 0:
-        clock[at.NOW] = max(clock[at.NOW], at_s)
+    if not engine[at.IN_STEP] and engine[at.RUNNING] == 0:
+        clock[at.NOW] = max(clock[at.NOW], at_s)       # idle until now, though somebody may wait who never fits
     state.control[at.ORDERS] += 1
     state.requests[request, at.ORDER] = state.control[at.ORDERS]
     state.times[request, at.QUEUED] = at_s
