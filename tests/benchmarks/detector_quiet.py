@@ -77,15 +77,17 @@ class Counted:
     stretches: list[dict[str, object]] = field(default_factory=list)
 
     def take(
-        self, series: str, told: Iterable[Watched], *, step_s: float, nodes: int, counts: Iterable[bool] | None = None
-    ) -> None:
+        self, series: str, told: Iterable[Watched], *, step_s: float, nodes: int | list[int],
+        counts: Iterable[bool] | None = None,
+    ) -> None:  # fmt: skip
         """Count one series; `counts` says which steps do."""
         steps = list(told)
+        present = [nodes] * len(steps) if isinstance(nodes, int) else nodes
         holds = [True] * len(steps) if counts is None else list(counts)
         opened: dict[str, dict[str, object]] = {}
         acting: dict[str, dict[str, object]] = {}
-        for each, is_counted in zip(steps, holds, strict=True):
-            self.node_s += step_s * nodes * is_counted
+        for each, is_counted, count in zip(steps, holds, present, strict=True):
+            self.node_s += step_s * count * is_counted
             for change in each.changes:
                 episode = change.episode
                 if change.change is Change.OPENED and is_counted:
@@ -125,16 +127,28 @@ def pods(run: Benchmark) -> Counted:
     for path in run.files("gentd26_gpu_serving", "pods*.csv.gz"):
         for row in read_rows(path):
             series[row["pod"]].append(row)
-    for name, rows in series.items():
-        watch = FleetWatch(FoldSettings(step_s=POD_STEP_S, lateness_s=0.0))
-        watch.place([Placement(
-            replica=name, deployment="images", variant="images-1", nodes=(name,), gpus=(f"gpu-{name}",)
-        )])  # fmt: skip
-        told: list[Watched] = []
-        for frame in _pod_frames(name, sorted(rows, key=lambda row: float(row["t_s"]))):
-            watch.add(frame, now_s=frame.end_s)
-            told += watch.close(frame.end_s)
-        counted.take(name, told, step_s=POD_STEP_S, nodes=1)
+    lives = {name: sorted(rows, key=lambda row: float(row["t_s"])) for name, rows in series.items()}
+    frames = sorted(
+        (frame for name, rows in lives.items() for frame in _pod_frames(name, rows)), key=lambda frame: frame.end_s
+    )
+    last_s = {name: float(rows[-1]["t_s"]) for name, rows in lives.items()}
+    watch = FleetWatch(FoldSettings(step_s=POD_STEP_S, lateness_s=0.0))
+    there: set[str] = set()
+    told: list[Watched] = []
+    nodes: list[int] = []
+    for frame in frames:
+        now = {name for name in there | {frame.node} if last_s[name] >= frame.end_s}
+        if now != there:
+            there = now
+            watch.place([
+                Placement(replica=name, deployment="images", variant="images-1", nodes=(name,), gpus=(f"gpu-{name}",))
+                for name in sorted(there)
+            ])  # fmt: skip
+        watch.add(frame, now_s=frame.end_s)
+        closed = watch.close(frame.end_s)
+        told += closed
+        nodes += [len(there)] * len(closed)
+    counted.take("pods", told, step_s=POD_STEP_S, nodes=nodes)
     return counted
 
 

@@ -184,7 +184,7 @@ class Stage:
                 self._next_s = until_s
                 return
             # The trace's own bursts, at the rate that is wanted.
-            self._next_s += gap_s / mean_gap_s / rate
+            at_s, self._next_s = self._next_s, self._next_s + gap_s / mean_gap_s / rate
             self._number += 1
             up = [each for each in self.engines if each.is_up]
             if not up:
@@ -193,7 +193,7 @@ class Stage:
             room = int(chosen.max_model_len)
             prompt = min(max(1, round(prompt * self.prompt_factor)), room - 2)
             output = min(max(1, round(output * self.output_factor)), room - prompt)
-            chosen.ask(prompt_tokens=prompt, output_tokens=output, at_s=self._next_s)
+            chosen.ask(prompt_tokens=prompt, output_tokens=output, at_s=at_s)
             self.sent_requests += 1
 
     def _mean_gap_s(self) -> float:

@@ -34,8 +34,8 @@ BIAS_MAX = math.log(3.0)   # of a model; more is called slow from the start
 BIAS_SPREADS = 4.0         # of a model that says how exact it is
 BIAS_MIN = math.log(1.2)
 OWN_MAX = 0.1              # by which the log of one replica's steps differs from its siblings' without a fault
-SLOW_RATIO = 1.3           # while nobody knows how high quiet residuals go: below it nobody is harmed
-SLOW_RATIO_MIN, SLOW_RATIO_MAX = 1.2, 2.5  # where they are known
+SLOW_RATIO = 1.3           # below it nobody is harmed; the threshold while nobody knows how high quiet residuals go
+SLOW_RATIO_MAX = 2.5       # above it nobody doubts
 BIAS_KEEP = 1.0 - 1.0 / 720.0
 ROUNDS = 4                 # of the robust fit
 OUTLIER_SPREADS = 5.0      # robust standard deviations
@@ -293,7 +293,7 @@ class ResidualWatch:
         ratio = np.where(judged, np.exp(np.clip(residual, -10.0, 10.0)), np.nan)
         # One law for all, of which the level is used: each replica's own error is taken off already.
         level = against.level if self._threshold is None else np.full(len(logs), self._threshold.level)
-        fitted = np.clip(np.exp(np.minimum(level, 10.0)), SLOW_RATIO_MIN, SLOW_RATIO_MAX)
+        fitted = np.clip(np.exp(np.minimum(level, 10.0)), SLOW_RATIO, SLOW_RATIO_MAX)
         threshold = np.where(np.isnan(level), SLOW_RATIO, fitted) * np.exp(against.doubt)
         with np.errstate(invalid="ignore"):
             return Slowness(ratio=ratio, threshold=threshold, alarm=known & (ratio > threshold))

@@ -129,7 +129,7 @@ def test_a_batch_without_a_queue_is_an_overload_only_where_it_misses_its_objecti
     detector.until(100.0)
     detector.world.engines[0].rate_rps = 6.5
     steps = detector.until(500.0)
-    assert kinds(steps, ONE) == (["NORMAL", "OVERLOADED"] if is_late else ["NORMAL"])
+    assert ("OVERLOADED" in kinds(steps, ONE)) == is_late
 
 
 def test_ejection_restart_and_replacement_are_destructive_and_nothing_else() -> None:
