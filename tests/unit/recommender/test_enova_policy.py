@@ -81,7 +81,7 @@ def test_replicas_that_start_are_counted_so_that_nothing_is_asked_for_twice() ->
 def test_a_replica_that_never_starts_stops_blocking_after_a_bound_from_learnt_starts() -> None:
     def at(age_s: float) -> Wish:
         sights = (*replicas(4, since_s=0.0), *replicas(0, starting=1, since_s=10_000 - age_s, first=4))
-        found = replace(busy(10_000, rate=42, ready=4), replicas=sights, variants=(variant(target=5),))
+        found = replace(busy(10_000, rate=38, ready=4), replicas=sights, variants=(variant(target=5),))
         return POLICY.decide(found, {}).wish
 
     assert at(60).action is Action.KEEP
@@ -254,9 +254,9 @@ def test_the_case_by_hand_of_the_documentation_is_what_it_says() -> None:
     wish = POLICY.decide(situation(ready=2, measures=QUIET, demand=asked(45.0, end_s=10_000)), {}).wish
     sigma = math.sqrt(2 / (60 * 45) + 0.06**2 * 3)
     record = sum(0.5 ** (age / 120) for age in range(7))
-    high = 45 * math.exp(1.2815515655446004 * sigma * 20 / (20 + record))
+    high = 45 * math.exp(1.2815515655446004 * sigma * 120 / (120 + record))
     assert wish.forecast is not None
     assert wish.forecast.at_s - 10_000 == (120 + 180) / 2 + 15
     assert wish.forecast.high == pytest.approx(high, rel=1e-9)
-    assert high == pytest.approx(49.9, abs=0.1)
+    assert high == pytest.approx(51.3, abs=0.1)
     assert wanted(wish) == math.ceil(high / (10 / 1.05)) == 6

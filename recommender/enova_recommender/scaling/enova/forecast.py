@@ -21,7 +21,8 @@ from enova_recommender.scaling.situation import Floats
 
 RECORD_MINUTES = 360          # of each forecaster's record that are looked at
 HALF_LIFE_MINUTES = 120.0     # of a record's weight
-PRIOR_MINUTES = 20.0          # of evidence that the prior spread weighs as much as
+PRIOR_MINUTES = 120.0         # of evidence that the prior spread weighs as much as: one jump is no habit
+TREND_RECORD_MINUTES = 60     # of history before a trend is looked at: until then a jump would pass for one
 PRIOR_DRIFT = 0.06            # sigma of the log of the rate's change in one minute; grows with the root of time
 LEVEL_MINUTES = (1, 3, 10)
 TREND_MINUTES = 10            # over which a trend is drawn
@@ -68,8 +69,9 @@ def _forecasters(
         last = float(level[-1]) if len(level) else now_rate
         now = now_rate if minutes == 1 else (now_rate + (minutes - 1) * last) / minutes
         made.append((f"level of {minutes} min", level, now))
-    ratio = _trend_ratio(rates, lead)
-    made.append(("trend", made[1][1] * ratio, made[0][2] * (float(ratio[-1]) if len(ratio) else 1.0)))
+    if len(rates) >= TREND_RECORD_MINUTES:
+        ratio = _trend_ratio(rates, lead)
+        made.append(("trend", made[1][1] * ratio, made[0][2] * float(ratio[-1])))
     if profile is not None and len(rates):
         factors = np.exp(profile[len(profile) - len(rates) - lead :])
         ahead = factors[lead:] / factors[:-lead]
