@@ -62,6 +62,8 @@ ENOVA_KNOBS = (0.5, 0.75, 1.0, 1.5, 2.0)
 ASKED = {"smooth": 0.99, "bursty": 0.97, "sparse": 0.97}
 PRIOR_SIGMA = 0.3          # of the told capacity, where the recommender says that nothing holds the objective
 LB_LIMIT_S = 20.0
+LB_GAP = 1e-3
+DENSITY_GAP = 0.1          # found long before the time limit, so that the density does not hang on the machine
 GOODPUT_REQUESTS = 3000
 LEFT_OUT = {"cron": "needs days of history, which one window of one trace has not"}
 
@@ -145,7 +147,7 @@ def laid(ground: Ground) -> Laid:
     carried = _carried(ground, OBJECTIVE.attainment)
     wanted = (FULL if ground.full else USUAL)["replicas"]
     factor = wanted * carried / max(1e-9, float(np.quantile(window.counts, 0.99)) / GRID_S)
-    shape = _bound(factor * window.counts, carried, ground.start_up_s, 0.99)
+    shape = _bound(factor * window.counts, carried, ground.start_up_s, 0.99, gap=DENSITY_GAP)
     factor *= wanted / max(1.0, float(np.quantile(shape[1], 0.99)))        # the load's own percentile is near
     rows = window.requests(factor, seed=ground.seed)
     rows = _fitting(rows, one)
@@ -169,7 +171,8 @@ def _fitting(rows: Rows, one: Engine) -> Rows:
 
 
 def _bound(
-    counts: np.ndarray[tuple[int, ...], np.dtype[np.float64]], carried: float, start_s: float, asked: float
+    counts: np.ndarray[tuple[int, ...], np.dtype[np.float64]], carried: float, start_s: float, asked: float, *,
+    gap: float = LB_GAP,
 ) -> tuple[float, np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
     """Replica-hours of the lower bound after the warm-up, and its replicas over time."""
     first = round(WARM_UP_S / GRID_S)
@@ -180,7 +183,7 @@ def _bound(
     )
     found = lower_bound(Programme(
         work=work, step_s=GRID_S, capacity=carried, start_s=start_s, within_s=OBJECTIVE.ttft_s, attainment=asked,
-        time_limit_s=LB_LIMIT_S, min_replicas=USUAL["least_replicas"],
+        time_limit_s=LB_LIMIT_S, gap=gap, min_replicas=USUAL["least_replicas"],
     ))
     return found.hours, found.running
 
