@@ -41,6 +41,7 @@ from enova_recommender.types import VerdictKind
 SURE_STEPS = 6           # of evidence beyond those that a rule asks for: then nothing more is learnt by waiting
 COUNT_MAX = 1_000_000    # of steps of evidence
 DOUBT = 0.5              # confidence when a rule has just been met
+PATIENT_STEPS = 12       # a slow replica still serves: before it is replaced it must have been slow for so long
 SCORE_DECADES = 10.0
 THRESHOLD_RATE = 1e-3    # of steps
 HOT_C = 85.0             # of a GPU
@@ -159,6 +160,8 @@ class Judge:
         action = rule.action
         if cause is Cause.HUNG and signals.progress[row] != Progress.HUNG:
             action = SuggestedAction.EJECT
+        if cause in _TIMED and self._for[row, cause] < PATIENT_STEPS:
+            action = SuggestedAction.INSPECT
         figures = self._contributions(step, signals, row, cause)
         known = [each for each in figures if np.isfinite(each.value) and np.isfinite(each.threshold)]
         contributions = tuple(sorted(known, key=lambda each: -each.weight))

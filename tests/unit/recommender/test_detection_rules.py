@@ -132,6 +132,17 @@ def test_a_batch_without_a_queue_is_an_overload_only_where_it_misses_its_objecti
     assert ("OVERLOADED" in kinds(steps, ONE)) == is_late
 
 
+def test_a_slow_replica_is_replaced_only_after_a_minute() -> None:
+    detector = watching(cluster())
+    detector.until(150.0)
+    detector.world.engines[0].slow(1.8)
+    verdicts = [each.judgement.verdicts.get(ONE) for each in detector.until(250.0)]
+    actions = [each.action for each in verdicts if each is not None and each.cause is Cause.SLOW]
+    assert actions[0] is SuggestedAction.INSPECT
+    assert actions.index(SuggestedAction.REPLACE) >= 9
+    assert actions[-1] is SuggestedAction.REPLACE
+
+
 def test_ejection_restart_and_replacement_are_destructive_and_nothing_else() -> None:
     assert {SuggestedAction.EJECT, SuggestedAction.RESTART, SuggestedAction.REPLACE} == DESTRUCTIVE
     assert all(rule.action is not SuggestedAction.NONE for rule in RULES.values())
