@@ -12,7 +12,7 @@ from enova_recommender.scaling.enova import EnovaPolicy
 from enova_recommender.scaling.situation import Memory, Phase, ReplicaSight, Signal, Situation, Wish
 from enova_recommender.scaling.types import Action
 from enova_recommender.types import VerdictKind
-from enova_testing.situations import Measure, asked, replicas, situation, variant
+from enova_testing.situations import Measure, asked, capacity, replicas, situation, variant
 
 POLICY = EnovaPolicy()
 QUIET = {Signal.RUNNING: 5.0, Signal.WAITING: 0.0, Signal.FINISHED: 5.0, Signal.TPOT_S: 0.02, Signal.TTFT_S: 0.1}
@@ -260,3 +260,8 @@ def test_the_case_by_hand_of_the_documentation_is_what_it_says() -> None:
     assert wish.forecast.high == pytest.approx(high, rel=1e-9)
     assert high == pytest.approx(51.3, abs=0.1)
     assert wanted(wish) == math.ceil(high / (10 / 1.05)) == 6
+
+
+def test_a_capacity_of_nothing_is_survived() -> None:
+    found = situation(ready=2, measures=QUIET, demand=asked(5.0, end_s=10_000), carries=capacity(0.0))
+    assert wanted(POLICY.decide(found, {}).wish) <= 100

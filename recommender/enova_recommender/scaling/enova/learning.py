@@ -16,12 +16,12 @@ from enova_recommender.scaling.enova.demand import last
 from enova_recommender.scaling.situation import Floats, Signal, Situation, VariantSight
 
 WINDOW_S = 60.0
-SETTLED_S = 60.0              # a replica that has been READY for less still fills its batch
+SETTLED_S = 15.0              # a replica that has been READY for less still fills its batch
 QUEUE_SATURATED = 1.0         # mean requests waiting, per replica, in each half of the window
 QUEUE_NONE = 0.2
 SLO_SHARE = 0.92              # of saturated throughput at which objectives are still met
 TTFT_SHARE = 0.5              # of its objective that the mean may take while the tail meets it
-RATE_DOWN, RATE_UP = 0.15, 0.08
+RATE_DOWN, RATE_UP = 0.25, 0.08
 FACTOR_BOUNDS = (0.25, 4.0)
 
 
@@ -31,7 +31,7 @@ def learnt_factor(situation: Situation, variant: VariantSight, factor: float, *,
     if seen is None:
         return factor
     finished_per_s, queues, ttft_s, tpot_s = seen
-    told = variant.capacity.requests_per_s.value / weight
+    told = max(variant.capacity.requests_per_s.value, 1e-9) / weight
     objective = situation.objective
     ratio = finished_per_s / told
     late = ttft_s > TTFT_SHARE * objective.ttft_s
@@ -41,7 +41,10 @@ def learnt_factor(situation: Situation, variant: VariantSight, factor: float, *,
         # The batch is too large for the gap between tokens: fewer requests a second would have met it.
         carried = ratio * objective.tpot_s / tpot_s
         factor += RATE_DOWN * min(carried - factor, 0.0)
-    elif max(queues) <= QUEUE_NONE and not late and ratio > factor:
+    elif late:
+        # First tokens are late on average, so far too many are: it is past what it carries, queue or none.
+        factor += RATE_DOWN * min(SLO_SHARE * ratio - factor, 0.0)
+    elif max(queues) <= QUEUE_NONE and ratio > factor:
         factor += RATE_UP * (ratio - factor)
     low, high = FACTOR_BOUNDS
     return min(max(factor, low), high)

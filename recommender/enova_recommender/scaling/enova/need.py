@@ -22,6 +22,7 @@ QUANTILE_MAX = 0.999
 HEADROOM = 0.05               # of capacity, at conservatism 1
 PATIENCE_S_MIN, PATIENCE_S_MAX = 60.0, 900.0
 DRAIN_S_MIN = 60.0            # in which a queue is to be gone once the replicas are there
+CAPACITY_MIN = 0.01           # requests a second: a replica of which nothing is expected is counted on for that
 PROFILE_EVERY_S = 3600.0
 QUEUE_PER_REPLICA = 1.0       # waiting requests that are no backlog
 
@@ -46,7 +47,9 @@ def need_of(situation: Situation, demand: DemandNow, state: PolicyState, *, knob
     lead_s = (slowest.p50_s + slowest.p90_s) / 2 + INTERVAL_S
     ahead = _outlook(situation, demand, state, lead_s=lead_s, quantile=quantile(situation, knob))
     carried = {
-        variant.name: variant.capacity.requests_per_s.value * state.factors[variant.name] / (1 + HEADROOM * knob)
+        variant.name: max(variant.capacity.requests_per_s.value, CAPACITY_MIN)
+        * state.factors[variant.name]
+        / (1 + HEADROOM * knob)
         for variant in situation.variants
     }
     backlog = max(0.0, demand.waiting - QUEUE_PER_REPLICA * situation.ready)
