@@ -284,7 +284,8 @@ def test_a_corrupt_journal_is_put_aside_and_the_engines_are_adopted(serving: UpF
     assert {r["name"]: r["pid"] for r in serving.replicas("steady")} == before
 
 
-STORE_AWAY = {(3, "UNREACHABLE"), (5, "TIMED_OUT")}  # the leader steps down, or the call waits for the store
+# The leader steps down, the call waits for the store, or the store's own deadline is told.
+STORE_AWAY = {(3, "UNREACHABLE"), (5, "TIMED_OUT"), (5, "STORE_TIMED_OUT")}
 
 
 def test_a_store_that_is_away_is_said_and_survived(tmp_path: Path) -> None:
