@@ -126,8 +126,10 @@ class PolicyLoop:
     async def _rounds(self) -> None:
         while True:
             started_s = time.monotonic()
-            for deployment in list(self._control.snapshot.deployments.values()):
-                if not deployment.deleting and self._is_due(deployment, started_s):
+            for name in list(self._control.snapshot.deployments):
+                # Others were waited for meanwhile: it may be another by now, or gone.
+                deployment = self._control.snapshot.deployments.get(name)
+                if deployment is not None and not deployment.deleting and self._is_due(deployment, started_s):
                     await self._step(deployment)
             await self._make_room()
             self._forget()
@@ -156,6 +158,9 @@ class PolicyLoop:
             await self._control.set_target(before.name, step.to_replicas, decision)
         except EnovaError as error:
             log.warning("%s does not give way: %s", before.name, error)
+        except Exception:
+            # A defect here must cost one step, not the leader its term.
+            log.exception("%s does not give way", before.name)
 
     def _is_due(self, deployment: Deployment, now_s: float) -> bool:
         """Whether it is time to ask this deployment's policy again: by its kind's pace, or since requests wait."""
@@ -208,7 +213,7 @@ class PolicyLoop:
         self.figures.proposals += 1
         self._say(verdicts.of_proposal(deployment.name, policy, proposal, now_s=time.time()))
         current = self._control.snapshot.deployments.get(deployment.name)
-        if proposal.action is Action.KEEP or current is None or current.generation != deployment.generation:
+        if proposal.action is Action.KEEP or current is None or _changed(deployment, current):
             return                 # a user changed it meanwhile: what was observed is not what runs
         ruling = rule(
             proposal,
@@ -240,8 +245,10 @@ class PolicyLoop:
         self.figures.proposals += 1
         self._say(verdicts.of_wish(deployment.name, policy, wish, now_s=time.time()))
         current = self._control.snapshot.deployments.get(deployment.name)
-        if current is None or current.generation != deployment.generation:
+        if current is None or _changed(deployment, current):
             return                 # a user changed it meanwhile: what was observed is not what runs
+        if wish.action is Action.KEEP:
+            self._held.pop(deployment.name, None)
         ruling = rule_wish(wish, current, self._control.snapshot.replicas_of(deployment.name))
         if ruling is not None:
             decision = foresight.decision(current, policy=policy, ruling=ruling, asked=asked)
@@ -253,10 +260,11 @@ class PolicyLoop:
     async def _carry_out(self, deployment: Deployment, ruling: Ruling, decision: Decision) -> None:
         name = deployment.name
         if ruling.action is DecisionAction.HOLD:
-            if ruling.guard not in RECORDED or self._held.get(name) == (ruling.guard, ruling.to_replicas):
+            held = (str(ruling.guard), ruling.wanted if ruling.wanted is not None else ruling.to_replicas)
+            if ruling.guard not in RECORDED or self._held.get(name) == held:
                 return
             await self._control.record_decision(decision)
-            self._held[name] = (ruling.guard, ruling.to_replicas)
+            self._held[name] = held
         else:
             await self._control.set_target(name, ruling.to_replicas, decision)
             self._last_act_s[name] = decision.model_time_s
@@ -338,6 +346,14 @@ class PolicyLoop:
         models = {deployment.spec.model for deployment in living.values()}
         for model in [model for model in self._asked if model not in models]:
             self._asked.pop(model).cancel()
+
+
+def _changed(observed: Deployment, current: Deployment) -> bool:
+    """Whether somebody changed the spec or the target since a policy was told of them."""
+    return (observed.generation, observed.status.target_replicas) != (
+        current.generation,
+        current.status.target_replicas,
+    )
 
 
 def last_act_s(entries: Sequence[Entry], *, now_s: float) -> float:

@@ -180,7 +180,8 @@ class Rollups:
             self._insert_with_room(connection, part)
             self.figures.written += len(part)
         for item in batch:
-            if isinstance(item, _Read):
+            # Who asked may have given up meanwhile: that must not end the thread.
+            if isinstance(item, _Read) and item.answer.set_running_or_notify_cancel():
                 item.answer.set_result(self._read(connection, item))
 
     def _insert_with_room(self, connection: sqlite3.Connection, rows: list[tuple[float, str, bytes]]) -> None:
@@ -253,5 +254,7 @@ def unpack(data: bytes) -> dict[str, NDArray[np.float32]]:
 
 def _give_up_reads(batch: list[NodeMinute | _Read | None]) -> None:
     for item in batch:
-        if isinstance(item, _Read) and not item.answer.done():
+        if not isinstance(item, _Read) or item.answer.done():
+            continue
+        if item.answer.running() or item.answer.set_running_or_notify_cancel():
             item.answer.set_result(RolledSeries(ends_s=(), rows=()))

@@ -41,6 +41,7 @@ REPLICAS_PER_NODE_MAX = 64
 LENGTHS_MAX = 4096                 # answers of one deployment that wait to be learned from
 PAIRS_MAX = 2048                   # newest lengths of prompt and answer that are kept of one deployment
 REQUEST_KEYS_MAX = 100_000         # deployment x replica x class, of the whole fleet
+HELD_STEPS = 15                    # after which a count of held requests that was not repeated is void
 _NO_REQUESTS = [0.0] * len(REQUEST_COUNTS)
 _UNCOUNTED = [math.nan] * len(REQUEST_COUNTS)
 _ARRIVED, _FINISHED = REQUEST_COUNTS.index("arrived"), REQUEST_COUNTS.index("finished")
@@ -126,6 +127,7 @@ class Telemetry:
         self._totals: dict[str, dict[tuple[str, str], RequestTotals]] = {}  # by deployment: replica, class
         self._request_keys = 0
         self._demand: dict[str, Ring] = {}         # by deployment
+        self._nowhere: dict[str, dict[tuple[str, str], tuple[int, float]]] = {}  # held, and when that was said
         self._heard = self._ring(1, 0)             # steps in which any node was heard of
         self._lengths: dict[str, deque[LengthFigures]] = {}
         self._pairs: dict[str, deque[tuple[int, int]]] = {}
@@ -220,6 +222,9 @@ class Telemetry:
             if not self._add_totals(frame.node, request):
                 continue
             self._add_demand(request, step)
+            if not request.replica:
+                held = self._nowhere.setdefault(request.deployment, {})
+                held[frame.node, request.serving_class] = (request.held, frame.end_s)
             known = by_replica.get(request.replica)
             counts = request.counts
             by_replica[request.replica] = (
@@ -356,9 +361,11 @@ class Telemetry:
         count = min(count, (self._slots - 1 - behind) // per_minute)
         _, rows = self.demand_window(deployment, steps=count * per_minute + behind)
         whole = rows[: len(rows) - behind] if behind else rows
-        return MinuteSeries(
-            end_s=end_minute * MINUTE_S, values=minutes(whole, per_minute=per_minute, first_counter=0)
-        )
+        values = minutes(whole, per_minute=per_minute, first_counter=0)
+        known = (~np.isnan(whole)).reshape(-1, per_minute, whole.shape[1]).sum(axis=1)
+        # A minute of which a part was heard is taken to have gone on alike; of less than half nothing is said.
+        values = np.where(2 * known >= per_minute, values * per_minute / np.maximum(known, 1), np.nan)
+        return MinuteSeries(end_s=end_minute * MINUTE_S, values=values)
 
     def replica_source(self, replica: str) -> object:
         """The message that a replica's newest row was read from."""
@@ -404,9 +411,13 @@ class Telemetry:
         return dict(self._totals.get(deployment, {}))
 
     def held_nowhere(self, deployment: str) -> int:
-        """Requests that ingresses hold for the deployment's first replica."""
-        totals = self._totals.get(deployment, {})
-        return sum(sum(each.held.values()) for (replica, _), each in totals.items() if not replica)
+        """Requests that ingresses hold for the deployment's first replica, as they said of late.
+
+        Who holds some says so with each frame: what was not said again was held by one that is gone.
+        """
+        oldest_s = self._now_s() - HELD_STEPS * self.limits.step_s
+        told = self._nowhere.get(deployment, {}).values()
+        return sum(count for count, end_s in told if end_s >= oldest_s)
 
     def forget(self, *, replicas: Callable[[str], bool], deployments: Callable[[str], bool]) -> None:
         """Drop the windows of replicas that are gone, and the totals of deployments that are gone."""
@@ -416,6 +427,8 @@ class Telemetry:
             self._request_keys -= len(self._totals.pop(name))
         for name in [name for name in self._demand if not deployments(name)]:
             del self._demand[name]
+        for name in [name for name in self._nowhere if not deployments(name)]:
+            del self._nowhere[name]
         for name in [name for name in self._pairs if not deployments(name)]:
             del self._pairs[name]
 

@@ -104,6 +104,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         fleet.deploy("busy", replicas=2, max_num_seqs=8, max_model_len=1024, num_gpu_blocks_override=1200)
         fleet.deploy("small", replicas=1, max_num_seqs=8, max_model_len=1024, num_gpu_blocks_override=160)
         fleet.deploy("quiet", replicas=1, max_num_seqs=8, max_model_len=1024)
+        # Nobody is to replace what is hurt here.
+        fleet.ok("pause", "deployment/busy")
         began_s = time.monotonic()
         with load(fleet, "busy", rate=1.2, prompt=100, output=120):
             yield Watched(fleet, began_s)

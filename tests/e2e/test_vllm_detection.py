@@ -47,6 +47,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpFleet]:
         settings = ["--set", f"max_num_seqs={SEQUENCES}", "--set", "max_model_len=2048"]
         running.ok("deploy", str(MODEL), "--name", "tiny", "--replicas", "1", *settings)
         running.ok("wait", "deployment/tiny", "--timeout", f"{START_TIMEOUT_S}s", timeout_s=START_TIMEOUT_S + 30)
+        running.ok("pause", "deployment/tiny")     # nobody is to replace what is hurt here
         yield running
 
 

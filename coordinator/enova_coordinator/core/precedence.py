@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from enova_coordinator.core.model import Deployment, Intent, NodeState, Replica, Snapshot
+from enova_coordinator.core.model import Deployment, Intent, NodeState, NodeView, Replica, Snapshot, Variant
 
 WAITED_S = 10.0                    # real time that a replica waits for GPUs before another deployment gives way
 
@@ -34,7 +34,7 @@ def yielding(snapshot: Snapshot, *, now_s: float) -> Yielding | None:
             if _frees_enough(snapshot, other, waiting):
                 return Yielding(
                     deployment=other.name,
-                    to_replicas=other.status.target_replicas - 1,
+                    to_replicas=_placed(snapshot, other) - 1,
                     reason=(
                         f"gives way to {owner.id} (priority {owner.spec.priority} before {other.spec.priority}), "
                         f"which waits for GPUs: {waiting.status.reason or 'there is none for it'}"
@@ -63,9 +63,15 @@ def _less_urgent(snapshot: Snapshot, owner: Deployment) -> list[Deployment]:
         for each in snapshot.deployments.values()
         if each.spec.priority > owner.spec.priority
         and not (each.deleting or each.spec.fixed or each.spec.autoscaling_paused)
-        and _over(each) > 0
+        and min(_over(each), _placed(snapshot, each) - each.spec.bounds[0]) > 0
     ]
     return sorted(found, key=lambda each: (-each.spec.priority, -_over(each), each.name))
+
+
+def _placed(snapshot: Snapshot, deployment: Deployment) -> int:
+    """Replicas that hold GPUs, no more than are wanted: one that waits for some frees none by going."""
+    placed = sum(bool(replica.members) for replica in snapshot.replicas_of(deployment.name))
+    return min(placed, deployment.status.target_replicas)
 
 
 def _over(deployment: Deployment) -> int:
@@ -73,26 +79,37 @@ def _over(deployment: Deployment) -> int:
 
 
 def _frees_enough(snapshot: Snapshot, other: Deployment, waiting: Replica) -> bool:
-    """Whether one replica less of the other leaves room on some node for the one that waits."""
+    """Whether one replica less of the other leaves room on some node for the one that waits, which has none now."""
     variant = snapshot.variants.get(waiting.variant)
     if variant is None:
         return False
-    allowed = snapshot.deployments[waiting.deployment].spec.hardware
-    held = {gpu for replica in snapshot.replicas.values() for gpu in replica.gpus}
-    for replica in snapshot.replicas_of(other.name):
-        view = snapshot.nodes.get(replica.node)
-        if view is None or view.state is not NodeState.READY:
-            continue
-        if allowed.clusters and view.node.cluster not in allowed.clusters:
-            continue
-        still_held = held - set(replica.gpus)
-        room = [
-            gpu
-            for gpu in view.gpus
-            if gpu.uuid not in still_held
-            and variant.gpu_type in {"", gpu.type}
-            and (not allowed.allow or gpu.type in allowed.allow)
-        ]
-        if len(room) >= max(variant.gpus_per_replica, 1):
-            return True
-    return False
+    size = max(variant.gpus_per_replica, 1)
+    owner = snapshot.deployments[waiting.deployment]
+    own = sum(len(replica.gpus) for replica in snapshot.replicas_of(owner.name))
+    if owner.spec.hardware.max_gpus is not None and own + size > owner.spec.hardware.max_gpus:
+        return False               # its own bound keeps it from more, not the other
+    held = frozenset(gpu for replica in snapshot.replicas.values() for gpu in replica.gpus)
+    nodes = [view for view in snapshot.nodes.values() if _may_hold(view, owner)]
+    if any(_room(view, variant, owner, held) >= size for view in nodes):
+        return False               # it will be placed without anybody's giving way
+    return any(
+        _room(view, variant, owner, held - frozenset(replica.gpus)) >= size
+        for replica in snapshot.replicas_of(other.name)
+        for view in nodes
+        if view.node.name == replica.node
+    )
+
+
+def _may_hold(view: NodeView, owner: Deployment) -> bool:
+    clusters = owner.spec.hardware.clusters
+    open_to_all = view.state is NodeState.READY and view.node.schedulable and not view.node.draining
+    return open_to_all and (not clusters or view.node.cluster in clusters)
+
+
+def _room(view: NodeView, variant: Variant, owner: Deployment, held: frozenset[str]) -> int:
+    """GPUs of a node that the variant could have if these were held."""
+    allowed = owner.spec.hardware.allow
+    return sum(
+        gpu.uuid not in held and variant.gpu_type in {"", gpu.type} and (not allowed or gpu.type in allowed)
+        for gpu in view.gpus
+    )

@@ -40,6 +40,7 @@ class Ruling:
     to_replicas: int
     reason: str
     guard: Guard | None = None
+    wanted: int | None = None      # of a HOLD, where another number is another wish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +103,8 @@ def rule_wish(wish: Wish, deployment: Deployment, replicas: tuple[Replica, ...])
         guard, why = Guard.BOUNDS, f"the bounds are {least} and {most}"
     if guard is not None:
         reason = f"{wish.action} to {wanted} replicas was wanted ({wish.reason}); held: {why}"
-        return Ruling(action=DecisionAction.HOLD, to_replicas=target, reason=reason, guard=guard)
+        number = wanted if guard is not Guard.NONSENSE else None
+        return Ruling(action=DecisionAction.HOLD, to_replicas=target, reason=reason, guard=guard, wanted=number)
     to_replicas = target if wish.action is Action.RECONFIGURE else deployment.spec.clamped(wanted)
     clamped = f"; the bounds allow {to_replicas} of {wanted}" if to_replicas != wanted else ""
     return Ruling(action=_ACTIONS[wish.action], to_replicas=to_replicas, reason=f"{wish.reason}{clamped}")

@@ -22,6 +22,7 @@ from enova_coordinator.core.model import (
 )
 from enova_coordinator.core.series import COLUMN, MINUTE_S, Figures
 from enova_coordinator.core.verdicts import Verdict
+from enova_recommender.detection.causes import SuggestedAction
 from enova_recommender.scaling.bounds import Bounds
 from enova_recommender.scaling.situation import (
     Capacity,
@@ -37,8 +38,10 @@ from enova_recommender.scaling.situation import (
 from enova_recommender.types import VerdictKind
 
 TTFT_S, TPOT_S = 1.0, 0.05         # the objectives, where no class of the deployment names any
+ATTAINMENT = 0.99
 START_UP = StartUp(p50_s=120.0, p90_s=300.0)  # of a replica, until starts have been seen: a 70B from a local disk
 STARTS_MIN = 3                     # seen, before they replace the prior
+LOST_LATELY_S = 300.0              # real time
 DEAD = frozenset({ReplicaState.FAILED, ReplicaState.LOST})
 
 
@@ -51,11 +54,16 @@ class Price:
 
 
 def objective_of(deployment: Deployment) -> Objective:
-    """The strictest objectives of all classes."""
+    """The strictest objectives of all classes; where none says which share must meet them, 99 % must."""
     classes = deployment.spec.classes
     ttft = [each.ttft_p95_s for each in classes if each.ttft_p95_s is not None]
     tpot = [each.tpot_p95_s for each in classes if each.tpot_p95_s is not None]
-    return Objective(ttft_s=min(ttft, default=TTFT_S), tpot_s=min(tpot, default=TPOT_S))
+    shares = [each.attainment for each in classes if each.attainment is not None]
+    return Objective(
+        ttft_s=min(ttft, default=TTFT_S),
+        tpot_s=min(tpot, default=TPOT_S),
+        attainment=max(shares, default=ATTAINMENT),
+    )
 
 
 def bounds_of(deployment: Deployment) -> Bounds:
@@ -84,7 +92,8 @@ def _sight(
             phase = Phase.READY
         case _:
             phase = Phase.STARTING if replica.members else Phase.PENDING
-    since_s = replica.create_time_s if phase is not Phase.READY else status.state_time_s
+    # A replica that starts again after a crash is as young as that start.
+    since_s = replica.create_time_s if phase is Phase.PENDING else status.state_time_s
     cause = verdict.cause if verdict is not None else ""
     if status.state in DEAD:
         cause = "DEAD"
@@ -97,17 +106,18 @@ def _sight(
         since_s=model_s - (wall_s - since_s) * scale,
         verdict=verdict.kind if verdict is not None else VerdictKind.UNKNOWN,
         cause=cause,
+        certain=verdict is None or verdict.suggested_action == SuggestedAction.REPLACE,
     )
 
 
 def starts_s(replicas: Iterable[Replica]) -> dict[str, float]:
     """By replica, the real seconds that its first start took; those that restarted or are on their way are left out."""
     return {
-        replica.name: replica.status.ready_time_s - replica.create_time_s
+        replica.name: replica.status.ready_time_s - replica.status.start_time_s
         for replica in replicas
         if replica.status.state is ReplicaState.READY
         and not replica.status.restarts
-        and replica.status.ready_time_s > replica.create_time_s > 0
+        and replica.status.ready_time_s > replica.status.start_time_s > 0
     }
 
 
@@ -164,9 +174,9 @@ def _takes(node: Node, clusters: Sequence[str]) -> bool:
 
 
 def fleet_lost_share(nodes: Iterable[NodeView]) -> float:
-    """The share of all nodes that are LOST now."""
-    states = [view.state for view in nodes]
-    return sum(state is NodeState.LOST for state in states) / len(states) if states else 0.0
+    """The share of all nodes that were lost of late; one that has been away for longer is no surprise any more."""
+    lost = [view.state is NodeState.LOST and view.state_age_s <= LOST_LATELY_S for view in nodes]
+    return sum(lost) / len(lost) if lost else 0.0
 
 
 def recent_of(windows: Mapping[str, Figures], *, end_s: float, step_s: float) -> Recent:
@@ -184,9 +194,6 @@ def recent_of(windows: Mapping[str, Figures], *, end_s: float, step_s: float) ->
     # What the ingress holds beyond what the engine has is waiting in the ingress.
     queued = np.where(np.isnan(held), waiting, np.fmax(waiting, held - running))
     generated = column("generation_tokens")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # Each running sequence gets one token a step: the gap between tokens is the sequences over the token rate.
-        tpot_s = np.where(generated > 0, running * step_s / generated, np.nan)
     values = {
         Signal.RUNNING: running,
         Signal.WAITING: queued,
@@ -195,7 +202,6 @@ def recent_of(windows: Mapping[str, Figures], *, end_s: float, step_s: float) ->
         Signal.PROMPT_TOKENS: column("prompt_tokens"),
         Signal.GENERATION_TOKENS: generated,
         Signal.PREEMPTIONS: column("preemptions"),
-        Signal.TPOT_S: tpot_s,
     }
     return Recent(end_s=end_s, step_s=step_s, replicas=names, values=values)
 

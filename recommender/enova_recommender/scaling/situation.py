@@ -60,6 +60,7 @@ class ReplicaSight:
     since_s: float
     verdict: VerdictKind = VerdictKind.NORMAL
     cause: str = ""            # of a DEGRADED one: HUNG, SLOW, ...; a hung or dead one carries no load
+    certain: bool = True       # whether the verdict has stood for long enough to be acted on
 
     @property
     def carries(self) -> bool:
@@ -190,7 +191,8 @@ class Wish:
     """What a policy wants: a target for each variant it names (the others keep theirs), and why.
 
     `replace` names replicas for which a new one is to become READY before they go; `remove_first` the order in which
-    replicas leave when a target falls (STARTING ones go first whatever it says).
+    replicas leave when a target falls (STARTING ones go first whatever it says). The simulated fleet keeps to that
+    order; the coordinator's rollout has its own (what serves least leaves first, then the newest).
     """
 
     action: Action

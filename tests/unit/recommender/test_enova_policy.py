@@ -167,6 +167,8 @@ def test_a_slow_replica_is_replaced_first_and_no_two_at_once() -> None:
     ill = [replace(each, verdict=VerdictKind.DEGRADED, cause="SLOW") for each in found.replicas[:2]]
     shown = replace(found, replicas=(*ill, *found.replicas[2:]))
     assert POLICY.decide(shown, {}).wish.replace == ("r0",)
+    unsure = replace(shown, replicas=tuple(replace(each, certain=False) for each in shown.replicas))
+    assert POLICY.decide(unsure, {}).wish.replace == ()
     starting = replace(shown, replicas=(*shown.replicas[:-1], _starting(shown.replicas[-1])))
     assert POLICY.decide(starting, {}).wish.replace == ()
 

@@ -71,11 +71,11 @@ def _forecasters(
         made.append((f"level of {minutes} min", level, now))
     if len(rates) >= TREND_RECORD_MINUTES:
         ratio = _trend_ratio(rates, lead)
-        made.append(("trend", made[1][1] * ratio, made[0][2] * float(ratio[-1])))
+        made.append(("trend", made[0][1] * ratio, made[0][2] * float(ratio[-1])))
     if profile is not None and len(rates):
         factors = np.exp(profile[len(profile) - len(rates) - lead :])
         ahead = factors[lead:] / factors[:-lead]
-        made.append(("daily profile", made[1][1] * ahead, made[0][2] * float(ahead[-1])))
+        made.append(("daily profile", made[0][1] * ahead, made[0][2] * float(ahead[-1])))
     return made
 
 

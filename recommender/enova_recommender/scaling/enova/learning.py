@@ -1,9 +1,11 @@
 """What a replica really carries: the told capacity times a factor that is learnt from what replicas do. Pure.
 
-Theory of operation. Two things are evidence. A replica whose queue does not empty finishes as much as it can: a share
-of that (`SLO_SHARE`) is what it carries in time. A replica without a queue that meets the objectives carries at least
-what it finishes. The first pulls the factor to what was seen, the second only up. So a wrong prior is mended within
-minutes of load in either direction, and light load teaches nothing.
+Theory of operation. A replica whose queue does not empty finishes as much as it can: a share of that (`SLO_SHARE`) is
+what it carries in time, and the factor is pulled there. One whose tokens or first tokens come late is past what it
+carries. One without a queue that meets the objectives carries at least what it finishes. So a prior that is too high is
+mended within minutes of load. One that is too low is not contradicted by a fleet that is large enough for it: a factor
+below 1 drifts back, slowly, while all is well, so that one bad minute does not cost for ever. First tokens count where
+they are measured by the step (the simulator does, the coordinator does not yet).
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ QUEUE_NONE = 0.2
 SLO_SHARE = 0.92              # of saturated throughput at which objectives are still met
 TTFT_SHARE = 0.5              # of its objective that the mean may take while the tail meets it
 RATE_DOWN, RATE_UP = 0.25, 0.08
+RATE_DRIFT = 0.003            # a look: half of a doubt is gone after an hour of well-being
+LOADED_SHARE = 0.5            # of what it is counted on for: with less, a long gap between tokens is no sign of load
 FACTOR_BOUNDS = (0.25, 4.0)
 
 
@@ -37,7 +41,7 @@ def learnt_factor(situation: Situation, variant: VariantSight, factor: float, *,
     late = ttft_s > TTFT_SHARE * objective.ttft_s
     if min(queues) >= QUEUE_SATURATED:
         factor += RATE_DOWN * (SLO_SHARE * ratio - factor)
-    elif tpot_s > objective.tpot_s:
+    elif tpot_s > objective.tpot_s and ratio > LOADED_SHARE * factor:
         # The batch is too large for the gap between tokens: fewer requests a second would have met it.
         carried = ratio * objective.tpot_s / tpot_s
         factor += RATE_DOWN * min(carried - factor, 0.0)
@@ -46,6 +50,8 @@ def learnt_factor(situation: Situation, variant: VariantSight, factor: float, *,
         factor += RATE_DOWN * min(SLO_SHARE * ratio - factor, 0.0)
     elif max(queues) <= QUEUE_NONE and ratio > factor:
         factor += RATE_UP * (ratio - factor)
+    elif max(queues) <= QUEUE_NONE and factor < 1.0:
+        factor += RATE_DRIFT * (1.0 - factor)
     low, high = FACTOR_BOUNDS
     return min(max(factor, low), high)
 
@@ -69,10 +75,30 @@ def _seen(
     if finished is None or waiting is None:
         return None
     half = waiting.shape[1] // 2
-    queues = (_mean(waiting[:, : max(half, 1)]), _mean(waiting[:, half:]))
+    # The usual replica, not the mean: one that is ill says nothing of what the others carry.
+    queues = (_usual(waiting[:, : max(half, 1)]), _usual(waiting[:, half:]))
     per_s = _mean(finished) / recent.step_s
-    ttft, tpot = (_window(situation, signal, settled) for signal in (Signal.TTFT_S, Signal.TPOT_S))
-    return per_s, queues, _mean(ttft), _mean(tpot)
+    return per_s, queues, _mean(_window(situation, Signal.TTFT_S, settled)), _tpot_s(situation, settled)
+
+
+def _tpot_s(situation: Situation, rows: list[int]) -> float:
+    """The gap between tokens over the window: as it was measured, else by all tokens and the sequences that ran."""
+    if Signal.TPOT_S in situation.recent.values:
+        return _mean(_window(situation, Signal.TPOT_S, rows))
+    running = _window(situation, Signal.RUNNING, rows)
+    generated = _window(situation, Signal.GENERATION_TOKENS, rows)
+    if running is None or generated is None:
+        return 0.0
+    known = ~np.isnan(running) & ~np.isnan(generated)
+    tokens = float(generated[known].sum())
+    return float(running[known].sum()) * situation.recent.step_s / tokens if tokens > 0 else 0.0
+
+
+def _usual(values: Floats) -> float:
+    """The median over replicas of each one's mean."""
+    with np.errstate(invalid="ignore"):
+        means = [float(np.nanmean(row)) for row in values if not np.isnan(row).all()]
+    return float(np.median(means)) if means else 0.0
 
 
 def _window(situation: Situation, signal: Signal, rows: list[int]) -> Floats | None:

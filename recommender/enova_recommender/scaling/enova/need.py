@@ -23,6 +23,7 @@ HEADROOM = 0.05               # of capacity, at conservatism 1
 PATIENCE_S_MIN, PATIENCE_S_MAX = 60.0, 900.0
 DRAIN_S_MIN = 60.0            # in which a queue is to be gone once the replicas are there
 CAPACITY_MIN = 0.01           # requests a second: a replica of which nothing is expected is counted on for that
+TOLD_ANEW = 2.0               # by which a told capacity changes when it is another one, not another mix
 PROFILE_EVERY_S = 3600.0
 QUEUE_PER_REPLICA = 1.0       # waiting requests that are no backlog
 
@@ -79,11 +80,22 @@ def _profiled(situation: Situation, state: PolicyState) -> PolicyState:
 
 
 def _learnt(situation: Situation, demand: DemandNow, state: PolicyState) -> PolicyState:
+    told = {
+        variant.name: max(variant.capacity.requests_per_s.value, CAPACITY_MIN) for variant in situation.variants
+    }
     factors = {
-        variant.name: learnt_factor(situation, variant, state.factors.get(variant.name, 1.0), weight=demand.weight)
+        variant.name: learnt_factor(
+            situation, variant, _factor(state, variant.name, told[variant.name]), weight=demand.weight
+        )
         for variant in situation.variants
     }
-    return replace(state, factors=factors)
+    return replace(state, factors=factors, told=told)
+
+
+def _factor(state: PolicyState, variant: str, told: float) -> float:
+    """The factor of before; 1 where another capacity is told altogether: what mended a guess would spoil knowledge."""
+    before = state.told.get(variant, told)
+    return state.factors.get(variant, 1.0) if 1 / TOLD_ANEW <= told / before <= TOLD_ANEW else 1.0
 
 
 def _outlook(

@@ -34,6 +34,7 @@ from enova_recommender.types import VerdictKind
 
 STUCK_TIMES = 2.0             # a start that takes this many times the 90th percentile is not counted on
 STUCK_S_MIN = 60.0
+SPARE_MAX = 1                 # replicas beside those that never start: what keeps all of them from it keeps more
 IDLE_STARTS = 4.0             # idle for this many slow starts before the last replica goes
 IDLE_S_MIN = 120.0
 FLEET_LOST_SHARE = 0.5
@@ -74,7 +75,7 @@ def _wish(situation: Situation, need: Need) -> Wish:
     zero = _zero(situation, need)
     if zero is not None:
         return zero
-    up = _targets(situation, need, _up_load(need), spare=len(_stuck(situation)))
+    up = _targets(situation, need, _up_load(need), spare=min(len(_stuck(situation)), SPARE_MAX))
     if sum(up.values()) > situation.target:
         return _scale_up(situation, need, up)
     if situation.verdict is VerdictKind.MISCONFIGURED and need.demand.waiting > 0:
@@ -127,7 +128,8 @@ def _scale_down(situation: Situation, need: Need) -> Wish:
     """Fewer, if no load of the patience window needed more; else what runs is kept, and the reason said."""
     loads = need.state.loads
     margin = DEAD_BAND * min(need.carried.values())
-    fewer = _targets(situation, need, max(load for _, load in loads) + margin, spare=len(_stuck(situation)))
+    spare = min(len(_stuck(situation)), SPARE_MAX)
+    fewer = _targets(situation, need, max(load for _, load in loads) + margin, spare=spare)
     lasted_s = situation.now_s - loads[0][0]
     kept = replace(
         _keep(situation, VerdictKind.NORMAL, _carried_by(situation, need)),
@@ -205,7 +207,7 @@ def _to_replace(situation: Situation) -> tuple[str, ...]:
 
 
 def _is_ill(replica: ReplicaSight) -> bool:
-    return replica.verdict is VerdictKind.DEGRADED and replica.cause in REPLACEABLE
+    return replica.verdict is VerdictKind.DEGRADED and replica.cause in REPLACEABLE and replica.certain
 
 
 def _to_leave(replicas: tuple[ReplicaSight, ...]) -> tuple[str, ...]:

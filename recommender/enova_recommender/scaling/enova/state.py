@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from enova_recommender.scaling.situation import Memory
 
 NEVER_S = -1e18               # JSON knows no infinity
-_FACTOR = "factor:"
+_FACTOR, _TOLD = "factor:", "told:"
 LOADS_MAX = 1024              # kept of the patience window
 
 
@@ -21,6 +21,7 @@ class PolicyState:
     edited_s: float = NEVER_S                          # when somebody else last changed the target
     loads: tuple[tuple[float, float], ...] = ()
     factors: Mapping[str, float] = field(default_factory=dict)
+    told: Mapping[str, float] = field(default_factory=dict)   # the capacities that the factors belong to
     profile: tuple[float, ...] = ()
     profile_s: float = NEVER_S                         # when the profile was made
 
@@ -34,6 +35,7 @@ class PolicyState:
                 wish=int(_float(memory, "wish", -1)),
                 edited_s=_float(memory, "edited_s", NEVER_S),
                 loads=tuple(loads),
+                told={key[len(_TOLD) :]: _float(memory, key, 0.0) for key in memory if key.startswith(_TOLD)},
                 factors={key[len(_FACTOR) :]: _float(memory, key, 1.0) for key in memory if key.startswith(_FACTOR)},
                 profile=_floats(memory, "profile"),
                 profile_s=_float(memory, "profile_s", NEVER_S),
@@ -52,6 +54,7 @@ class PolicyState:
             "profile": self.profile,
             "profile_s": self.profile_s,
             **{f"{_FACTOR}{name}": factor for name, factor in self.factors.items()},
+            **{f"{_TOLD}{name}": rate for name, rate in self.told.items()},
         }
 
     def seeing(self, target: int, *, now_s: float) -> PolicyState:
