@@ -89,9 +89,10 @@ class NvmlGpus:
 
     def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Loads the driver's library and reads every GPU once; a host without one has no GPUs, and says so once."""
-        self._worker = _Worker(self, skip=frozenset(), initialise=True)
-        self._worker.ask()
-        if not self._worker.done.wait(timeout_s):
+        # Held here as well: a worker that finds no driver lets go of itself.
+        worker = self._worker = _Worker(self, skip=frozenset(), initialise=True)
+        worker.ask()
+        if not worker.done.wait(timeout_s):
             log.warning("NVML has not answered within %.0f s; going on without GPUs until it does", timeout_s)
 
     def close(self) -> None:
@@ -249,13 +250,15 @@ class _Worker:
         self._asked.release()
 
     def _run(self) -> None:
-        if self._initialise and not self._load():
-            self.done.set()
-            return
         while True:
             self._asked.acquire()
             if self._stopping:
                 return
+            # Not before it was asked: by then whoever made this thread knows it.
+            if self._initialise and not self._load():
+                self.done.set()
+                return
+            self._initialise = False
             for index in range(self._gpus._count):
                 if index not in self.skip:
                     self.at = index

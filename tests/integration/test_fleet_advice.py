@@ -153,8 +153,8 @@ async def allocation(stub: Any, **fields: Any) -> wire.RecommendAllocationRespon
 async def test_the_fleet_is_advised_together_for_what_was_counted(
     coordinator: CoordinatorProcess, stub: Any, agent: ScriptedAgent, clock: ModelClock
 ) -> None:
-    await create(stub, "small", model=MODEL, min=1, max=8, priority=1)
-    await create(stub, "large", model=LARGE, min=1, max=4)
+    await create(stub, "small", model=MODEL, min=1, max=8, priority=1, autoscaling_paused=True)
+    await create(stub, "large", model=LARGE, min=1, max=4, autoscaling_paused=True)
     await until_async(lambda: len(agent.running) == 2, timeout_s=30, what="both run")
     async with traffic(agent, clock):
 
@@ -194,7 +194,7 @@ async def test_the_fleet_is_advised_together_for_what_was_counted(
 async def test_what_the_fleet_cannot_carry_is_told_with_what_is_missing(
     stub: Any, agent: ScriptedAgent, clock: ModelClock
 ) -> None:
-    await create(stub, "large", model=LARGE, min=1, max=50)
+    await create(stub, "large", model=LARGE, min=1, max=50, autoscaling_paused=True)
     await until_async(lambda: agent.running, timeout_s=30, what="it runs")
     async with traffic(agent, clock, requests_a_frame=600):
 
