@@ -62,7 +62,11 @@ class Housekeeping:
         """Keep house until cancelled; a chore that fails is tried again on the next beat."""
         next_prune_s = time.monotonic()
         while True:
-            self._roll()
+            try:
+                self._roll()
+            except Exception:
+                # A defect here must cost a minute of the rollups, not the leader its term.
+                log.exception("a minute was not rolled up")
             if time.monotonic() >= next_prune_s:
                 next_prune_s = time.monotonic() + PRUNE_EVERY_S
                 try:

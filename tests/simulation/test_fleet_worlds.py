@@ -15,7 +15,7 @@ from enova_simulator.cluster.startups import Lognormal
 from enova_simulator.cluster.tables import tabulated
 from enova_simulator.cluster.worlds import LLAMA_8B, World, engine
 
-pytestmark = pytest.mark.timeout(900)     # the first of them compiles the engines
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]     # the first of them compiles the engines
 SEQUENCES, TOKENS = 64, 2048
 BATCHES = [
     Batch(prefill_tokens=prompts, prefill_pairs=prompts * 300, decode_sequences=decode, context_tokens=decode * 700)
