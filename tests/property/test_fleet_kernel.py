@@ -28,7 +28,7 @@ from enova_simulator.cluster.engines import Engines, Happened, Kind, Requests
 from enova_simulator.cluster.kernel import columns as at
 from enova_simulator.cluster.tables import Tabulated, tabulated
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]     # the first of them compiles the engines, half a minute of one core
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first compiles the engines: half a minute
 
 EVERYTHING = at.LOG_ADMITTED | at.LOG_FIRST | at.LOG_RESUMED | at.LOG_PREEMPTED | at.LOG_FINISHED
 KINDS = {

@@ -30,7 +30,7 @@ from enova_testing.fleet_runs import (
     variant,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]     # the first of them compiles the engines, half a minute of one core
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first compiles the engines: half a minute
 
 
 def test_one_replica_serves_as_the_pure_scheduler_does() -> None:
