@@ -154,7 +154,7 @@ def test_a_slowed_engine_is_degraded_and_not_overloaded(fleet: UpFleet) -> None:
         until(lambda: time.monotonic() - began_s > LEARN_S, timeout_s=LEARN_S + 1, what="quiet steps to learn from")
         with slowed(workers(fleet)):
             episode = found(fleet, "DEGRADED", "SLOW")
-    assert episode["suggested_action"] == "REPLACE"
+    assert episode["suggested_action"] in {"INSPECT", "REPLACE"}     # the second only where it has lasted
     assert replica(fleet)["restarts"] == 0
 
 
