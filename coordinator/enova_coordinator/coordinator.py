@@ -52,6 +52,7 @@ from enova_coordinator.store.etcd.settings import EtcdSettings
 from enova_coordinator.store.sqlite import SqliteStore
 from enova_coordinator.telemetry import Telemetry, TelemetryLimits
 
+CANCEL_AGAIN_S = 2.0
 FUTURE_REAL_S = 30.0               # clocks of hosts differ by less, or something is wrong with them
 STOP_GRACE_S = 0.5
 DETECTION_TIMEOUT_S = 10.0         # a step of ten thousand replicas takes under two
@@ -343,8 +344,10 @@ async def first_ended(tasks: Iterable[asyncio.Task[Any]]) -> None:
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in waiting:
-            task.cancel()
-            await asyncio.wait([task])
+            # Again and again: what waits in a library may lose a cancellation, and a term must end.
+            while not task.done():
+                task.cancel()
+                await asyncio.wait([task], timeout=CANCEL_AGAIN_S)
     for task in waiting:
         if not task.cancelled():
             task.result()

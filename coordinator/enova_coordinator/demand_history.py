@@ -51,11 +51,15 @@ class DemandHistory:
 
     async def _read(self, deployment: str) -> list[tuple[float, Figures]]:
         now_s = self._telemetry.now_s
-        answer = self._rollups.read(deployment, nodes=(DEMAND_NODE,), start_s=now_s - KEEP_S)
-        try:
-            found = await asyncio.wait_for(asyncio.wrap_future(answer), READ_WAIT_S)
-        except TimeoutError:
+        answer = asyncio.wrap_future(
+            self._rollups.read(deployment, nodes=(DEMAND_NODE,), start_s=now_s - KEEP_S)
+        )
+        # Not wait_for: Python 3.11's forgets that it was cancelled if the answer comes at the same moment.
+        done, _ = await asyncio.wait([answer], timeout=READ_WAIT_S)
+        if not done:
+            answer.cancel()
             return []
+        found = answer.result()
         # A model clock that was set back must not put tomorrow's minutes before today's.
         rows = zip(found.ends_s, found.rows, strict=True)
         return [(end_s, row) for end_s, row in rows if end_s <= now_s and len(row) == 4]

@@ -180,7 +180,9 @@ def _starting(sight: ReplicaSight) -> ReplicaSight:
 def test_nothing_runs_where_nobody_asks_and_the_first_request_wakes_it() -> None:
     idle = situation(now_s=10_000, ready=1, bounds=(0, 5), measures={Signal.RUNNING: 0.0, Signal.WAITING: 0.0},
                      demand=asked(0.0, end_s=10_000), history=asked(0.0, end_s=10_000, steps=60, step_s=60.0))
-    wish = POLICY.decide(idle, {}).wish
+    fresh = POLICY.decide(idle, {})
+    assert fresh.wish.action is Action.KEEP     # it may have been made a moment ago
+    wish = POLICY.decide(replace(idle, now_s=11_000, demand=asked(0.0, end_s=11_000)), fresh.memory).wish
     assert (wish.action, wanted(wish)) == (Action.SCALE_DOWN, 0)
     asleep = replace(idle, replicas=(), variants=(variant(target=0),))
     assert POLICY.decide(asleep, {}).wish.action is Action.KEEP

@@ -60,7 +60,8 @@ class PolicyState:
     def seeing(self, target: int, *, now_s: float) -> PolicyState:
         """The state once the target of now is known: one that is neither the last nor the wished was set by others."""
         low, high = sorted((self.target, self.wish))
-        edited = self.target >= 0 and not low <= target <= high
+        # At first sight, too: a deployment that was made a moment ago has not been idle for long, whatever was heard.
+        edited = self.target < 0 or not low <= target <= high
         # What was needed before an edit does not undo it.
         return replace(self, edited_s=now_s, loads=()) if edited else self
 
