@@ -19,7 +19,7 @@ from enova_coordinator.core.model import DeploymentAdvice, DeploymentSpec, Snaps
 from enova_coordinator.policy_process import PolicyProcess
 from enova_recommender.performance import Correction
 from enova_recommender.recommend.allocation_types import Allocation
-from enova_recommender.recommend.carried import Carried, carried
+from enova_recommender.recommend.carried import carried
 from enova_recommender.recommend.fleet import (
     AllocationQuestion,
     FleetOptions,
@@ -28,6 +28,7 @@ from enova_recommender.recommend.fleet import (
     fleet_options,
 )
 from enova_recommender.recommend.respond import Problem, respond
+from enova_recommender.recommend.types import Capacity
 
 SOLVE_TIMES_MAX = 3.0              # of its time limit that the programme may take with all that is around it
 SOLVE_BESIDE_S = 15.0
@@ -72,7 +73,7 @@ class Advisor:
         timeout_s = SOLVE_TIMES_MAX * question.limits.time_limit_s + SOLVE_BESIDE_S
         return _usable(await self._process.run(allocated, question, timeout_s=timeout_s))
 
-    async def carried(self, request: Plain) -> Carried | Problem:
+    async def carried(self, request: Plain) -> Capacity | Problem:
         """What one replica of the request's `current` carries. Raises TimedOut, Unavailable, PolicyRaised."""
         return await self._process.run(carried, {**request, "corrections": dict(self.corrections())})
 

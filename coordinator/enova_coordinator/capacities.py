@@ -137,15 +137,7 @@ class Capacities:
         if isinstance(question, str):
             return question
         found = await self._advisor.carried({**question.request, "current": current})
-        if isinstance(found, Problem):
-            return found.message
-        return Capacity(
-            requests_per_s=found.requests_per_s,
-            prefill_tokens_per_s=found.prefill_tokens_per_s,
-            decode_tokens_per_s=found.decode_tokens_per_s,
-            kv_tokens=found.kv_tokens,
-            max_num_seqs=found.max_num_seqs,
-        )
+        return found.message if isinstance(found, Problem) else found
 
     def _counted(self, deployment: Deployment, variant: Variant) -> Capacity | None:
         """From finished requests alone; None while they are too few."""

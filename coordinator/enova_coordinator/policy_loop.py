@@ -106,6 +106,7 @@ class PolicyLoop:
         self._settings = settings
         self._interval_s = max(INTERVAL_REAL_S_MIN, real_s(settings.interval_s))
         self._ahead_interval_s = max(INTERVAL_REAL_S_MIN, real_s(AHEAD_INTERVAL_S))
+        self._beat_s = max(INTERVAL_REAL_S_MIN, min(BEAT_S, self._interval_s, self._ahead_interval_s))
         self._last_asked_s: dict[str, float] = {}
         self._verdicts = verdicts_by_name
         self._models = models
@@ -134,8 +135,7 @@ class PolicyLoop:
             await self._make_room()
             self._forget()
             self.figures.rounds += 1
-            pace_s = min(BEAT_S, self._interval_s, self._ahead_interval_s)
-            await asyncio.sleep(max(INTERVAL_REAL_S_MIN, pace_s - (time.monotonic() - started_s)))
+            await asyncio.sleep(max(INTERVAL_REAL_S_MIN, self._beat_s - (time.monotonic() - started_s)))
 
     async def _make_room(self) -> None:
         """Let a less urgent deployment give way where a more urgent one waits for GPUs."""
@@ -167,7 +167,7 @@ class PolicyLoop:
         ahead = (deployment.spec.policy or DEFAULT_POLICY) in FORESEEING
         interval_s = self._ahead_interval_s if ahead else self._interval_s
         # Half a beat early is in time: the next one would be late by more.
-        slack_s = max(INTERVAL_REAL_S_MIN, min(BEAT_S, self._interval_s, self._ahead_interval_s)) / 2
+        slack_s = self._beat_s / 2
         sleeps = ahead and deployment.status.target_replicas == 0
         woken = sleeps and self._telemetry.held_nowhere(deployment.name) > 0
         if not woken and now_s - self._last_asked_s.get(deployment.name, -math.inf) < interval_s - slack_s:

@@ -11,6 +11,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -425,12 +426,10 @@ class Telemetry:
             del self._replicas[name]
         for name in [name for name in self._totals if not deployments(name)]:
             self._request_keys -= len(self._totals.pop(name))
-        for name in [name for name in self._demand if not deployments(name)]:
-            del self._demand[name]
-        for name in [name for name in self._nowhere if not deployments(name)]:
-            del self._nowhere[name]
-        for name in [name for name in self._pairs if not deployments(name)]:
-            del self._pairs[name]
+        kept: tuple[dict[str, Any], ...] = (self._demand, self._nowhere, self._pairs)  # Any: of whatever figures
+        for values in kept:
+            for name in [name for name in values if not deployments(name)]:
+                del values[name]
 
     def forget_node(self, node: str) -> None:
         """Drop what a deleted node's GPUs left."""

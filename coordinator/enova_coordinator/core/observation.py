@@ -94,7 +94,7 @@ def gpu_facts(snapshot: Snapshot, deployment: Deployment) -> GpuFacts | None:
     memories = [
         gpu.memory_bytes
         for view in snapshot.nodes.values()
-        if view.state is not NodeState.LOST and _eligible(view.node, hardware.clusters)
+        if view.state is not NodeState.LOST and eligible(view.node, hardware.clusters)
         for gpu in view.gpus
         if gpu.uuid not in taken
         and gpu_type in {"", gpu.type}
@@ -107,7 +107,8 @@ def gpu_facts(snapshot: Snapshot, deployment: Deployment) -> GpuFacts | None:
     return GpuFacts(count=count, memory_bytes=min(memories))
 
 
-def _eligible(node: Node, clusters: Sequence[str]) -> bool:
+def eligible(node: Node, clusters: Sequence[str]) -> bool:
+    """Whether a node takes replicas of a deployment that is bound to these clusters (empty: to none)."""
     return node.schedulable and not node.draining and (not clusters or node.cluster in clusters)
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from enova_coordinator.core.advice import objectives_of
 from enova_coordinator.core.model import (
     Deployment,
     Intent,
-    Node,
     NodeState,
     NodeView,
     Replica,
@@ -20,6 +20,7 @@ from enova_coordinator.core.model import (
     Snapshot,
     Variant,
 )
+from enova_coordinator.core.observation import eligible
 from enova_coordinator.core.series import COLUMN, MINUTE_S, Figures
 from enova_coordinator.core.verdicts import Verdict
 from enova_recommender.detection.causes import SuggestedAction
@@ -55,13 +56,11 @@ class Price:
 
 def objective_of(deployment: Deployment) -> Objective:
     """The strictest objectives of all classes; where none says which share must meet them, 99 % must."""
-    classes = deployment.spec.classes
-    ttft = [each.ttft_p95_s for each in classes if each.ttft_p95_s is not None]
-    tpot = [each.tpot_p95_s for each in classes if each.tpot_p95_s is not None]
-    shares = [each.attainment for each in classes if each.attainment is not None]
+    promised = objectives_of(deployment.spec)
+    shares = [each.attainment for each in deployment.spec.classes if each.attainment is not None]
     return Objective(
-        ttft_s=min(ttft, default=TTFT_S),
-        tpot_s=min(tpot, default=TPOT_S),
+        ttft_s=promised.get("ttft_s", TTFT_S),
+        tpot_s=promised.get("tpot_s", TPOT_S),
         attainment=max(shares, default=ATTAINMENT),
     )
 
@@ -163,14 +162,10 @@ def places(snapshot: Snapshot, deployment: Deployment, variant: Variant) -> int:
     free = [
         sum(gpu.uuid not in taken and variant.gpu_type in {"", gpu.type} for gpu in view.gpus)
         for view in snapshot.nodes.values()
-        if view.state is not NodeState.LOST and _takes(view.node, hardware.clusters)
+        if view.state is not NodeState.LOST and eligible(view.node, hardware.clusters)
     ]
     fit = sum(count // size for count in free)
     return fit if hardware.max_gpus is None else min(fit, hardware.max_gpus // size)
-
-
-def _takes(node: Node, clusters: Sequence[str]) -> bool:
-    return node.schedulable and not node.draining and (not clusters or node.cluster in clusters)
 
 
 def fleet_lost_share(nodes: Iterable[NodeView]) -> float:

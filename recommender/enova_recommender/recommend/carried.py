@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from enova_recommender.recommend.respond import Problem
-from enova_recommender.recommend.types import Workload
-from enova_recommender.types import Batch, Interval
+from enova_recommender.recommend.types import Capacity, Workload
+from enova_recommender.types import Batch
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Carried:
-    """Requests a second of the request's mix while the objectives hold; tokens a second of either kind alone."""
-
-    requests_per_s: Interval
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    kv_tokens: float
-    max_num_seqs: int
-
-
-def carried(plain: Mapping[str, object]) -> Carried | Problem:
+def carried(plain: Mapping[str, object]) -> Capacity | Problem:
     """The capacity of `current` in a request as `respond` takes it, or why it cannot be told."""
     # The search brings scipy, which takes a second to import: who only names this function does without.
     from enova_recommender.recommend.advise import evaluate, times_of
@@ -53,7 +42,7 @@ def carried(plain: Mapping[str, object]) -> Carried | Problem:
     mean_context = sum(prompt + answer / 2 for prompt, answer in lengths) / len(lengths)
     context = max(batch, min(prediction.kv_tokens, round(batch * mean_context)))
     decode = Batch(prefill_tokens=0, prefill_pairs=0, decode_sequences=batch, context_tokens=context)
-    return Carried(
+    return Capacity(
         requests_per_s=prediction.capacity_rps,
         prefill_tokens_per_s=chunk / times.step_s(prefill),
         decode_tokens_per_s=batch / times.step_s(decode),

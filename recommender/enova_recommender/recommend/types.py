@@ -92,6 +92,20 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """What one replica carries while it meets the objectives, each with an 80 % interval.
+
+    `requests_per_s` holds for the mix of lengths of late; the others make it anew when the mix changes.
+    """
+
+    requests_per_s: Interval
+    prefill_tokens_per_s: float        # with nothing else to do
+    decode_tokens_per_s: float         # at the largest batch that meets the objectives
+    kv_tokens: float                   # that its cache holds
+    max_num_seqs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One configuration that was evaluated. Without a prediction it is impossible, and `reason` says why."""
 

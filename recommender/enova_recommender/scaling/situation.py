@@ -19,9 +19,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from enova_recommender.recommend.types import Capacity as Capacity  # noqa: PLC0414  # part of what policies are told
 from enova_recommender.scaling.bounds import Bounds
 from enova_recommender.scaling.types import Action, Evidence, Observation
-from enova_recommender.types import Interval, VerdictKind
+from enova_recommender.types import VerdictKind
 
 Floats = NDArray[np.float64]
 Memory = Mapping[str, "float | str | tuple[float, ...]"]   # JSON can hold it; empty at the start
@@ -96,20 +97,6 @@ class Demand:
     finished: Floats
     prompt_tokens: Floats
     output_tokens: Floats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
-    """What one replica carries while it meets the objectives, each with an 80 % interval.
-
-    `requests_per_s` holds for the mix of lengths of late; the others make it anew when the mix changes.
-    """
-
-    requests_per_s: Interval
-    prefill_tokens_per_s: float        # with nothing else to do
-    decode_tokens_per_s: float         # at the largest batch that meets the objectives
-    kv_tokens: float                   # that its cache holds
-    max_num_seqs: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

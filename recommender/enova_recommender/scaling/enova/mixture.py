@@ -54,7 +54,7 @@ def _solve(
 ) -> dict[str, int] | None:
     """Variables: replicas of each variant, then how many of them are to be started."""
     count = len(variants)
-    usd = np.array([variant.usd_per_hour or UNPRICED_USD * variant.gpus for variant in variants])
+    usd = np.array([_usd(variant) for variant in variants])
     starts = usd * np.array([variant.start_up.p50_s for variant in variants]) / AMORTIZED_S
     targets = np.array([variant.target for variant in variants], dtype=float)
     one = np.eye(count)
@@ -79,7 +79,7 @@ def _cheapest_first(
 ) -> dict[str, int]:
     """Where bounds and load contradict: as much as the bounds allow, the cheapest for its capacity first."""
     targets = dict.fromkeys((variant.name for variant in variants), 0)
-    order = sorted(variants, key=lambda each: (each.usd_per_hour or UNPRICED_USD * each.gpus) / carried[each.name])
+    order = sorted(variants, key=lambda each: _usd(each) / carried[each.name])
     for variant in order:
         used = sum(targets.values())
         fit = min(variant.places, most - used)
@@ -87,3 +87,7 @@ def _cheapest_first(
         targets[variant.name] = max(0, min(fit, wanted))
         load -= targets[variant.name] * carried[variant.name]
     return targets
+
+
+def _usd(variant: VariantSight) -> float:
+    return variant.usd_per_hour or UNPRICED_USD * variant.gpus
