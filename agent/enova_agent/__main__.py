@@ -87,7 +87,7 @@ class Agent:
             settings=settings.engine,
             data_dir=data_dir,
             node_uid=uid,
-            processes=LocalProcesses(cgroup=cgroup),
+            processes=LocalProcesses(cgroup=cgroup, session_nice=settings.engine.session_nice),
             probe=HttpProbe(),
             on_change=self._changed,
             gpu_types=lambda: {facts.uuid: facts.type for facts in self.gpus.describe()},

@@ -120,9 +120,13 @@ class Processes(Protocol):
 
 
 class LocalProcesses:
-    """Engines as plain children of the agent, each in a session and, if `cgroup` is given, a cgroup of its own."""
+    """Engines as plain children of the agent, each in a session and, if `cgroup` is given, a cgroup of its own.
 
-    def __init__(self, *, cgroup: Path | None = None) -> None:
+    `session_nice` (0 to 19) is given to the session's scheduling group, where the kernel makes such groups.
+    """
+
+    def __init__(self, *, cgroup: Path | None = None, session_nice: int = 0) -> None:
+        self._session_nice = session_nice
         self._cgroup = cgroup if cgroup is not None and (cgroup / "cgroup.procs").exists() else None
         self._boot_id = procfs.boot_id()
         self._members: dict[str, set[tuple[int, int]]] = {}   # token -> (pid, start ticks) seen as members
@@ -149,6 +153,8 @@ class LocalProcesses:
         )
         self._first.add(pid)
         self._into_cgroup(token, pid)
+        if self._session_nice:
+            procfs.set_session_nice(pid, self._session_nice)
         entry = procfs.stat(pid)
         assert entry is not None, "an unreaped child has an entry in /proc, even as a zombie"
         return EngineProcess(pid=pid, start_ticks=entry.start_ticks, boot_id=self._boot_id, token=token)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 PROC = Path("/proc")
+_AUTOGROUP_TRIES, _AUTOGROUP_INTERVAL_S = 5, 0.11
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
@@ -134,6 +136,24 @@ def io_bytes(pid: int) -> int:
         lines = (PROC / str(pid) / "io").read_text().splitlines()
         return sum(int(line.split(":")[1]) for line in lines[:2])
     return 0
+
+
+def set_session_nice(pid: int, nice: int) -> bool:
+    """Make the scheduling group of a process's session nice (sched(7), autogroups); False where that is not to be had.
+
+    The kernel takes one such write in 100 ms from all unprivileged processes together, so this may try several times.
+    """
+    path = PROC / str(pid) / "autogroup"
+    for _ in range(_AUTOGROUP_TRIES):
+        try:
+            path.write_text(str(nice))
+        except BlockingIOError:
+            time.sleep(_AUTOGROUP_INTERVAL_S)
+        except OSError:        # no such groups here, or the process has ended
+            return False
+        else:
+            return True
+    return False
 
 
 def listening_inodes(port: int) -> frozenset[str]:

@@ -112,6 +112,8 @@ class AgentSettings:
             raise InvalidField("must be longer than heartbeat_interval_s", field="heartbeat_timeout_s")
         if len(str(self.socket_path).encode()) > _SOCKET_PATH_BYTES_MAX:
             raise InvalidField(f"{self.socket_path} is too long for a socket", field="socket")
+        if not 0 <= self.engine.session_nice <= 19:
+            raise InvalidField("must be 0 to 19", field="engine.session_nice")
         uuids = [gpu.uuid for gpu in self.simulated_gpus]
         if len(set(uuids)) < len(uuids):
             raise InvalidField("two GPUs have the same uuid", field="simulated_gpus")

@@ -267,6 +267,21 @@ async def test_a_semaphore_of_python_is_known_although_its_mapping_bears_another
 
 
 @pytest.mark.network
+async def test_an_engine_s_session_yields_to_what_computes_beside_it(tmp_path: Path) -> None:
+    group = Path("/proc/self/autogroup")
+    if not group.exists():
+        return  # a kernel without such groups has nothing to set
+    processes = LocalProcesses(session_nice=7)
+    environment = {TOKEN_VARIABLE: f"test-{secrets.token_hex(4)}.x", "PATH": os.environ["PATH"]}
+    own = group.read_text()
+    engine = processes.spawn(Command(argv=("sleep", "600"), environment=environment), tmp_path / "log")
+    assert Path(f"/proc/{engine.pid}/autogroup").read_text().split()[-1] == "7"
+    assert group.read_text() == own
+    await until_async(lambda: processes.kill_all(engine) == 0, timeout_s=10.0)
+    await processes.wait(engine)
+
+
+@pytest.mark.network
 @pytest.mark.root
 async def test_with_a_cgroup_even_a_process_that_hides_everything_ends_with_its_engine(tmp_path: Path) -> None:
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
