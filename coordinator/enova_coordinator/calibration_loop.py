@@ -26,6 +26,7 @@ from enova_coordinator.core.engine_facts import (
     restored,
     stored,
 )
+from enova_coordinator.core.gpu_types import GpuTypes, gpu_of
 from enova_coordinator.core.model import Snapshot, Variant
 from enova_coordinator.core.plan import Delete, Put, Write
 from enova_coordinator.core.service_times import EngineLook
@@ -89,7 +90,11 @@ class _Work:
 
 
 class CalibrationLoop:
-    """Learns while this coordinator leads. `snapshot` is the leader's, `guard` its compare for every write."""
+    """Learns while this coordinator leads. `snapshot` is the leader's, `guard` its compare for every write.
+
+    `types` are the GPU types that the operator described: engines on them are known by the same names as in requests
+    for advice, so that what is learnt of them is found there.
+    """
 
     def __init__(
         self,
@@ -98,6 +103,7 @@ class CalibrationLoop:
         process: PolicyProcess,
         models: KnownModels,
         *,
+        types: GpuTypes,
         snapshot: Callable[[], Snapshot],
         guard: Callable[[], Compare],
         real_s: Callable[[float], float],
@@ -113,6 +119,7 @@ class CalibrationLoop:
         self._store = store
         self._process = process
         self._models = models
+        self._types = types
         self._snapshot = snapshot
         self._guard = guard
         self._interval_s = max(INTERVAL_REAL_S_MIN, real_s(INTERVAL_S))
@@ -150,7 +157,7 @@ class CalibrationLoop:
         """What the step times of a variant's engines depend on, or why nobody can say."""
         known = self._models.get(variant.model)
         config = json.loads(known.config_json) if known is not None and known.config_json else None
-        return engine_model(variant, config)
+        return engine_model(variant, config, self._types.model(gpu_of(self._snapshot(), variant.gpu_type)))
 
     def corrections(self) -> dict[str, Correction]:
         """What is known of step times, by `EngineModel.key`: what `corrected_times` takes."""

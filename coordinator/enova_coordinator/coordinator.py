@@ -166,6 +166,7 @@ class Coordinator:
             ServiceLog(self.telemetry, read=engine_counters),
             self.policies,
             models,
+            types=self.advisor.types,
             snapshot=lambda: self.controller.snapshot,
             guard=leadership.guard,
             real_s=self.clock.real_s,

@@ -15,6 +15,7 @@ import pytest
 from enova_common.errors import EnovaError
 from enova_coordinator.calibration_loop import CalibrationLoop
 from enova_coordinator.core.calibration import StoredCalibration
+from enova_coordinator.core.gpu_types import GpuTypes, described_types
 from enova_coordinator.core.model import (
     Claim,
     Deployment,
@@ -37,6 +38,7 @@ from enova_coordinator.telemetry import Telemetry, TelemetryLimits
 from enova_recommender import catalog
 from enova_recommender.performance import Correction, KernelTimes
 from enova_recommender.performance.calibration import RUN
+from enova_recommender.performance.engine_model import EngineModel
 from enova_recommender.types import Batch
 
 pytestmark = pytest.mark.network  # a child process
@@ -78,6 +80,7 @@ class Fleet:
     store: SqliteStore
     process: PolicyProcess
     now_s: float = 1000.0
+    types: GpuTypes = field(default_factory=GpuTypes)
     snapshot: Snapshot = field(default_factory=snapshot)
     guard: CreateRevisionIs = field(default_factory=lambda: CreateRevisionIs(codec.LEADER_KEY, 0))
     steps: int = 0
@@ -96,6 +99,7 @@ class Fleet:
             ServiceLog(self.telemetry, read=lambda source: source if isinstance(source, EngineCounters) else None),
             self.process,
             KnownModels(now_s=lambda: self.now_s),
+            types=self.types,
             snapshot=lambda: self.snapshot,
             guard=lambda: self.guard,
             real_s=lambda seconds: seconds,
@@ -255,6 +259,21 @@ async def test_an_idle_engine_and_one_on_a_shared_gpu_teach_nothing(fleet: Fleet
     fleet.snapshot = snapshot(shared=True)
     await fleet.learn(loop, 4)
     assert (loop.figures.steps, loop.calibrations, loop.figures.rounds) == (0, {}, 8)
+
+
+async def test_engines_on_a_type_that_the_operator_described_teach_under_the_name_that_requests_use(
+    fleet: Fleet,
+) -> None:
+    own = replace(catalog.gpus()["H100"], name="Own-1")
+    fleet.types = described_types([own])
+    variant = replace(fleet.snapshot.variants[V], gpu_type="own-1")
+    fleet.snapshot = replace(fleet.snapshot, variants={V: variant})
+    loop = fleet.loop()
+    await load(loop)
+    await fleet.learn(loop, 8)
+    (known,) = loop.calibrations.values()
+    assert (known.updates, known.gpu_type) == (7, "own-1")
+    assert list(loop.corrections()) == [EngineModel(shape=catalog.models()[MODEL], gpu=replace(own, name="own-1")).key]
 
 
 async def test_one_that_cannot_be_read_is_begun_anew(fleet: Fleet) -> None:

@@ -7,25 +7,31 @@ from collections.abc import Mapping
 from enova_coordinator.core.calibration import StoredCalibration
 from enova_coordinator.core.model import Configuration, ReplicaState, Variant
 from enova_coordinator.core.service_times import FIRST_TOKEN, INTER_TOKEN, EngineLook
-from enova_recommender.catalog import find_gpu
 from enova_recommender.catalog import models as catalogue
 from enova_recommender.performance.calibration import Calibration
 from enova_recommender.performance.correction import GROUPS
 from enova_recommender.performance.engine_model import EngineModel
 from enova_recommender.performance.live_steps import EngineChange, ObservedStep, observed_step
 from enova_recommender.shape import ShapeError, parse_shape
-from enova_recommender.types import ModelShape, Parallelism, Precision
+from enova_recommender.types import GpuModel, ModelShape, Parallelism, Precision
 
 BATCHED_TOKENS = 2048              # vLLM's default where it knows no better
 _DEPENDS_ON = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "dtype", "quantization",
                "kv_cache_dtype", "enable_expert_parallel", "enforce_eager")  # fmt: skip
 
 
-def engine_model(variant: Variant, config: Mapping[str, object] | None) -> EngineModel | str:
-    """What the engines of a variant are, or why nobody can say. `config` is the model's config.json, if it is known."""
-    gpu = find_gpu(variant.gpu_type)
-    if gpu is None:
-        return f"no data sheet is known of GPU type {variant.gpu_type or '(none yet)'}: the steps are not modelled"
+def engine_model(
+    variant: Variant, config: Mapping[str, object] | None, gpu: GpuModel | str
+) -> EngineModel | str:
+    """What the engines of a variant are, or why nobody can say.
+
+    `config` is the model's config.json, if it is known; `gpu` the data sheet of the variant's type, or why there is
+    none.
+    """
+    if not variant.gpu_type:
+        return "no replica has found its GPU type yet"
+    if isinstance(gpu, str):
+        return f"GPU type {variant.gpu_type} {gpu}"
     shape = shape_of(variant.model, config)
     if isinstance(shape, str):
         return shape

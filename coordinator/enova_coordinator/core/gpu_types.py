@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 
-from enova_coordinator.core.model import Gpu
+from enova_coordinator.core.model import Gpu, Snapshot
 from enova_coordinator.core.placement import CPU_TYPE
 from enova_recommender import catalog
 from enova_recommender.catalog import DriverFacts, GpuError
@@ -38,6 +38,12 @@ class GpuTypes:
             return replace(catalog.gpu_from_driver(told), name=gpu.type)
         except GpuError as error:
             return f"is not in the catalogue, and its driver does not tell {error.field}: {_GIVE}"
+
+
+def gpu_of(snapshot: Snapshot, kind: str) -> Gpu:
+    """A GPU of this type with what its driver tells; of a type that no node has, no more than the name."""
+    gpus = (gpu for view in snapshot.nodes.values() for gpu in view.gpus)
+    return next((gpu for gpu in gpus if gpu.type == kind), Gpu(uuid="", type=kind))
 
 
 def described_types(models: Iterable[GpuModel]) -> GpuTypes:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from enova.v1 import deployment_service_pb2
 from enova_common.errors import NotFound
 from enova_coordinator.core.engine_facts import shape_of
+from enova_coordinator.core.gpu_types import gpu_of
 from enova_coordinator.core.live_frames import cache_plain, capacity_of, live_plain, live_sentences
-from enova_coordinator.core.model import Gpu, Variant
+from enova_coordinator.core.model import Variant
 from enova_coordinator.core.routes import DEFAULT_CONCURRENCY
 from enova_coordinator.service import names
 from enova_coordinator.service.advice import fill
@@ -64,8 +65,7 @@ def _plain(leading: Leading, name: str, seen: _Seen) -> dict[str, object]:
     variant = seen.variant
     facts = leading.models.get(variant.model)
     shape = shape_of(variant.model, json.loads(facts.config_json) if facts is not None and facts.config_json else None)
-    gpus = (gpu for view in leading.control.snapshot.nodes.values() for gpu in view.gpus)
-    gpu = next((each for each in gpus if each.type == variant.gpu_type), Gpu(uuid="", type=variant.gpu_type))
+    gpu = gpu_of(leading.control.snapshot, variant.gpu_type)
     model = leading.advisor.types.model(gpu)
     sheet = f"GPU type {gpu.type or '(none yet)'} {model}" if isinstance(model, str) else model
     lengths = leading.telemetry.length_pairs(name)

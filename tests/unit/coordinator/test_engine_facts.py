@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from enova_coordinator.core.engine_facts import calibration_name, engine_model, observed, restored, stored
-from enova_coordinator.core.model import Claim, Member, Replica, ReplicaState, ReplicaStatus, Variant
+from enova_coordinator.core.gpu_types import GpuTypes
+from enova_coordinator.core.model import Claim, Gpu, Member, Replica, ReplicaState, ReplicaStatus, Variant
 from enova_coordinator.core.service_times import (
     FIRST_TOKEN,
     INTER_TOKEN,
@@ -32,7 +33,7 @@ REPLICA = Replica(
 
 
 def known(variant: Variant = VARIANT) -> EngineModel:
-    model = engine_model(variant, None)
+    model = engine_model(variant, None, GpuTypes().model(Gpu(uuid="", type=variant.gpu_type)))
     assert isinstance(model, EngineModel), model
     return model
 
@@ -64,14 +65,15 @@ def test_flags_make_the_layout_and_the_name() -> None:
 @pytest.mark.parametrize(
     ("variant", "config", "why"),
     [
-        (replace(VARIANT, gpu_type="CPU"), None, "no data sheet is known of GPU type CPU"),
-        (replace(VARIANT, gpu_type=""), None, "none yet"),
+        (replace(VARIANT, gpu_type="CPU"), None, "GPU type CPU is a slot of the host's processor"),
+        (replace(VARIANT, gpu_type="T5000"), None, "GPU type T5000 is not in the catalogue"),
+        (replace(VARIANT, gpu_type=""), None, "no replica has found its GPU type yet"),
         (replace(VARIANT, model="/models/x"), None, "no host has shown it yet"),
         (replace(VARIANT, model="/models/x"), {"model_type": "abacus"}, "cannot be read from its config.json"),
     ],
 )
 def test_what_is_not_known_is_said(variant: Variant, config: dict[str, object] | None, why: str) -> None:
-    reason = engine_model(variant, config)
+    reason = engine_model(variant, config, GpuTypes().model(Gpu(uuid="", type=variant.gpu_type)))
     assert isinstance(reason, str)
     assert why in reason
 
