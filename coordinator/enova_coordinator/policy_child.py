@@ -27,6 +27,7 @@ from enova_coordinator.policy_messages import (
 from enova_recommender.scaling import POLICIES
 
 _PR_SET_PDEATHSIG = 1
+_NICE = 5  # a fit may take a core for seconds: the coordinator, whose lease is at stake, goes first
 
 
 def answer(request: Request) -> Answer:
@@ -70,6 +71,7 @@ def main() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(sys.argv[1]):
         return  # the parent ended before the line above
+    os.nice(_NICE)
     _serve(sys.stdin.buffer, sys.stdout.buffer)
 
 
