@@ -29,8 +29,8 @@ class House:
         self.table = SimpleNamespace(routes=routes)
         self.room.changed()
 
-    def guest(self, body_bytes: int = 10) -> asyncio.Task[Route]:
-        return asyncio.create_task(self.room.target("chat", body_bytes=body_bytes))
+    def guest(self, body_bytes: int = 10, own_timeout_s: float | None = None) -> asyncio.Task[Route]:
+        return asyncio.create_task(self.room.target("chat", body_bytes=body_bytes, own_timeout_s=own_timeout_s))
 
 
 async def waiting(house: House, count: int) -> None:
@@ -79,6 +79,15 @@ async def test_nobody_waits_for_ever_and_who_leaves_makes_room() -> None:
     await waiting(patient, 1)
     patient.set(chat=AWAKE)
     assert (await staying).targets
+
+
+async def test_who_says_how_long_to_wait_waits_no_longer_and_nobody_longer_than_the_room_lets_him() -> None:
+    with pytest.raises(Rejected) as own:
+        await House(wait_s=300.0).guest(own_timeout_s=0.05)
+    assert (own.value.error.status, own.value.error.code) == (429, "queue_timeout")
+    with pytest.raises(Rejected) as rooms:
+        await House(wait_s=0.05).guest(own_timeout_s=300.0)
+    assert (rooms.value.error.status, rooms.value.error.code) == (503, "no_replica")
 
 
 @pytest.mark.parametrize("gone", [{}, {"chat": Route(served_name="chat", deployment="deployments/chat")}])

@@ -178,8 +178,9 @@ class Entry:
         self, request: web.BaseRequest, exchange: Exchange
     ) -> tuple[web.StreamResponse, Outcome, str]:
         try:
-            await self._awaken(exchange)
-            got = await self._answer(request, exchange)
+            own_timeout_s = _own_timeout_s(request.headers.get(TIMEOUT, ""))
+            await self._awaken(exchange, own_timeout_s)
+            got = await self._answer(self._errand(request, exchange, own_timeout_s), exchange)
         except Rejected as refusal:
             exchange.status = refusal.error.status
             return error_response(refusal.error), Outcome.REFUSED, refusal.error.code
@@ -210,21 +211,24 @@ class Entry:
             case _:
                 assert_never(got)
 
-    async def _awaken(self, exchange: Exchange) -> None:
+    async def _awaken(self, exchange: Exchange, own_timeout_s: float | None) -> None:
         """Wait for the first replica of a deployment that was scaled to zero."""
         route = exchange.route
         if route.wakes and not route.targets and not exchange.canary:
             exchange.waits(self._summaries)
-            exchange.route = await self._waiting.target(route.served_name, body_bytes=len(exchange.call.body))
+            since_s = exchange.now()
+            exchange.route = await self._waiting.target(
+                route.served_name, body_bytes=len(exchange.call.body), own_timeout_s=own_timeout_s
+            )
+            exchange.awaited_s = max(0.0, exchange.now() - since_s)
 
     @staticmethod
     def _failed(exchange: Exchange, error: OpenAIError) -> tuple[web.StreamResponse, Outcome, str]:
         exchange.status = error.status
         return error_response(error), Outcome.FAILED, error.code
 
-    async def _answer(self, request: web.BaseRequest, exchange: Exchange) -> _Outcome:
+    async def _answer(self, errand: Errand, exchange: Exchange) -> _Outcome:
         """Try replicas until one answers. Raises what the last one did."""
-        errand = self._errand(request, exchange)
         tried: set[str] = set()
         reached = 0
         attempts = 0
@@ -282,7 +286,10 @@ class Entry:
             self._router.failed(replica, now_s=now_s, draw=_draw())
         return lost
 
-    def _errand(self, request: web.BaseRequest, exchange: Exchange) -> Errand:
+    def _errand(self, request: web.BaseRequest, exchange: Exchange, own_timeout_s: float | None) -> Errand:
+        limit_s = self._limits.queue_timeout_s
+        if own_timeout_s is not None:  # what was spent on waiting for a replica is not to be had again
+            limit_s = min(limit_s, max(0.0, own_timeout_s - exchange.awaited_s / self._time_scale))
         headers = [(name, value) for name, value in forwarded(request.headers) if name != "x-request-id"]
         headers.append(("x-request-id", exchange.request_id))
         return Errand(
@@ -291,7 +298,7 @@ class Entry:
             headers=tuple(headers),
             served_name=exchange.call.model,
             priority=exchange.serving_class.priority,
-            queue_timeout_s=_timeout_s(request.headers.get(TIMEOUT, ""), self._limits.queue_timeout_s),
+            queue_timeout_s=limit_s,
         )
 
     async def _attempt(self, target: RouteTarget, errand: Errand, exchange: Exchange) -> _Outcome:
@@ -305,7 +312,7 @@ class Entry:
                 answer = await self._owner.open(target.replica, errand)
             else:
                 answer = await self._hop.open(target, errand)
-            exchange.queue_s = answer.queue_s * self._time_scale
+            exchange.queue_s = exchange.awaited_s + answer.queue_s * self._time_scale
             got = await self._begin(answer, exchange)
             kept = isinstance(got, _Stream)
             self._router.answered(target.replica)
@@ -411,12 +418,13 @@ def _request_id(given: str) -> str:
     return given if sane else f"{random.getrandbits(128):032x}"
 
 
-def _timeout_s(given: str, limit_s: float) -> float:
+def _own_timeout_s(given: str) -> float | None:
+    """How long a request is willing to wait, real time; None where it does not say."""
     try:
-        asked_s = float(given) if given else limit_s
+        asked_s = float(given) if given else 0.0
     except ValueError as error:
         raise Rejected(invalid_request(f"{TIMEOUT} is not a number of seconds.")) from error
-    return min(asked_s, limit_s) if asked_s > 0 else limit_s
+    return asked_s if asked_s > 0 else None
 
 
 def _draw() -> float:

@@ -80,6 +80,7 @@ class Exchange:
     replica: str = ""
     attempts: int = 0
     status: int = 0
+    awaited_s: float = 0.0    # until there was a replica at all
     queue_s: float | None = None
     first_s: float | None = None
     last_s: float | None = None

@@ -2,7 +2,7 @@
 
 A route says whether its deployment may have no replica (`wakes`). Requests for one that has none are held, told to the
 coordinator as held, which wakes the deployment, and go on as soon as a route brings a target. Over a bound a request
-is answered at once with 503 and a Retry-After.
+is answered at once with 503 and a Retry-After; one whose own time is over, with 429 as at a full replica's queue.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from enova_agent.core.model import Route
-from enova_agent.core.openai_errors import no_replica
+from enova_agent.core.openai_errors import no_replica, queue_timeout
 from enova_agent.ingress.calls import Rejected
 
 
@@ -52,8 +52,11 @@ class WaitingRoom:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def target(self, served_name: str, *, body_bytes: int) -> Route:
-        """The name's route once it leads to a replica. Raises Rejected over a bound, or if the name is gone."""
+    async def target(self, served_name: str, *, body_bytes: int, own_timeout_s: float | None = None) -> Route:
+        """The name's route once it leads to a replica. Raises Rejected over a bound, or if the name is gone.
+
+        `own_timeout_s` is how long the request itself is willing to wait, where it says so.
+        """
         limits = self._limits
         full = self._requests >= limits.requests_max or self._bytes + body_bytes > limits.bytes_max
         if full:
@@ -61,7 +64,7 @@ class WaitingRoom:
         self._requests += 1
         self._bytes += body_bytes
         try:
-            async with asyncio.timeout(limits.wait_s):
+            async with asyncio.timeout(min(limits.wait_s, own_timeout_s or limits.wait_s)):
                 while True:
                     changed = self._changed
                     route = self._table().routes.get(served_name)
@@ -71,6 +74,8 @@ class WaitingRoom:
                         return route
                     await changed.wait()
         except TimeoutError as error:
+            if own_timeout_s is not None and own_timeout_s <= limits.wait_s:
+                raise Rejected(queue_timeout(own_timeout_s)) from error
             raise self._refused(served_name) from error
         finally:
             self._requests -= 1
