@@ -318,7 +318,7 @@ class Demo:
         down = [d for d in decisions if d.action == decision_service_pb2.Decision.ACTION_SCALE_DOWN]
         detail = f"to {self.peak_ready} ready replicas" + (f": {self.held}" if self.held else "")
         self._check("scaled out", detail, passed=bool(up) and self.peak_ready > 1)
-        acts = up + down
+        acts = sorted(up + down, key=lambda decision: decision.model_time_s)
         founded = all(d.actor.startswith("policy/") and d.inputs and d.frames for d in acts)
         counts = f"{len(up)} up, {len(down)} down"
         self._check("each decision carries its figures", counts, passed=bool(acts) and founded)
