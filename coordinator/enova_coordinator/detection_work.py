@@ -29,7 +29,7 @@ from enova_coordinator.detection_messages import (
 from enova_coordinator.detection_state import NO_ARRAYS, Arrays, read_state, write_state
 from enova_coordinator.service.detection_frames import read_frame
 from enova_recommender.detection.causes import RULES, Cause
-from enova_recommender.detection.episodes import Change, EpisodeBook, EpisodeChange
+from enova_recommender.detection.episodes import Change, EpisodeBook, EpisodeChange, gravest
 from enova_recommender.detection.features import COLUMN, Feature
 from enova_recommender.detection.observation import Placement
 from enova_recommender.detection.verdicts import Contribution, Judgement, Verdict
@@ -174,8 +174,7 @@ class FleetDetection:
         ill = [verdict for name in members if (verdict := judged.verdicts.get(name)) is not None]
         if not ill:
             return told
-        worst = max(ill, key=lambda each: (each.score, each.replica))
-        return replace(told, series=self._series(worst, judged.end_s))
+        return replace(told, series=self._series(gravest(ill), judged.end_s))
 
     def _series(self, verdict: Verdict, end_s: float) -> tuple[MeasuredSeries, ...]:
         """The newest steps of the figures that a verdict rests on, then of some that always help."""

@@ -53,7 +53,7 @@ class Episode:
     name: str                      # episodes/{when it opened, in milliseconds}-{digest of its root}
     object: str                    # its root: a replica, a deployment, a node, or "fleet"
     verdict: VerdictKind
-    causes: tuple[str, ...] = ()   # the most frequent first
+    causes: tuple[str, ...] = ()   # those that stand, the most frequent first, then those that did
     members: tuple[str, ...] = ()  # replicas, at most MEMBERS_KEPT
     member_count: int = 0
     state: EpisodeState = EpisodeState.OPEN

@@ -4,6 +4,9 @@ Theory of operation. A detector knows its episodes by ids of its own and forgets
 stored outlives it. An episode that opens at a root where one of the same kind stands open in the store goes on under
 the stored name: a restart splits nothing. A stored one that the detector does not speak of for `ABANDON_AFTER_S` after
 it began is over; nobody saw its end, so it ends where it was last seen. The ledger never touches labels.
+
+Figures move with every step and are written now and then; a new cause, a wider root and new members are written at
+once. Whatever is put off is written when its time has come, for a detector tells of a change but once.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from enova_recommender.detection.episodes import CLOSE_AFTER_S, Change
 from enova_recommender.detection.episodes import Episode as Found
 
 ABANDON_AFTER_S = 4 * CLOSE_AFTER_S  # model time that a detector which begins anew has to see it again
-UPDATE_EVERY_S = 10.0                # real time between two writes of one episode that goes on
+UPDATE_EVERY_S = 10.0                # real time between two writes of one episode of which only figures change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +52,8 @@ class EpisodeLedger:
         self._open = {each.name: each for each in stored if each.state is EpisodeState.OPEN}
         self._inherited = set(self._open)
         self._names: dict[str, str] = {}      # by the detector's id
-        self._written_s: dict[str, float] = {}
+        self._written: dict[str, tuple[float, Episode]] = {}  # when, and as what
+        self._late: set[str] = set()          # names of those that changed since
 
     @property
     def open(self) -> Mapping[str, Episode]:
@@ -69,6 +73,8 @@ class EpisodeLedger:
             writes[write.episode.name] = write
         for write in self._abandoned(now_s):
             writes[write.episode.name] = write
+        for name in sorted(self._late - writes.keys()):
+            writes[name] = EpisodeWrite(change=Change.UPDATED, episode=self._open[name])
         return [write for write in writes.values() if self._due(write, real_s)]
 
     def detached(self, *, now_s: float) -> None:
@@ -127,12 +133,21 @@ class EpisodeLedger:
 
     def _due(self, write: EpisodeWrite, real_s: float) -> bool:
         name = write.episode.name
-        if write.change is Change.UPDATED and real_s - self._written_s.get(name, -math.inf) < UPDATE_EVERY_S:
+        written_s, written = self._written.get(name, (-math.inf, None))
+        news = written is None or _weighty(write.episode) != _weighty(written)
+        if write.change is Change.UPDATED and not news and real_s - written_s < UPDATE_EVERY_S:
+            self._late.add(name)
             return False
-        self._written_s[name] = real_s
+        self._late.discard(name)
+        self._written[name] = real_s, write.episode
         if write.change is Change.CLOSED:
-            del self._written_s[name]
+            del self._written[name]
         return True
+
+
+def _weighty(episode: Episode) -> tuple[object, ...]:
+    """What nobody should have to wait for."""
+    return episode.object, frozenset(episode.causes), episode.member_count
 
 
 def _name(found: Found, wall_s: Callable[[float], float]) -> str:

@@ -5,7 +5,9 @@ node whose replicas are unknown or degraded together, a deployment most of whose
 replica alone. When most nodes fall silent at once the coordinator itself is more likely cut off than they dead: that is
 one episode of the fleet, and nothing is to be done. An episode that is open takes in later verdicts of its root and
 kind; a narrower one that is explained by a new wider root becomes it. It closes when its members have been well for
-some time, so that what comes and goes stays one episode. Open episodes outlive a restart: `adopt` goes on with them
+some time, so that what comes and goes stays one episode. What befalls its members later on is added to its causes;
+what it suggests and rests on is of the gravest cause that stands now. One that goes on unchanged is told of now and
+then, so that whoever keeps it knows when it was last seen. Open episodes outlive a restart: `adopt` goes on with them
 under their old names, and the time that nobody watched does not count as well.
 """
 
@@ -23,6 +25,7 @@ from enova_recommender.detection.verdicts import Contribution, Judgement, Verdic
 from enova_recommender.types import VerdictKind
 
 CLOSE_AFTER_S = 30.0     # without a verdict that belongs to it
+REMIND_AFTER_S = 60.0    # without a change of one that goes on
 TOGETHER_SHARE = 0.5     # of a root's replicas
 NODES_MIN = 2            # of which most are silent: fewer are nodes, not a fleet
 MEMBERS_MIN = 2          # of a root wider than a replica
@@ -60,7 +63,10 @@ class Root:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episode:
-    """What befell a root. `since_s`: the first evidence; `opened_s`: when it was said; `causes` by how often."""
+    """What befell a root. `since_s`: the first evidence; `opened_s`: when it was said.
+
+    `causes`: those that stand, the most frequent first, and then those that did.
+    """
 
     id: str
     root: Root
@@ -92,6 +98,7 @@ class EpisodeBook:
         self._close_after_s = close_after_s
         self._open: dict[str, Episode] = {}
         self._adopted: set[str] = set()
+        self._told_s: dict[str, float] = {}
 
     @property
     def open(self) -> tuple[Episode, ...]:
@@ -113,6 +120,8 @@ class EpisodeBook:
                 closed = replace(episode, closed_s=judgement.end_s)
                 del self._open[episode.id]
                 changes.append(EpisodeChange(change=Change.CLOSED, episode=closed))
+        self._told_s = {id_: told_s for id_, told_s in self._told_s.items() if id_ in self._open}
+        self._told_s |= {each.episode.id: judgement.end_s for each in changes if each.episode.id in self._open}
         return changes
 
     def adopt(self, episodes: Iterable[Episode]) -> None:
@@ -143,7 +152,8 @@ class EpisodeBook:
                 changes.append(EpisodeChange(change=Change.CLOSED, episode=replace(other, closed_s=now_s)))
         updated = _updated(replace(first, root=wider), verdicts, now_s)
         self._open[first.id] = updated
-        if _told(updated) != _told(first):
+        told_s = self._told_s.setdefault(first.id, first.seen_s)
+        if _told(updated) != _told(first) or now_s - told_s >= REMIND_AFTER_S:
             changes.append(EpisodeChange(change=Change.UPDATED, episode=updated))
         return changes
 
@@ -214,25 +224,36 @@ def _new(root: Root, verdicts: list[Verdict], now_s: float) -> Episode:
 def _updated(episode: Episode, verdicts: list[Verdict], now_s: float) -> Episode:
     counted = Counter(each.cause for each in verdicts if each.cause is not None)
     causes = tuple(cause for cause, _ in sorted(counted.items(), key=lambda each: (-each[1], each[0])))
-    worst = max(verdicts, key=lambda each: (each.score, each.replica))
+    worst = gravest(verdicts)
     return replace(
         episode,
-        causes=causes,
+        causes=(*causes, *(each for each in episode.causes if each not in counted)),
         members=episode.members | {each.replica for each in verdicts},
         since_s=min([episode.since_s, *(each.since_s for each in verdicts)]),
         seen_s=now_s,
-        score=max(episode.score, worst.score),
+        score=max(episode.score, *(each.score for each in verdicts)),
         confidence=max(each.confidence for each in verdicts),
         action=_action(episode.root, verdicts),
         contributions=worst.contributions[:CONTRIBUTIONS_MAX],
     )
 
 
+def gravest(verdicts: Iterable[Verdict]) -> Verdict:
+    """The one whose cause goes before the others', and of such the one with the highest score."""
+
+    def gravity(verdict: Verdict) -> tuple[int, float, str]:
+        return -(len(Cause) if verdict.cause is None else verdict.cause), verdict.score, verdict.replica
+
+    return max(verdicts, key=gravity)
+
+
 def _action(root: Root, verdicts: list[Verdict]) -> SuggestedAction:
+    """What most of them ask for; where as many ask for this as for that, what the gravest does."""
     if root.scope is Scope.FLEET:
         return SuggestedAction.NONE
     counted = Counter(each.action for each in verdicts)
-    return max(counted.items(), key=lambda each: (each[1], each[0]))[0]
+    most = max(counted.values())
+    return gravest(each for each in verdicts if counted[each.action] == most).action
 
 
 def _told(episode: Episode) -> tuple[object, ...]:

@@ -306,6 +306,11 @@ class ResidualWatch:
         self._mean = np.where(better | worse, np.nan, self._mean)
         self._learnt = np.where(known, is_learnt, self._learnt)
 
+    def begin_anew(self, rows: Flags) -> None:
+        """These were restarted: how slow the process before was says nothing of the one that runs now."""
+        self._grow(len(rows))
+        self._mean[: len(rows)][rows] = np.nan
+
     def forget(self, row: int) -> None:
         """Another replica has this row, or its engine was restarted on other hardware."""
         if row >= len(self._mean):

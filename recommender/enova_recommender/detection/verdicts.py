@@ -40,6 +40,7 @@ from enova_recommender.types import VerdictKind
 
 SURE_STEPS = 6           # of evidence beyond those that a rule asks for: then nothing more is learnt by waiting
 COUNT_MAX = 1_000_000    # of steps of evidence
+LAPSE_STEPS = 60         # without a vote, for or against: what nobody measures any more is not said for ever
 DOUBT = 0.5              # confidence when a rule has just been met
 PATIENT_STEPS = 12       # a slow replica still serves: before it is replaced it must have been slow for so long
 SCORE_DECADES = 10.0
@@ -110,6 +111,7 @@ class Judge:
         shape = (series, len(Cause))
         self._for = np.zeros(shape, dtype=np.int32)
         self._against = np.zeros(shape, dtype=np.int32)
+        self._silent = np.zeros(shape, dtype=np.int32)
         self._active = np.zeros(shape, dtype=bool)
         self._since = np.full(shape, np.nan)
         self._enter = np.array([RULES[cause].enter for cause in Cause])
@@ -140,7 +142,7 @@ class Judge:
         """Another replica has this row."""
         if row < len(self._for):
             self._evidence.forget(row)
-            self._for[row] = self._against[row] = 0
+            self._for[row] = self._against[row] = self._silent[row] = 0
             self._active[row] = False
             self._since[row] = np.nan
 
@@ -150,8 +152,9 @@ class Judge:
         fewer = np.where(no, np.maximum(self._for - 1, 0), self._for)
         self._for = np.where(yes, np.minimum(self._for + 1, COUNT_MAX), fewer)
         self._against = np.where(yes, 0, np.where(no, self._against + 1, self._against))
+        self._silent = np.where(yes | no, 0, np.minimum(self._silent + 1, COUNT_MAX))
         self._active |= self._for >= self._enter
-        left = self._active & (self._against >= self._leave)
+        left = self._active & ((self._against >= self._leave) | (self._silent >= LAPSE_STEPS))
         self._active &= ~left
         self._for[left] = 0
 
@@ -247,7 +250,7 @@ class Judge:
         if more > 0:
             wider = ((0, more), (0, 0))
             self._for, self._against = np.pad(self._for, wider), np.pad(self._against, wider)
-            self._active = np.pad(self._active, wider)
+            self._active, self._silent = np.pad(self._active, wider), np.pad(self._silent, wider)
             self._since = np.pad(self._since, wider, constant_values=np.nan)
 
 

@@ -143,6 +143,7 @@ class FleetWatch:
             batches = self._undisturbed(step_batches(step, self.fold.placements))
             model = self._modelled(step.replicas)
             progress = self._progress.update(step, step_s=step_s, longest_step_s=model.longest_s)
+            self._residual.begin_anew(step.of(Feature.RESTARTS) >= 1.0)
             quiet = (progress == Progress.BUSY) & np.pad(self._well, (0, max(0, count - len(self._well))))[:count]
             slowness, peers, rarity = self._timed(step, batches, model, quiet)
             signals = Signals(

@@ -71,6 +71,35 @@ def test_updates_are_written_now_and_then_and_the_end_at_once() -> None:
     assert book.open == {}
 
 
+def test_a_new_cause_is_written_at_once() -> None:
+    book = ledger()
+    opened(book)
+    hung = replace(found(), causes=(Cause.HUNG, Cause.SLOW), action=SuggestedAction.EJECT)
+    (write,) = book.take([told(Change.UPDATED, hung)], now_s=1005.0, real_s=101.0)
+    assert (write.change, write.episode.causes) == (Change.UPDATED, ("HUNG", "SLOW"))
+    assert write.episode.suggested_action == "EJECT"
+
+
+def test_an_update_that_was_put_off_is_written_when_its_time_has_come() -> None:
+    book = ledger()
+    opened(book)
+    graver = replace(found(), score=0.9, seen_s=1005.0)
+    assert book.take([told(Change.UPDATED, graver)], now_s=1005.0, real_s=101.0) == []
+    assert book.take([], now_s=1010.0, real_s=105.0) == []
+    (late,) = book.take([], now_s=1050.0, real_s=100.0 + UPDATE_EVERY_S)
+    assert (late.change, late.episode.score) == (Change.UPDATED, 0.9)
+    assert book.take([], now_s=1150.0, real_s=200.0) == []
+
+
+def test_what_was_put_off_ends_with_its_episode() -> None:
+    book = ledger()
+    opened(book)
+    book.take([told(Change.UPDATED, replace(found(), score=0.9))], now_s=1005.0, real_s=101.0)
+    (end,) = book.take([told(Change.CLOSED, replace(found(), closed_s=1040.0))], now_s=1040.0, real_s=102.0)
+    assert end.change is Change.CLOSED
+    assert book.take([], now_s=1150.0, real_s=200.0) == []
+
+
 def test_what_opens_and_changes_in_one_answer_is_one_write_that_opens() -> None:
     changes = [told(Change.OPENED, found()), told(Change.UPDATED, replace(found(), score=0.9))]
     (write,) = ledger().take(changes, now_s=1000.0, real_s=100.0)

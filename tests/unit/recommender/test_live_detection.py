@@ -367,6 +367,83 @@ def test_replica_episodes_of_one_node_become_the_nodes() -> None:
     assert episode.action is SuggestedAction.REPLACE
 
 
+def test_an_open_episode_takes_further_causes_and_acts_on_the_gravest_that_stands() -> None:
+    book, placements = EpisodeBook(), placed("a", "b", "c")
+    book.update(judgement(5.0, {"r0": Cause.SLOW}), placements)
+    (hung,) = book.update(judgement(10.0, {"r0": Cause.HUNG}), placements)
+    assert (hung.change, hung.episode.causes) == (Change.UPDATED, (Cause.HUNG, Cause.SLOW))
+    assert hung.episode.action is RULES[Cause.HUNG].action
+    (slow,) = book.update(judgement(15.0, {"r0": Cause.SLOW}), placements)
+    assert slow.episode.causes == (Cause.SLOW, Cause.HUNG)
+    assert slow.episode.action is RULES[Cause.SLOW].action
+
+
+def test_where_as_many_ask_for_this_as_for_that_the_gravest_is_heard() -> None:
+    book, placements = EpisodeBook(), placed("a", "a")
+    (opened,) = book.update(judgement(5.0, {"r0": Cause.SLOW, "r1": Cause.HUNG}), placements)
+    assert opened.episode.action is SuggestedAction.RESTART
+    assert opened.episode.causes == (Cause.HUNG, Cause.SLOW)
+
+
+def test_an_episode_that_goes_on_unchanged_is_told_of_once_a_minute() -> None:
+    book, placements = EpisodeBook(), placed("a", "b", "c")
+    told = [
+        change.episode.seen_s
+        for number in range(1, 41)
+        for change in book.update(judgement(5.0 * number, {"r0": Cause.SLOW}), placements)
+    ]
+    assert told == [5.0, 65.0, 125.0, 185.0]
+
+
+def test_a_slow_replica_that_hangs_is_hung_and_then_slow_again_until_it_is_fast() -> None:
+    detector = watching(cluster(replicas=2))
+    detector.until(150.0)
+    engine = detector.world.engines[1]
+    engine.slow(2.0)
+    detector.until(200.0)
+    engine.hung = True
+    hung = detector.until(240.0)
+    engine.hung = False
+    healed = detector.until(260.0)
+    engine.slow(1.0)
+    over = detector.until(400.0)
+    every = [each for told in (*hung, *healed, *over) for each in told.changes]
+    changes = [each for each in every if each.episode.kind is VerdictKind.DEGRADED]  # what has piled up is a load
+    assert hung[-1].judgement.verdicts["replica-1"].cause is Cause.HUNG
+    assert len({each.episode.id for each in changes}) == 1
+    assert {each.episode.causes for each in changes} >= {(Cause.HUNG, Cause.SLOW)}
+    assert changes[-1].change is Change.CLOSED
+    assert over[-1].judgement.kind("replica-1") is VerdictKind.NORMAL
+
+
+def test_a_slow_replica_that_was_restarted_and_is_fast_is_not_called_slow_again() -> None:
+    detector = watching(cluster(replicas=2))
+    detector.until(150.0)
+    engine = detector.world.engines[1]
+    engine.slow(6.0)
+    detector.until(200.0)
+    engine.restart(after_s=20.0)
+    causes = {
+        verdict.cause
+        for told in detector.until(300.0) if told.step.end_s > 235.0
+        for verdict in told.judgement.verdicts.values()
+    }  # fmt: skip
+    assert causes == set()
+
+
+def test_what_nobody_measures_any_more_is_not_said_for_ever() -> None:
+    detector = watching(cluster(replicas=2))
+    detector.until(150.0)
+    engine = detector.world.engines[1]
+    engine.slow(2.0)
+    assert detector.until(200.0)[-1].judgement.verdicts["replica-1"].cause is Cause.SLOW
+    engine.rate_rps = 0.0
+    causes = [verdict.cause if (verdict := told.judgement.verdicts.get("replica-1")) else None
+              for told in detector.until(700.0)]  # fmt: skip
+    assert causes[20] is Cause.SLOW            # nobody has seen it fast
+    assert causes[-1] is not Cause.SLOW
+
+
 def test_most_of_a_deployment_overloaded_is_the_deployments_episode() -> None:
     book, placements = EpisodeBook(), placed("a", "b", "c")
     book.update(judgement(5.0, dict.fromkeys(("r0", "r1"), Cause.OVERLOAD)), placements)
