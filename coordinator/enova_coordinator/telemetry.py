@@ -35,13 +35,14 @@ from enova_coordinator.core.series import (
     Ring,
     minutes,
 )
-from enova_coordinator.core.sketch import COUNT_MAX, MergedSketch, flaw
+from enova_coordinator.core.sketch import COUNT_MAX
+from enova_coordinator.request_totals import RequestLedger, RequestTotals
 
 GPUS_PER_NODE_MAX = 64
 REPLICAS_PER_NODE_MAX = 64
 LENGTHS_MAX = 4096                 # answers of one deployment that wait to be learned from
 PAIRS_MAX = 2048                   # newest lengths of prompt and answer that are kept of one deployment
-REQUEST_KEYS_MAX = 100_000         # deployment x replica x class, of the whole fleet
+DEMANDED_MAX = 10_000              # deployments whose demand is kept
 HELD_STEPS = 15                    # after which a count of held requests that was not repeated is void
 _NO_REQUESTS = [0.0] * len(REQUEST_COUNTS)
 _UNCOUNTED = [math.nan] * len(REQUEST_COUNTS)
@@ -55,24 +56,6 @@ class TelemetryLimits:
     step_s: float = 1.0
     window_s: float = 600.0
     future_s: float = 30.0
-
-
-@dataclass(slots=True)
-class RequestTotals:
-    """The sum of all summaries of one class of one deployment's requests on one replica."""
-
-    counts: list[int] = field(default_factory=lambda: [0] * len(REQUEST_COUNTS))
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    held: dict[str, int] = field(default_factory=dict)  # by the node that said so last
-    ttft_s: MergedSketch = field(default_factory=MergedSketch)
-    tpot_s: MergedSketch = field(default_factory=MergedSketch)
-    queue_s: MergedSketch = field(default_factory=MergedSketch)
-    e2e_s: MergedSketch = field(default_factory=MergedSketch)
-
-    def sketches(self) -> tuple[MergedSketch, ...]:
-        """In the order of REQUEST_SKETCHES."""
-        return self.ttft_s, self.tpot_s, self.queue_s, self.e2e_s
 
 
 @dataclass(slots=True)
@@ -125,10 +108,8 @@ class Telemetry:
         self._senders: dict[str, _Sender] = {}
         self._replicas: dict[str, _Tracked] = {}
         self._gpus: dict[str, _Tracked] = {}
-        self._totals: dict[str, dict[tuple[str, str], RequestTotals]] = {}  # by deployment: replica, class
-        self._request_keys = 0
+        self._totals = RequestLedger(self.rejected)
         self._demand: dict[str, Ring] = {}         # by deployment
-        self._nowhere: dict[str, dict[tuple[str, str], tuple[int, float]]] = {}  # held, and when that was said
         self._heard = self._ring(1, 0)             # steps in which any node was heard of
         self._lengths: dict[str, deque[LengthFigures]] = {}
         self._pairs: dict[str, deque[tuple[int, int]]] = {}
@@ -220,12 +201,11 @@ class Telemetry:
     def _add_requests(self, frame: NodeFrame, step: int) -> None:
         by_replica: dict[str, list[int]] = {}
         for request in frame.requests:
-            if not self._add_totals(frame.node, request):
+            if max(*request.counts, request.prompt_tokens, request.output_tokens, request.held) > COUNT_MAX:
+                self.rejected["bad_count"] += 1
                 continue
+            self.samples += self._totals.add(frame.node, request, end_s=frame.end_s)
             self._add_demand(request, step)
-            if not request.replica:
-                held = self._nowhere.setdefault(request.deployment, {})
-                held[frame.node, request.serving_class] = (request.held, frame.end_s)
             known = by_replica.get(request.replica)
             counts = request.counts
             by_replica[request.replica] = (
@@ -239,7 +219,12 @@ class Telemetry:
     def _add_demand(self, request: RequestFigures, step: int) -> None:
         ring = self._demand.get(request.deployment)
         if ring is None:
+            if len(self._demand) >= DEMANDED_MAX:
+                self.rejected["too_many_deployments"] += 1
+                return
             ring = self._demand[request.deployment] = self._ring(len(DEMAND_FEATURES), 0)
+        if request.lengths:
+            self._pairs.setdefault(request.deployment, deque(maxlen=PAIRS_MAX)).extend(request.lengths)
         counts = request.counts
         ring.add(step, 0, [counts[_ARRIVED], counts[_FINISHED], request.prompt_tokens, request.output_tokens])
 
@@ -250,36 +235,6 @@ class Telemetry:
                 self.rejected["unwanted_length"] += 1
             else:
                 waiting.append(sample)
-
-    def _add_totals(self, node: str, request: RequestFigures) -> bool:
-        """Add a summary to its sum; False (and counted) if it was refused."""
-        if max(*request.counts, request.prompt_tokens, request.output_tokens, request.held) > COUNT_MAX:
-            self.rejected["bad_count"] += 1
-            return False
-        key = (request.replica, request.serving_class)
-        totals = self._totals.get(request.deployment, {}).get(key)
-        if totals is None:
-            if self._request_keys >= REQUEST_KEYS_MAX:
-                self.rejected["too_many_request_keys"] += 1
-                return False
-            self._request_keys += 1
-            totals = self._totals.setdefault(request.deployment, {})[key] = RequestTotals()
-        totals.counts = [old + new for old, new in zip(totals.counts, request.counts, strict=True)]
-        totals.prompt_tokens += request.prompt_tokens
-        totals.output_tokens += request.output_tokens
-        totals.held[node] = request.held
-        if request.lengths:
-            self._pairs.setdefault(request.deployment, deque(maxlen=PAIRS_MAX)).extend(request.lengths)
-        self.samples += len(request.counts) + 3
-        for merged, sketch in zip(totals.sketches(), request.sketches, strict=True):
-            if sketch is None:
-                continue
-            if flaw(sketch):
-                self.rejected["bad_sketch"] += 1
-                continue
-            merged.merge(sketch)
-            self.samples += len(sketch.counts)
-        return True
 
     # Answers' lengths.
 
@@ -408,25 +363,30 @@ class Telemetry:
         return known.end_s if known is not None else -math.inf
 
     def totals(self, deployment: str) -> Mapping[tuple[str, str], RequestTotals]:
-        """The sums of a deployment's requests by replica and class, since the coordinator began to listen."""
-        return dict(self._totals.get(deployment, {}))
+        """The sums of a deployment's requests by replica and class, since the coordinator began to listen.
+
+        Those of replicas that are gone stand under one that is called `GONE`.
+        """
+        return self._totals.of(deployment)
+
+    def held_by(self, totals: RequestTotals) -> int:
+        """The requests of a sum that ingresses hold, as they said of late."""
+        return totals.held_since(self._held_from_s)
 
     def held_nowhere(self, deployment: str) -> int:
-        """Requests that ingresses hold for the deployment's first replica, as they said of late.
+        """Requests that ingresses hold for the deployment's first replica, as they said of late."""
+        return self._totals.held_nowhere(deployment, oldest_s=self._held_from_s)
 
-        Who holds some says so with each frame: what was not said again was held by one that is gone.
-        """
-        oldest_s = self._now_s() - HELD_STEPS * self.limits.step_s
-        told = self._nowhere.get(deployment, {}).values()
-        return sum(count for count, end_s in told if end_s >= oldest_s)
+    @property
+    def _held_from_s(self) -> float:
+        return self._now_s() - HELD_STEPS * self.limits.step_s
 
     def forget(self, *, replicas: Callable[[str], bool], deployments: Callable[[str], bool]) -> None:
         """Drop the windows of replicas that are gone, and the totals of deployments that are gone."""
         for name in [name for name in self._replicas if not replicas(name)]:
             del self._replicas[name]
-        for name in [name for name in self._totals if not deployments(name)]:
-            self._request_keys -= len(self._totals.pop(name))
-        kept: tuple[dict[str, Any], ...] = (self._demand, self._nowhere, self._pairs)  # Any: of whatever figures
+        self._totals.forget(replicas=replicas, deployments=deployments, oldest_s=self._held_from_s)
+        kept: tuple[dict[str, Any], ...] = (self._demand, self._pairs)  # Any: of whatever figures
         for values in kept:
             for name in [name for name in values if not deployments(name)]:
                 del values[name]

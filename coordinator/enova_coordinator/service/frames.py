@@ -26,7 +26,7 @@ from enova_coordinator.core.series import (
 )
 from enova_coordinator.core.service_times import EngineCounters, HistogramCounts
 from enova_coordinator.core.sketch import RELATIVE_ACCURACY, MergedSketch
-from enova_coordinator.telemetry import RequestTotals
+from enova_coordinator.request_totals import RequestTotals
 
 SAMPLE_AGE_S_MAX = 5.0     # real time: an older reading is no measurement of this interval
 NAME_LENGTH_MAX = 256
@@ -191,7 +191,7 @@ def _figure(source: telemetry_pb2.ReplicaSample, name: str) -> float | None:
 
 
 def totals_message(
-    deployment: str, replica: str, serving_class: str, totals: RequestTotals
+    deployment: str, replica: str, serving_class: str, totals: RequestTotals, *, held: int
 ) -> telemetry_pb2.RequestSummary:
     """The sum of a class's requests, for the wire."""
     message = telemetry_pb2.RequestSummary(
@@ -200,7 +200,7 @@ def totals_message(
         serving_class=serving_class,
         prompt_tokens=totals.prompt_tokens,
         output_tokens=totals.output_tokens,
-        held=sum(totals.held.values()),
+        held=held,
     )
     for name, count in zip(REQUEST_COUNTS, totals.counts, strict=True):
         setattr(message, name, count)

@@ -219,7 +219,8 @@ def _named(parent: str) -> set[str]:
 def _totals(leading: Leading, deployment: str, parent: str) -> Iterable[telemetry_pb2.RequestSummary]:
     for (replica, serving_class), totals in sorted(leading.telemetry.totals(deployment).items()):
         if "/replicas/" not in parent or replica == parent:
-            yield frames.totals_message(deployment, replica, serving_class, totals)
+            held = leading.telemetry.held_by(totals)
+            yield frames.totals_message(deployment, replica, serving_class, totals, held=held)
 
 
 def _add_latest(
