@@ -1,13 +1,16 @@
 """Asks the recommender, which works in a process of its own, about a request or a deployment.
 
-Searches take seconds of pure computation: the process is not that of the policies, which would wait for them.
+Searches take seconds of pure computation: the process is not that of the policies, which would wait for them. A whole
+fleet is asked about in several processes, which end with the question.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -32,19 +35,24 @@ from enova_recommender.recommend.types import Capacity
 
 SOLVE_TIMES_MAX = 3.0              # of its time limit that the programme may take with all that is around it
 SOLVE_BESIDE_S = 15.0
+PROCESSES_MAX = 4                  # that search for the options of a fleet, 150 MB each; no more than there are cores
 
 Plain = Mapping[str, Any]
 Found = TypeVar("Found")
+AskOptions = Callable[[OptionsQuestion], Awaitable[FleetOptions]]
 
 log = logging.getLogger(__name__)
 
 
 class Advisor:
-    """The recommender's door. `now_s` is the wall clock; `creation_wait_s` bounds what a user's write waits for."""
+    """The recommender's door. `now_s` is the wall clock; `creation_wait_s` bounds what a user's write waits for.
+
+    `new_process` makes a process for it, which starts when it is first asked.
+    """
 
     def __init__(
         self,
-        process: PolicyProcess,
+        new_process: Callable[[], PolicyProcess],
         *,
         now_s: Callable[[], float],
         creation_wait_s: float,
@@ -54,7 +62,9 @@ class Advisor:
         """The fleet's types of GPU that an operator described."""
         self.corrections: Callable[[], Mapping[str, Correction]] = dict
         """What live engines taught of step times, by engine; the leader sets it."""
-        self._process = process
+        self._new_process = new_process
+        self._process = new_process()
+        self._fleet = asyncio.Lock()
         self._now_s = now_s
         self._creation_wait_s = creation_wait_s
         self._asked: set[asyncio.Task[DeploymentAdvice]] = set()
@@ -63,10 +73,30 @@ class Advisor:
         """The answer to a request. Raises InvalidField, TimedOut, Unavailable, PolicyRaised."""
         return _usable(await self._process.run(respond, {**request, "corrections": dict(self.corrections())}))
 
-    async def options(self, question: OptionsQuestion) -> FleetOptions:
-        """The ways to run one deployment of a fleet. Raises as `answer` does."""
-        asked = replace(question, request={**question.request, "corrections": dict(self.corrections())})
-        return _usable(await self._process.run(fleet_options, asked))
+    @contextlib.asynccontextmanager
+    async def fleet(self) -> AsyncIterator[AskOptions]:
+        """A way to ask for the options of one deployment after the other, many at once: each call takes the first
+        process that is free. It raises as `answer` does. Fleets come one after the other.
+        """
+        async with self._fleet:
+            beside = [self._new_process() for _ in range(min(PROCESSES_MAX, len(os.sched_getaffinity(0))) - 1)]
+            free: asyncio.Queue[PolicyProcess] = asyncio.Queue()
+            for process in (self._process, *beside):
+                free.put_nowait(process)
+
+            async def ask(question: OptionsQuestion) -> FleetOptions:
+                asked = replace(question, request={**question.request, "corrections": dict(self.corrections())})
+                process = await free.get()
+                try:
+                    return _usable(await process.run(fleet_options, asked))
+                finally:
+                    free.put_nowait(process)
+
+            try:
+                yield ask
+            finally:
+                for process in beside:
+                    await process.close()
 
     async def allocation(self, question: AllocationQuestion) -> Allocation:
         """Replicas for the whole fleet. Raises as `answer` does."""

@@ -38,6 +38,7 @@ from enova_coordinator.length_loop import LearningFigures, LengthLoop, sweep_whi
 from enova_coordinator.observability import MetricsServer
 from enova_coordinator.policy_loop import PolicyLoop, PolicyLoopFigures
 from enova_coordinator.policy_process import PolicyProcess
+from enova_coordinator.recorder import Recorder
 from enova_coordinator.rollups import Rollups
 from enova_coordinator.service.agent import AgentPace
 from enova_coordinator.service.frames import HISTOGRAM_BOUNDS, engine_counters
@@ -98,7 +99,7 @@ class Coordinator:
         self.store = store
         self.policies = PolicyProcess(timeout_s=settings.scaling.timeout_s)
         self.advisor = Advisor(
-            PolicyProcess(timeout_s=settings.advice.timeout_s, work="advice"),
+            lambda: PolicyProcess(timeout_s=settings.advice.timeout_s, work="advice"),
             now_s=time.time,
             creation_wait_s=settings.advice.creation_wait_s,
             types=read_gpu_types(settings.advice.gpus_file),
@@ -110,6 +111,9 @@ class Coordinator:
         self.advice_figures = AdviceFigures()
         self.policy_figures = PolicyLoopFigures()
         self.rollups = Rollups(settings.data_dir / "rollups.sqlite", file_bytes_max=settings.rollup_bytes_max)
+        self.recorder = Recorder(
+            settings.data_dir / "situations.sqlite", file_bytes_max=settings.situation_bytes_max
+        )
         self.events = EventLog()
         self.mirror = Mirror(store, changed=self._wake)
         self.agents = Agents(now_s=time.monotonic, changed=self._wake)
@@ -193,6 +197,7 @@ class Coordinator:
             agents=self.agents,
             telemetry=self.telemetry,
             rollups=self.rollups,
+            recorder=self.recorder,
             events=self.events,
             advisor=self.advisor,
             calibration=calibration,
@@ -249,6 +254,7 @@ class Coordinator:
                 self.policies,
                 verdicts=lambda: detection.verdicts,
                 scale=self.clock.scale,
+                record=self.recorder.put,
             ),
         )
         self.policy_figures = loop.figures
@@ -310,6 +316,7 @@ class Coordinator:
             await self.learner.close()
             await self.detector.close()
             await asyncio.to_thread(self.rollups.close)
+            await asyncio.to_thread(self.recorder.close)
             await self.store.close()
 
     @contextlib.asynccontextmanager

@@ -9,6 +9,7 @@ import time
 from enova.v1 import deployment_service_pb2
 from enova_common.errors import InvalidField, RetryableError, TimedOut
 from enova_coordinator import traffic
+from enova_coordinator.advisor import AskOptions
 from enova_coordinator.core.fleet import Ground, Wanted, allocation_request, ground_of, options_question
 from enova_coordinator.core.fleet_answer import Solved, answer_of
 from enova_coordinator.core.gpu_types import LeftOut
@@ -20,7 +21,8 @@ from enova_recommender.recommend.fleet import AllocationQuestion
 
 TIME_LIMIT_S, TIME_LIMIT_S_MIN, TIME_LIMIT_S_MAX = 10.0, 0.1, 60.0
 HEADROOM_MAX = 10.0
-OPTIONS_WAIT_S = 100.0             # for all deployments together: half a second each, one after the other
+OPTIONS_WAIT_S = 100.0             # for all deployments together: half a second each, in as many processes as cores
+ASKED_AT_ONCE = 16                 # deployments: their models may have to be read from hosts first
 
 
 async def recommend_allocation(
@@ -64,20 +66,31 @@ def _check(field: str, value: float, least: float, most: float) -> None:
 async def _wanted(leading: Leading, ground: Ground) -> tuple[list[Wanted], list[LeftOut]]:
     """The deployments with what they may run; those that cannot be asked about, and why."""
     snapshot = leading.control.snapshot
+    known = [each for name, each in sorted(snapshot.deployments.items()) if name not in snapshot.frozen]
+    turns = asyncio.Semaphore(ASKED_AT_ONCE)
+    async with leading.advisor.fleet() as ask:
+
+        async def asked(deployment: Deployment) -> Wanted | str:
+            async with turns:
+                return await _asked(leading, ground, deployment, ask)
+
+        # All are waited for, whatever one of them raises: none may go on when the processes end.
+        answers = await asyncio.gather(*(asked(each) for each in known), return_exceptions=True)
     wanted: list[Wanted] = []
     left_out = [LeftOut(object=name, reason="it cannot be read") for name in sorted(snapshot.frozen)]
-    for name, deployment in sorted(snapshot.deployments.items()):
-        if name in snapshot.frozen:
-            continue
-        found = "it is being deleted" if deployment.deleting else await _asked(leading, ground, deployment)
+    for deployment, found in zip(known, answers, strict=True):
+        if isinstance(found, BaseException):
+            raise found
         if isinstance(found, str):
-            left_out.append(LeftOut(object=name, reason=found))
+            left_out.append(LeftOut(object=deployment.name, reason=found))
         else:
             wanted.append(found)
     return wanted, left_out
 
 
-async def _asked(leading: Leading, ground: Ground, deployment: Deployment) -> Wanted | str:
+async def _asked(leading: Leading, ground: Ground, deployment: Deployment, ask: AskOptions) -> Wanted | str:
+    if deployment.deleting:
+        return "it is being deleted"
     snapshot, types = leading.control.snapshot, leading.advisor.types
     observed = traffic.observed(leading.telemetry, snapshot, deployment.name)
     try:
@@ -87,7 +100,7 @@ async def _asked(leading: Leading, ground: Ground, deployment: Deployment) -> Wa
         )
         if isinstance(question, str):
             return question
-        options = await leading.advisor.options(question)
+        options = await ask(question)
     except (InvalidField, RetryableError) as error:
         return error.message
     arrived = traffic.arrived_by_class(leading.telemetry, deployment.name)
