@@ -32,6 +32,7 @@ DESIRED_FIELDS = (
     "autoscaling_paused",
     "reconfiguration",
     "max_tokens_policy",
+    "conservatism",
 )
 DEFAULT_CLASS = "default"
 FILE_BYTES_MAX = 1 << 20  # a deployment takes a few kilobytes; more is a mistake

@@ -56,13 +56,20 @@ def _telemetry(coordinator: Coordinator) -> list[Figure]:
 def _policy(coordinator: Coordinator) -> list[Figure]:
     process, loop = coordinator.policies.figures, coordinator.policy_figures
     decisions = {action: float(count) for action, count in dict(loop.decisions).items()}
+    recorded = coordinator.recorder.figures
+    dropped = {reason: float(count) for reason, count in dict(recorded.dropped).items()}
     return [
+        Figure(name="situations", help="Recorded for replay", values={"": float(recorded.written)}, counter=True),
+        Figure(
+            name="situations_dropped", help="Not recorded, or given up for newer ones", values=dropped, label="reason",
+            counter=True,
+        ),
         Figure(name="policy_calls", help="Observations asked", values={"": float(process.calls)}, counter=True),
         Figure(name="policy_starts", help="Child processes begun", values={"": float(process.starts)}, counter=True),
         Figure(name="policy_timeouts", help="Killed as hung", values={"": float(process.timeouts)}, counter=True),
         Figure(name="policy_crashes", help="Ended by themselves", values={"": float(process.crashes)}, counter=True),
         Figure(name="decisions", help="Recorded", values=decisions, label="action", counter=True),
-    ]
+    ]  # fmt: skip
 
 
 def _advice(coordinator: Coordinator) -> list[Figure]:

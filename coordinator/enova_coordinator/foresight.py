@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enova_coordinator.capacities import Capacities
 from enova_coordinator.core import situation as gather
 from enova_coordinator.core.model import Decision, DecisionInput, Deployment, Replica, Snapshot
+from enova_coordinator.core.recording import Recorded
 from enova_coordinator.core.scaling_guard import Ruling
 from enova_coordinator.core.verdicts import Verdict
 from enova_coordinator.demand_history import DemandHistory
@@ -57,7 +58,9 @@ class Foresight:
         verdicts: Callable[[], Mapping[str, Verdict]],
         scale: float,
         wall_s: Callable[[], float] = time.time,
+        record: Callable[[str, Recorded], None] | None = None,
     ) -> None:
+        self._record = record
         self._telemetry = telemetry
         self._history = history
         self._capacities = capacities
@@ -79,6 +82,11 @@ class Foresight:
         memory = self._memory.get(deployment.uid, {})
         decided = await self._process.run(decide, (policy, situation, memory))
         self._memory[deployment.uid] = decided.memory
+        if self._record is not None:
+            question = Recorded(
+                uid=deployment.uid, policy=policy, situation=situation, memory=memory, wish=decided.wish
+            )
+            self._record(deployment.name, question)
         newest = situation.variants[-1].name if situation.variants else ""
         return Asked(situation, decided, self._capacities.doubt(newest))
 
@@ -149,6 +157,7 @@ class Foresight:
             minutes=minutes,
             held=telemetry.held_nowhere(deployment.name),
             last_act_s=last_act_s,
+            conservatism=deployment.spec.conservatism,
             fleet_lost_share=gather.fleet_lost_share(snapshot.nodes.values()),
             # Until the detector has said anything a policy goes by the data alone.
             verdict=verdicts[deployment.name].kind if deployment.name in verdicts else VerdictKind.NORMAL,

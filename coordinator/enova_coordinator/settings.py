@@ -86,7 +86,7 @@ class CoordinatorSettings:
     metrics_listen: str = "127.0.0.1:0"
     """HOST:PORT of /metrics for Prometheus; empty: not served."""
     data_dir: Path = Path("/var/lib/enova/coordinator")
-    """Holds the SQLite store and the rollups."""
+    """Holds the SQLite store, the rollups and what policies were told."""
     tls: TlsSettings | None = None
     """Mutual TLS of the API."""
     store: StoreSettings = StoreSettings()
@@ -106,6 +106,8 @@ class CoordinatorSettings:
     """Model time of telemetry that is kept in memory; 70 kB a GPU and replica at the default."""
     rollup_bytes_max: int = field(default=4 << 30, metadata=between(1 << 20))
     """Of the rollups' file; over it the oldest go."""
+    situation_bytes_max: int = field(default=1 << 30, metadata=between(1 << 20))
+    """Of the file of what policies were told, which `enova replay` reads; over it the oldest go, as after 7 days."""
     leader_ttl_s: int = field(default=3, metadata=between(2, 60))
     """Real time until another coordinator may lead after this one fell silent."""
     ready_file: Path | None = None

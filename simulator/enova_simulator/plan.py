@@ -3,8 +3,9 @@
 `python -m enova_simulator.plan recommend` reads a `RecommendConfigurationRequest` as JSON from standard input and
 writes the response that the API would give. `python -m enova_simulator.plan simulate` reads what `enova simulate` asks:
 `{"deployment": {...}, "trace": PATH, "fleet": {TYPE: COUNT}, "policies": [...], "start_up_s": 120, "seed": 1000,
-"lengths": [[PROMPT, OUTPUT], ...], "allow_gaps": false}`. What is wrong with a request is one JSON object on standard
-error, exit code 1.
+"lengths": [[PROMPT, OUTPUT], ...], "allow_gaps": false}`. `python -m enova_simulator.plan replay` reads what
+`enova replay` asks: `{"situations": PATH, "policy": "", "conservatism": null}`. What is wrong with a request is one
+JSON object on standard error, exit code 1.
 """
 
 from __future__ import annotations
@@ -85,9 +86,34 @@ def simulate(text: str) -> dict[str, object]:
         _refuse(Problem(field="trace", message=f"cannot be read: {error}"))
 
 
+def replay(text: str) -> dict[str, object]:
+    """What a policy wishes for in recorded situations; what is wrong with the question ends the process."""
+    # The recorded situations bring the coordinator's core, which who only recommends does without.
+    from enova_common.errors import Corrupt
+    from enova_coordinator.core.recording import read_lines
+    from enova_simulator.replay import Asked, ReplayError
+    from enova_simulator.replay import replay as answered
+
+    plain = json.loads(text)
+    try:
+        asked = Asked(policy=plain.get("policy") or "", conservatism=plain.get("conservatism"))
+        path = Path(plain["situations"])
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            return answered(read_lines(lines), asked)
+    except ReplayError as error:
+        _refuse(Problem(field=error.field, message=error.message, remedy=error.remedy))
+    except Corrupt as error:
+        _refuse(Problem(field="situations", message=error.message, remedy=error.remedy))
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        _refuse(Problem(field="situations", message=f"cannot be read: {error}"))
+
+
 def _refuse(problem: Problem) -> NoReturn:
     sys.stderr.write(json.dumps(asdict(problem)) + "\n")
     raise SystemExit(1)
+
+
+ANSWERS = {"recommend": recommend, "simulate": simulate, "replay": replay}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -95,13 +121,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m enova_simulator.plan", description=__doc__)
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument(
-        "command", nargs="?", choices=["recommend", "simulate"], help="answer the request on standard input"
+        "command", nargs="?", choices=sorted(ANSWERS), help="answer the request on standard input"
     )
     asked.add_argument("--gpus", action="store_true", help="known GPU types")
     asked.add_argument("--models", action="store_true", help="known models")
     options = parser.parse_args(words)
     if options.command is not None:
-        found: object = (simulate if options.command == "simulate" else recommend)(sys.stdin.read())
+        found: object = ANSWERS[options.command](sys.stdin.read())
     else:
         found = gpu_facts() if options.gpus else model_facts()
     json.dump(found, sys.stdout)

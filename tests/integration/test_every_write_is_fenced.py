@@ -143,7 +143,7 @@ STUBS: dict[str, Callable[[grpc.aio.Channel], Any]] = {
 READS = {
     *(f"BreakdownService.{name}" for name in ("GetBreakdown", "ListCalibrations")),
     *(f"DecisionService.{name}" for name in ("GetDecision", "ListDecisions", "WatchDecisions", "ListEvents")),
-    *(f"DecisionService.{name}" for name in ("WatchEvents", "Explain")),
+    *(f"DecisionService.{name}" for name in ("WatchEvents", "Explain", "ExportSituations")),
     *(f"DeploymentService.{name}" for name in ("GetDeployment", "ListDeployments", "WatchDeployments")),
     *(f"DeploymentService.{name}" for name in ("ListVariants", "InspectModel")),
     *(f"DeploymentService.{name}" for name in ("RecommendConfiguration", "RecommendAllocation", "GetLiveCapacity")),

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from enova_coordinator.core.advice import MEETS, words
 from enova_coordinator.core.lengths import LengthState, length_sentences
-from enova_coordinator.core.model import Deployment, Intent, NodeView, Replica, ReplicaState, Snapshot
+from enova_coordinator.core.model import Deployment, DeploymentSpec, Intent, NodeView, Replica, ReplicaState, Snapshot
 from enova_coordinator.core.verdicts import Verdict
 
 
@@ -54,7 +54,7 @@ def explain(
 def _deployment(snapshot: Snapshot, deployment: Deployment, verdict: Verdict | None) -> Iterator[str]:
     spec, status = deployment.spec, deployment.status
     least, most = spec.bounds
-    how = "fixed" if spec.fixed else f"autoscaled between {least} and {most}"
+    how = "fixed" if spec.fixed else f"autoscaled between {least} and {most}{_conservatism(spec)}"
     paused = ", autoscaling is paused" if spec.autoscaling_paused and not spec.fixed else ""
     yield (
         f"It serves {spec.model} as {', '.join(deployment.served_names)}; "
@@ -80,6 +80,10 @@ def _deployment(snapshot: Snapshot, deployment: Deployment, verdict: Verdict | N
         yield f"The detector {verdict.detector} says {verdict.kind}: {verdict.reason}."
         for each in verdict.evidence:
             yield f"{each.feature} is {each.value:g} (threshold {each.threshold:g})."
+
+
+def _conservatism(spec: DeploymentSpec) -> str:
+    return f" with conservatism {spec.conservatism:g}" if spec.conservatism != 1 else ""
 
 
 def _found(replicas: Sequence[Replica], found: Mapping[str, Verdict], trouble: str) -> Iterator[str]:

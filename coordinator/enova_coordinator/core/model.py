@@ -183,6 +183,7 @@ class DeploymentSpec:
     hardware: Hardware = Hardware()
     configuration: Configuration = field(default_factory=dict)
     policy: str = ""
+    conservatism: float = 1.0      # the policy's one knob: above 1 spends GPUs for safety, below 1 saves them
     priority: int = 0              # deployments with a lower number are placed first
     autoscaling_paused: bool = False
     reconfiguration: Reconfiguration = Reconfiguration.PROPOSE

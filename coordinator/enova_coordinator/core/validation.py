@@ -26,6 +26,7 @@ MAX_SERVED_NAMES = 64
 MAX_CLASSES = 16
 MAX_TEXT = 512
 MAX_CUT_SHARE = 0.5
+CONSERVATISM = (0.1, 10.0)         # beyond, a policy would follow noise, or its own quantile's bound
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,199}")
@@ -61,6 +62,7 @@ def spec_problems(spec: DeploymentSpec, *, policies: Iterable[str]) -> tuple[Fie
         *_hardware(spec.hardware),
         *_configuration(spec.configuration),
         *_known("policy", spec.policy, tuple(policies)),
+        *_conservatism(spec.conservatism),
         *_max_tokens(spec.max_tokens_policy),
         *_reconfiguration(spec),
     )
@@ -238,6 +240,16 @@ def _known(field: str, value: str, known: tuple[str, ...]) -> Iterator[FieldProb
     if value and value not in known:
         yield FieldProblem(
             field=field, message=f"{value[:80]!r} is not known", remedy=f"leave it out, or use {', '.join(known)}"
+        )
+
+
+def _conservatism(value: float) -> Iterator[FieldProblem]:
+    low, high = CONSERVATISM
+    if not low <= value <= high:       # nor NaN
+        yield FieldProblem(
+            field="conservatism",
+            message=f"must lie between {low:g} and {high:g}, not {value:g}",
+            remedy="1 is the default; 2 spends GPUs for safety, 0.5 saves them",
         )
 
 

@@ -57,6 +57,7 @@ DESIRED_FIELDS = (
     "autoscaling_paused",
     "reconfiguration",
     "max_tokens_policy",
+    "conservatism",
 )
 
 
@@ -125,6 +126,7 @@ def spec(message: cluster_pb2.Deployment) -> DeploymentSpec:
         autoscaling_paused=message.autoscaling_paused,
         reconfiguration=_reconfiguration(message.reconfiguration),
         max_tokens_policy=_max_tokens_policy(message.max_tokens_policy),
+        **_present(message, ("conservatism",)),
     )
 
 
@@ -210,6 +212,7 @@ def deployment_message(
         ),
         configuration=configuration_message(wanted.configuration),
         policy=wanted.policy,
+        conservatism=wanted.conservatism,
         priority=wanted.priority,
         autoscaling_paused=wanted.autoscaling_paused,
         generation=value.generation,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
 from enova.v1 import decision_service_pb2, decision_service_pb2_grpc
-from enova_common.errors import NotFound
+from enova_common.errors import InvalidField, NotFound
 from enova_coordinator.core.explain import explain
 from enova_coordinator.core.model import Decision
+from enova_coordinator.recorder import Place
 from enova_coordinator.service import convert, names, paging
 from enova_coordinator.service.leading import Chair, actor
 from enova_coordinator.service.live import live_words
@@ -130,6 +133,24 @@ class DecisionService(decision_service_pb2_grpc.DecisionServiceServicer):
             decisions=[convert.decision_message(each) for each in decisions[:EXPLAIN_DECISIONS]],
             events=[convert.event_message(each) for each in leading.events.list(name)[:EXPLAIN_EVENTS]],
         )
+
+    async def ExportSituations(  # noqa: N802
+        self, request: decision_service_pb2.ExportSituationsRequest, context: Context
+    ) -> AsyncIterator[decision_service_pb2.ExportSituationsResponse]:
+        """What the policy was told and what it wished, oldest first."""
+        actor(context)
+        recorder = self._chair.leading().recorder
+        name = names.deployment_name(request.deployment, "deployment")
+        if not (math.isfinite(request.last_s) and request.last_s >= 0):
+            raise InvalidField(
+                f"must not be less than 0, is {request.last_s:g}", field="last_s", remedy="3600 asks for the last hour"
+            )
+        place: Place | None = Place()
+        while place is not None:
+            page = await asyncio.wrap_future(recorder.read(name, last_s=request.last_s or math.inf, place=place))
+            for line in page.lines:
+                yield decision_service_pb2.ExportSituationsResponse(line=line)
+            place = page.rest
 
     async def _decisions(self, deployment: str) -> list[Decision]:
         entries, _ = await self._store.range(codec.prefix("decisions", deployment))

@@ -21,6 +21,7 @@ from enova_coordinator.core.verdicts import Verdict
 from enova_coordinator.detection_loop import DetectionLoop
 from enova_coordinator.frame_inbox import FrameInbox
 from enova_coordinator.known_models import KnownModels
+from enova_coordinator.recorder import Recorder
 from enova_coordinator.rollups import Rollups
 from enova_coordinator.store import Compare
 from enova_coordinator.telemetry import Telemetry
@@ -96,6 +97,7 @@ class Leading:
     agents: Agents
     telemetry: Telemetry
     rollups: Rollups
+    recorder: Recorder
     events: Events
     advisor: Advisor
     calibration: CalibrationLoop | None = None

@@ -813,6 +813,7 @@ class Deployment(_message.Message):
     AUTOSCALING_PAUSED_FIELD_NUMBER: _builtins.int
     RECONFIGURATION_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_POLICY_FIELD_NUMBER: _builtins.int
+    CONSERVATISM_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     OBSERVED_GENERATION_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
@@ -843,6 +844,8 @@ class Deployment(_message.Message):
     priority: _builtins.int
     autoscaling_paused: _builtins.bool
     reconfiguration: Global___Reconfiguration.ValueType
+    conservatism: _builtins.float
+    """of the policy: above 1 spends GPUs for safety, below 1 saves them; 1 if absent"""
     generation: _builtins.int
     """Output only.
     counts changes of the desired fields
@@ -900,6 +903,7 @@ class Deployment(_message.Message):
         autoscaling_paused: _builtins.bool = ...,
         reconfiguration: Global___Reconfiguration.ValueType = ...,
         max_tokens_policy: Global___MaxTokensPolicy | None = ...,
+        conservatism: _builtins.float | None = ...,
         generation: _builtins.int = ...,
         observed_generation: _builtins.int = ...,
         state: Global___Deployment.State.ValueType = ...,
@@ -914,16 +918,20 @@ class Deployment(_message.Message):
         advice: Global___DeploymentAdvice | None = ...,
         proposal: Global___DeploymentAdvice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "_replicas", b"_replicas", "advice", b"advice", "configuration", b"configuration", "create_time", b"create_time", "delete_time", b"delete_time", "hardware", b"hardware", "length_limits", b"length_limits", "max", b"max", "max_tokens_policy", b"max_tokens_policy", "min", b"min", "proposal", b"proposal", "replicas", b"replicas", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_conservatism", b"_conservatism", "_max", b"_max", "_min", b"_min", "_replicas", b"_replicas", "advice", b"advice", "configuration", b"configuration", "conservatism", b"conservatism", "create_time", b"create_time", "delete_time", b"delete_time", "hardware", b"hardware", "length_limits", b"length_limits", "max", b"max", "max_tokens_policy", b"max_tokens_policy", "min", b"min", "proposal", b"proposal", "replicas", b"replicas", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "_replicas", b"_replicas", "advice", b"advice", "autoscaling_paused", b"autoscaling_paused", "classes", b"classes", "configuration", b"configuration", "create_time", b"create_time", "delete_time", b"delete_time", "engine", b"engine", "etag", b"etag", "generation", b"generation", "hardware", b"hardware", "length_limits", b"length_limits", "max", b"max", "max_tokens_policy", b"max_tokens_policy", "min", b"min", "model", b"model", "name", b"name", "observed_generation", b"observed_generation", "policy", b"policy", "priority", b"priority", "proposal", b"proposal", "ready_replicas", b"ready_replicas", "reason", b"reason", "reconfiguration", b"reconfiguration", "replicas", b"replicas", "served_names", b"served_names", "state", b"state", "target_replicas", b"target_replicas", "uid", b"uid", "update_time", b"update_time", "variants", b"variants"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_conservatism", b"_conservatism", "_max", b"_max", "_min", b"_min", "_replicas", b"_replicas", "advice", b"advice", "autoscaling_paused", b"autoscaling_paused", "classes", b"classes", "configuration", b"configuration", "conservatism", b"conservatism", "create_time", b"create_time", "delete_time", b"delete_time", "engine", b"engine", "etag", b"etag", "generation", b"generation", "hardware", b"hardware", "length_limits", b"length_limits", "max", b"max", "max_tokens_policy", b"max_tokens_policy", "min", b"min", "model", b"model", "name", b"name", "observed_generation", b"observed_generation", "policy", b"policy", "priority", b"priority", "proposal", b"proposal", "ready_replicas", b"ready_replicas", "reason", b"reason", "reconfiguration", b"reconfiguration", "replicas", b"replicas", "served_names", b"served_names", "state", b"state", "target_replicas", b"target_replicas", "uid", b"uid", "update_time", b"update_time", "variants", b"variants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__conservatism: _TypeAlias = _typing.Literal["conservatism"]  # noqa: Y015
+    _WhichOneofArgType__conservatism: _TypeAlias = _typing.Literal["_conservatism", b"_conservatism"]  # noqa: Y015
     _WhichOneofReturnType__max: _TypeAlias = _typing.Literal["max"]  # noqa: Y015
     _WhichOneofArgType__max: _TypeAlias = _typing.Literal["_max", b"_max"]  # noqa: Y015
     _WhichOneofReturnType__min: _TypeAlias = _typing.Literal["min"]  # noqa: Y015
     _WhichOneofArgType__min: _TypeAlias = _typing.Literal["_min", b"_min"]  # noqa: Y015
     _WhichOneofReturnType__replicas: _TypeAlias = _typing.Literal["replicas"]  # noqa: Y015
     _WhichOneofArgType__replicas: _TypeAlias = _typing.Literal["_replicas", b"_replicas"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__conservatism) -> _WhichOneofReturnType__conservatism | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max) -> _WhichOneofReturnType__max | None: ...
     @_typing.overload

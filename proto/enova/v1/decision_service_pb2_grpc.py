@@ -64,6 +64,11 @@ class DecisionServiceStub(object):
                 request_serializer=enova_dot_v1_dot_decision__service__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=enova_dot_v1_dot_decision__service__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.ExportSituations = channel.unary_stream(
+                '/enova.v1.DecisionService/ExportSituations',
+                request_serializer=enova_dot_v1_dot_decision__service__pb2.ExportSituationsRequest.SerializeToString,
+                response_deserializer=enova_dot_v1_dot_decision__service__pb2.ExportSituationsResponse.FromString,
+                _registered_method=True)
 
 
 class DecisionServiceServicer(object):
@@ -106,6 +111,13 @@ class DecisionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportSituations(self, request, context):
+        """What the deployment's policy was told and what it wished, oldest first, as far as the leader has kept it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecisionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -138,6 +150,11 @@ def add_DecisionServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=enova_dot_v1_dot_decision__service__pb2.ExplainRequest.FromString,
                     response_serializer=enova_dot_v1_dot_decision__service__pb2.ExplainResponse.SerializeToString,
+            ),
+            'ExportSituations': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportSituations,
+                    request_deserializer=enova_dot_v1_dot_decision__service__pb2.ExportSituationsRequest.FromString,
+                    response_serializer=enova_dot_v1_dot_decision__service__pb2.ExportSituationsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -302,6 +319,33 @@ class DecisionService(object):
             '/enova.v1.DecisionService/Explain',
             enova_dot_v1_dot_decision__service__pb2.ExplainRequest.SerializeToString,
             enova_dot_v1_dot_decision__service__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportSituations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/enova.v1.DecisionService/ExportSituations',
+            enova_dot_v1_dot_decision__service__pb2.ExportSituationsRequest.SerializeToString,
+            enova_dot_v1_dot_decision__service__pb2.ExportSituationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

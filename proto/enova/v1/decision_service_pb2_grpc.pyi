@@ -38,6 +38,8 @@ class DecisionServiceStub:
     WatchEvents: _grpc.UnaryStreamMultiCallable[_decision_service_pb2.WatchEventsRequest, _decision_service_pb2.WatchEventsResponse]
     Explain: _grpc.UnaryUnaryMultiCallable[_decision_service_pb2.ExplainRequest, _decision_service_pb2.ExplainResponse]
     """In words and numbers: state, target, what is waited for, the last decisions and failures."""
+    ExportSituations: _grpc.UnaryStreamMultiCallable[_decision_service_pb2.ExportSituationsRequest, _decision_service_pb2.ExportSituationsResponse]
+    """What the deployment's policy was told and what it wished, oldest first, as far as the leader has kept it."""
 
 @_typing.type_check_only
 class DecisionServiceAsyncStub(DecisionServiceStub):
@@ -49,6 +51,8 @@ class DecisionServiceAsyncStub(DecisionServiceStub):
     WatchEvents: _aio.UnaryStreamMultiCallable[_decision_service_pb2.WatchEventsRequest, _decision_service_pb2.WatchEventsResponse]  # type: ignore[assignment]
     Explain: _aio.UnaryUnaryMultiCallable[_decision_service_pb2.ExplainRequest, _decision_service_pb2.ExplainResponse]  # type: ignore[assignment]
     """In words and numbers: state, target, what is waited for, the last decisions and failures."""
+    ExportSituations: _aio.UnaryStreamMultiCallable[_decision_service_pb2.ExportSituationsRequest, _decision_service_pb2.ExportSituationsResponse]  # type: ignore[assignment]
+    """What the deployment's policy was told and what it wished, oldest first, as far as the leader has kept it."""
 
 class DecisionServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -93,5 +97,13 @@ class DecisionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_decision_service_pb2.ExplainResponse, _abc.Awaitable[_decision_service_pb2.ExplainResponse]]:
         """In words and numbers: state, target, what is waited for, the last decisions and failures."""
+
+    @_abc_1.abstractmethod
+    def ExportSituations(
+        self,
+        request: _decision_service_pb2.ExportSituationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_decision_service_pb2.ExportSituationsResponse], _abc.AsyncIterator[_decision_service_pb2.ExportSituationsResponse]]:
+        """What the deployment's policy was told and what it wished, oldest first, as far as the leader has kept it."""
 
 def add_DecisionServiceServicer_to_server(servicer: DecisionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

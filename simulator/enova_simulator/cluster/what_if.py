@@ -215,6 +215,7 @@ def _setup(
     deployment = DeploymentSetup(
         name=name, variants=variants, targets={first.name: begun}, bounds=bounds, objective=objective,
         policy=policy, facts=_facts(asked, first),
+        conservatism=float(str(asked.deployment.get("conservatism", 1.0))),
     )  # fmt: skip
     pools = {pool_of(variant): asked.fleet[variant.gpu_type] for variant in variants}
     end_s = float(asked.rows.arrival_s[-1]) + TAIL_S
