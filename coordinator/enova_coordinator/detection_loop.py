@@ -25,6 +25,7 @@ from enova_coordinator.core.detection import (
     fold_settings,
     placement,
     progress_limits,
+    restarts,
     verdict_of,
 )
 from enova_coordinator.core.episode import Episode, EpisodeLabel, EvidenceSeries
@@ -147,6 +148,8 @@ class DetectionLoop:
         self._interval_s = max(INTERVAL_REAL_S_MIN, clock.real_s(self._fold.step_s))
         self._stale_s = max(STALE_AFTER_S, 4 * self._interval_s)
         self._told: FleetFacts | None = None       # the fleet that the child knows
+        self._restarts: dict[str, int] = {}        # as agents count them, by replica
+        self._told_restarts: dict[str, int] = {}
         self._facts: dict[str, EngineFacts] = {}
         self._looked = -1                          # revision of the snapshot that the fleet was made of
         self._fleet = FleetFacts(placements=(), engines={})
@@ -241,6 +244,7 @@ class DetectionLoop:
         ordered = [snapshot.replicas[name] for name in sorted(snapshot.replicas)]
         found = [placement(snapshot, each) async for each in in_turns(ordered)]
         placed = tuple(each for each in found if each is not None)
+        self._restarts = restarts(snapshot, placed)
         variants = {each.variant for each in placed}
         corrections = self._engines.corrections() if variants - self._facts.keys() else {}
         for name in sorted(variants - self._facts.keys()):
@@ -253,22 +257,27 @@ class DetectionLoop:
     async def _ask(self, out_of_routing: frozenset[str]) -> DetectionAnswer:
         """The child's answer. One that knows nothing of this session is told everything, and asked again."""
         save = self._monotonic_s() - self._saved_s >= SAVE_EVERY_S
+        anew = self._fleet != self._told
+        moved = {name: n for name, n in self._restarts.items() if anew or self._told_restarts.get(name) != n}
         request = DetectionRequest(
             session=self._session_name,
             now_s=self._clock.now(),
             frames=self._inbox.take(),
-            fleet=self._fleet if self._fleet != self._told else None,
+            fleet=self._fleet if anew else None,
             ejected=out_of_routing,
+            restarts=moved,
             save=save,
         )
         answer = await self._process.run(step, request)
         if not answer.known:
             self._sessions += 1
-            request = replace(request, session=self._session_name, setup=self._setup, fleet=self._fleet)
+            request = replace(
+                request, session=self._session_name, setup=self._setup, fleet=self._fleet, restarts=self._restarts
+            )
             assert self._ledger is not None
             self._ledger.detached(now_s=request.now_s)
             answer = await self._process.run(step, request)
-        self._told = self._fleet
+        self._told, self._told_restarts = self._fleet, self._restarts
         if save:
             self._saved_s = self._monotonic_s()
         return answer

@@ -64,7 +64,8 @@ class DetectionRequest:
     """One step of work for the watch of a session.
 
     `setup` makes a new watch; without it the child goes on with the one it has. `fleet` is given when it changed.
-    `ejected`: replicas that agents hold out of routing because they make no progress.
+    `ejected`: replicas that agents hold out of routing because they make no progress. `restarts`: how often agents
+    started engines again, of replicas of which that changed; with `fleet`, of all.
     """
 
     session: str
@@ -73,6 +74,7 @@ class DetectionRequest:
     setup: DetectionSetup | None = None
     fleet: FleetFacts | None = None
     ejected: frozenset[str] = frozenset()
+    restarts: Mapping[str, int] = field(default_factory=dict)
     save: bool = False
 
 

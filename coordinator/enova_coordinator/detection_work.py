@@ -72,6 +72,7 @@ class FleetDetection:
         started_s = time.perf_counter()
         if request.fleet is not None:
             self._place(request.fleet)
+        self._watch.tell_restarts(request.restarts)
         self._add(request)
         closed = self._watch.close(request.now_s)
         judged: Judgement | None = None

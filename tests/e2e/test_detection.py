@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -26,6 +27,7 @@ LEARN_S = 45.0             # real time: what a model is wrong by is known after 
 FOUND_S = 60.0
 OVER_S = 60.0
 MEASURED_S = 2.5
+GIVES_UP = 8               # restarts, after which an agent leaves an engine alone
 LOAD_S = 36_000.0          # of model time: until it is ended
 
 
@@ -195,6 +197,29 @@ def test_an_engine_that_crashes_again_and_again_is_a_crash_loop(watched: Watched
     until(crash, timeout_s=2 * FOUND_S, what="a crash loop")
     (episode,) = [each for each in watched.open_episodes("busy") if "CRASH_LOOP" in each["causes"]]
     assert (episode["kind"], episode["object"]) == ("DEGRADED", replica["name"])
+
+
+def test_an_engine_that_dies_before_it_was_measured_is_a_crash_loop_long_before_its_agent_gives_up(
+    watched: Watched,
+) -> None:
+    watched.fleet.deploy("doomed", replicas=1, max_num_seqs=8, max_model_len=1024)
+    killed: set[int] = set()
+
+    def kill() -> dict[str, Any] | None:
+        now = watched.replica("doomed")
+        if now["pid"] and now["pid"] not in killed:
+            killed.add(now["pid"])
+            with contextlib.suppress(ProcessLookupError):  # it is gone already
+                os.kill(now["pid"], signal.SIGKILL)
+        return next((each for each in watched.open_episodes("doomed") if "CRASH_LOOP" in each["causes"]), None)
+
+    episode = until(kill, timeout_s=FOUND_S, what="a crash loop at the start")
+    assert isinstance(episode, dict)
+    replica = watched.replica("doomed")
+    assert (episode["kind"], episode["object"]) == ("DEGRADED", replica["name"])
+    assert replica["state"] != "FAILED"
+    assert replica["restarts"] < GIVES_UP
+    watched.fleet.ok("delete", "deployment/doomed", "--no-wait")
 
 
 def followed(fleet: UpFleet, *, count: int) -> list[dict[str, Any]]:

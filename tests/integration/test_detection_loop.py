@@ -206,6 +206,23 @@ async def test_what_an_agent_ejected_is_dead_at_once(tmp_path: Path) -> None:
         assert fleet.loop.dead() == {"replica-2"}
 
 
+async def test_restarts_that_only_an_agent_knows_of_are_a_crash_loop(tmp_path: Path) -> None:
+    async with _fleet(tmp_path) as fleet:
+        await fleet.until(60.0)
+        fleet.world.engines[2].state = "STARTING"
+        fleet.world.engines[2].restart(after_s=1e9)     # no frame will tell of any of its processes
+        for count in (1, 2, 3):
+            await fleet.until(60.0 + 30.0 * count)
+            one = fleet.snapshot.replicas["replica-2"]
+            died = replace(one, status=replace(one.status, state=ReplicaState.STARTING, restarts=count))
+            fleet.snapshot = replace(
+                fleet.snapshot, revision=1 + count, replicas={**fleet.snapshot.replicas, one.name: died}
+            )
+        await fleet.until(165.0)
+        assert {name: each.cause for name, each in fleet.loop.verdicts.items()} == {"replica-2": "CRASH_LOOP"}
+        assert fleet.loop.dead() == {"replica-2"}
+
+
 async def test_a_killed_child_is_replaced_and_the_episode_goes_on(tmp_path: Path) -> None:
     async with _fleet(tmp_path) as fleet:
         await fleet.until(60.0)

@@ -124,6 +124,12 @@ def ejected(snapshot: Snapshot) -> frozenset[str]:
     )
 
 
+def restarts(snapshot: Snapshot, placed: Iterable[Placement]) -> dict[str, int]:
+    """How often agents started the engine of each again: also of engines that no frame ever told of."""
+    found = (snapshot.replicas[each.replica] for each in placed)
+    return {each.name: each.status.restarts // max(1, len(each.members)) for each in found}
+
+
 def verdict_of(finding: Finding, *, wall_s: Callable[[float], float]) -> Verdict:
     """A finding as it is kept and shown; `wall_s` turns model time into that of the wall clock."""
     return Verdict(

@@ -9,6 +9,9 @@ engine that restarted counts from zero. What ingresses count comes by interval a
 An agent that restarted, too, counts anew for an engine that it adopts: the last part of an instance's name is the
 agent's. Then counters start from zero, and yet no engine restarted.
 
+An engine that dies before it was measured leaves no trace in frames, but its agent counts: `tell_restarts` takes these
+counts, and what frames show of the same restarts later on is not counted again.
+
 A frame counts once. Of one that comes out of order only what ingresses counted is used; one that comes after its step
 was closed, or is stamped far from the coordinator's clock, is left out and counted by reason, and so is what a node
 says of a replica that is not placed on it. After a stall of the caller the newest steps alone are closed.
@@ -124,6 +127,9 @@ class FeatureFold:
         self._next: int | None = None            # the first step that is not closed
         self._pending: dict[int, _Pending] = {}
         self._instance: dict[int, str] = {}
+        self._told: dict[int, int] = {}          # restarts, as agents count them
+        self._due: dict[int, int] = {}           # of those: that no step holds yet
+        self._unseen: dict[int, int] = {}        # and that frames have not shown yet
         self._nodes: dict[str, _Node] = {}
         self._counters: Floats = np.full((rows, _COUNTERS), np.nan)
         self._stamps: Floats = np.full(rows, np.nan)
@@ -186,6 +192,18 @@ class FeatureFold:
                 self._add_replica(pending, reading, frame)
         self._add_requests(pending, frame)
         return None
+
+    def tell_restarts(self, counts: Mapping[str, int]) -> None:
+        """How often agents started engines again, by replica: what is more than was told before counts in a step."""
+        for name, count in counts.items():
+            row = self._row.get(name)
+            if row is None:
+                continue
+            more = count - self._told.get(row, count)
+            self._told[row] = count
+            if more > 0:
+                self._due[row] = self._due.get(row, 0) + more
+                self._unseen[row] = self._unseen.get(row, 0) + more
 
     def close(self, now_s: float) -> list[FeatureStep]:
         """The steps that are over, in order, and at most CATCH_UP_STEPS: of more, the newest that a frame came for."""
@@ -286,6 +304,7 @@ class FeatureFold:
         fresh = np.zeros(len(names), dtype=bool)
         if pending.rows:
             self._put_rates(values, pending, fresh)
+        self._put_told(values[:, COLUMN[Feature.RESTARTS]])
         self._put_percentiles(values, pending, fresh)
         self._put_requests(values, pending)
         self._forget_nodes(end_s)
@@ -354,6 +373,14 @@ class FeatureFold:
         kept = np.where(np.isnan(counts[last]), self._counters[heads], counts[last])
         self._counters[heads] = np.where(fresh[heads][:, None], counts[last], kept)
         self._stamps[heads] = np.fmax(self._stamps[heads], newest)
+
+    def _put_told(self, restarts: Floats) -> None:
+        """Count what agents told, less what they had told already of what frames show now."""
+        for row in [row for row in self._unseen if restarts[row] >= 1.0]:
+            restarts[row] = max(0.0, float(restarts[row]) - self._unseen.pop(row))
+        for row, count in self._due.items():
+            restarts[row] = np.nan_to_num(restarts[row]) + count
+        self._due.clear()
 
     def _put_percentiles(self, values: Floats, pending: _Pending, fresh: Flags) -> None:
         late = values[:, COLUMN[Feature.LATE_SHARE]]  # a view
@@ -424,7 +451,8 @@ class FeatureFold:
         self._window.forget(row)
         self._counters[row] = np.nan
         self._stamps[row] = np.nan
-        self._instance.pop(row, None)
+        for kept in (self._instance, self._told, self._due, self._unseen):
+            kept.pop(row, None)
         for table in self._buckets.values():
             table[row] = np.nan
         for pending in self._pending.values():

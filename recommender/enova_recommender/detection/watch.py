@@ -133,6 +133,10 @@ class FleetWatch:
         """Take in one frame; the reason if it was left out."""
         return self.fold.add(frame, now_s=now_s)
 
+    def tell_restarts(self, counts: Mapping[str, int]) -> None:
+        """How often agents started engines again, by replica."""
+        self.fold.tell_restarts(counts)
+
     def close(self, now_s: float) -> list[Watched]:
         """Judge every step that is over; after a stall of the caller, the newest."""
         return [self._judged(step) for step in self.fold.close(now_s)]
@@ -143,7 +147,7 @@ class FleetWatch:
             batches = self._undisturbed(step_batches(step, self.fold.placements))
             model = self._modelled(step.replicas)
             progress = self._progress.update(step, step_s=step_s, longest_step_s=model.longest_s)
-            self._residual.begin_anew(step.of(Feature.RESTARTS) >= 1.0)
+            self._residual.begin_anew((step.of(Feature.RESTARTS) >= 1.0) | (step.of(Feature.READY) == 0.0))
             quiet = (progress == Progress.BUSY) & np.pad(self._well, (0, max(0, count - len(self._well))))[:count]
             slowness, peers, rarity = self._timed(step, batches, model, quiet)
             signals = Signals(

@@ -7,7 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from enova_coordinator.core.detection import ejected, fold_settings, placement, progress_limits, verdict_of, words
+from enova_coordinator.core.detection import (
+    ejected,
+    fold_settings,
+    placement,
+    progress_limits,
+    restarts,
+    verdict_of,
+    words,
+)
 from enova_coordinator.core.model import (
     Claim,
     Deployment,
@@ -86,6 +94,16 @@ def test_what_agents_hold_out_of_routing_is_known() -> None:
     assert ejected(snapshot()) == frozenset()
     starting = replace(out, status=replace(out.status, state=ReplicaState.STARTING))
     assert ejected(snapshot(starting)) == frozenset()
+
+
+def test_an_engine_over_two_nodes_that_both_count_its_restart_was_restarted_once() -> None:
+    both = replace(
+        REPLICA, members=(*REPLICA.members, Member(node="nodes/m", rank=1)), status=ReplicaStatus(restarts=2)
+    )
+    found = snapshot(both)
+    where = placement(found, both)
+    assert where is not None
+    assert restarts(found, [where]) == {R: 1}
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, 10.0, 20.0, 120.0])

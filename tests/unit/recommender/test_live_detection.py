@@ -18,7 +18,7 @@ from enova_recommender.detection.peers import PeerWatch, common_part
 from enova_recommender.detection.progress import Progress, ProgressWatch
 from enova_recommender.detection.residual import AffineExpectation, StepBatches, fit_affine, log_ratio
 from enova_recommender.detection.verdicts import Judgement, Verdict
-from enova_recommender.detection.watch import FleetWatch
+from enova_recommender.detection.watch import FleetWatch, Watched
 from enova_recommender.performance import Affine
 from enova_recommender.types import VerdictKind
 from enova_testing.serving_world import BOUNDS, cluster, watching
@@ -420,12 +420,12 @@ def test_a_slow_replica_that_was_restarted_and_is_fast_is_not_called_slow_again(
     detector = watching(cluster(replicas=2))
     detector.until(150.0)
     engine = detector.world.engines[1]
-    engine.slow(6.0)
+    engine.slow(16.0)
     detector.until(200.0)
     engine.restart(after_s=20.0)
     causes = {
         verdict.cause
-        for told in detector.until(300.0) if told.step.end_s > 235.0
+        for told in detector.until(300.0) if told.step.end_s > 220.0
         for verdict in told.judgement.verdicts.values()
     }  # fmt: skip
     assert causes == set()
@@ -442,6 +442,42 @@ def test_what_nobody_measures_any_more_is_not_said_for_ever() -> None:
               for told in detector.until(700.0)]  # fmt: skip
     assert causes[20] is Cause.SLOW            # nobody has seen it fast
     assert causes[-1] is not Cause.SLOW
+
+
+def test_an_engine_that_dies_before_it_was_measured_is_a_crash_loop_by_its_agents_count() -> None:
+    detector = watching(cluster(replicas=2))
+    engine, count = detector.world.engines[1], 0
+    engine.state = "STARTING"
+    engine.starts_at_s = math.inf
+    detector.watch.tell_restarts({"replica-1": count})
+
+    def die(now_s: float) -> None:
+        nonlocal count
+        if now_s in {60.0, 90.0, 125.0}:
+            count += 1
+            detector.watch.tell_restarts({"replica-1": count})
+
+    verdict = detector.until(140.0, each=die)[-1].judgement.verdicts["replica-1"]
+    assert (verdict.kind, verdict.cause) == (VerdictKind.DEGRADED, Cause.CRASH_LOOP)
+    assert {each.feature: each.value for each in verdict.contributions}["restarts"] > 1.75
+
+
+def test_a_restart_that_both_an_agent_and_its_frames_tell_of_counts_once() -> None:
+    detector = watching(cluster(replicas=2))
+    detector.watch.tell_restarts({"replica-0": 3, "replica-1": 0})    # of long ago
+    detector.until(100.0)
+    detector.world.engines[1].restart(after_s=20.0)
+    detector.watch.tell_restarts({"replica-1": 1})
+    steps = detector.until(140.0)
+    detector.world.engines[1].restart(after_s=20.0)                   # of which the agent does not tell
+    steps += detector.until(180.0)
+
+    def restarts(steps: list[Watched]) -> list[float]:
+        counted = (float(each.step.of(Feature.RESTARTS)[each.step.replicas.index("replica-1")]) for each in steps)
+        return [each for each in counted if each > 0]
+
+    assert restarts(steps) == [1.0, 1.0]
+    assert not any("replica-0" in each.judgement.verdicts for each in steps)
 
 
 def test_most_of_a_deployment_overloaded_is_the_deployments_episode() -> None:
