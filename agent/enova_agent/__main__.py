@@ -258,7 +258,7 @@ class Agent:
         self.supervisor.held(update)
 
     def _summaries(self, update: SummariesUpdate) -> None:
-        self.maker.add_summaries(update.summaries)
+        self.maker.add_summaries(update.summaries, start_s=update.start_s)
 
     def _lengths(self, update: LengthsUpdate) -> None:
         self.maker.add_lengths(update.samples)

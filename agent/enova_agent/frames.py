@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -65,11 +66,16 @@ class FrameMaker:
         self._end_s = model_time_s()
         self._filters: dict[str, CanaryFilter] = {}
         self._summaries: deque[Summary] = deque()
+        self._summaries_from_s = math.inf
         self._lengths: deque[LengthSample] = deque()
         self._dropped = 0
 
-    def add_summaries(self, summaries: Iterable[Summary]) -> None:
-        """Request summaries for the next frame; over the bound, the oldest are dropped and counted."""
+    def add_summaries(self, summaries: Iterable[Summary], *, start_s: float = math.inf) -> None:
+        """Request summaries since `start_s` for the next frame; over the bound, the oldest are dropped and counted.
+
+        While no agent listened an ingress went on adding up: the frame covers all that time then.
+        """
+        self._summaries_from_s = min(self._summaries_from_s, start_s)
         for summary in summaries:
             if len(self._summaries) >= SUMMARIES_MAX:
                 self._summaries.popleft()
@@ -87,7 +93,8 @@ class FrameMaker:
     def make(self, held: Mapping[str, HeldReplica] | None) -> Frame:
         """The frame of the interval that ends now. `held` is None while no ingress is connected."""
         self._sequence += 1
-        start_s, self._end_s = self._end_s, max(self._end_s, self._model_time_s())
+        start_s, self._end_s = min(self._end_s, self._summaries_from_s), max(self._end_s, self._model_time_s())
+        self._summaries_from_s = math.inf
         requests, lengths, dropped = tuple(self._summaries), tuple(self._lengths), self._dropped
         self._summaries.clear()
         self._lengths.clear()

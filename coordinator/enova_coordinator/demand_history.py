@@ -7,6 +7,7 @@ come. A deployment that nobody asks for costs nothing here.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -31,23 +32,33 @@ class DemandHistory:
         self._telemetry = telemetry
         self._rollups = rollups
         self._minutes: dict[str, deque[tuple[float, Figures]]] = {}
+        self._read_to_s: dict[str, float] = {}     # the newest minute of each that came from the file
 
     async def of(self, deployment: str) -> Demand:
         """The deployment's whole minutes up to now."""
         kept = self._minutes.get(deployment)
         if kept is None:
             kept = self._minutes[deployment] = deque(await self._read(deployment), maxlen=MINUTES_MAX)
+            self._read_to_s[deployment] = kept[-1][0] if kept else -math.inf
         fresh = self._telemetry.demand_minutes(deployment, count=CATCH_UP_MINUTES)
-        for place, row in enumerate(fresh.values):
+        # A minute that was taken may have been told more of since, by an agent that was away.
+        from_s = max(fresh.first_end_s, self._read_to_s[deployment] + 1.0)
+        told: dict[float, Figures] = {}
+        while kept and kept[-1][0] >= from_s:
+            end_s, row = kept.pop()
+            told[end_s] = row
+        for place, minute in enumerate(fresh.values):
             end_s = fresh.first_end_s + place * MINUTE_S
-            if (not kept or end_s > kept[-1][0]) and not np.isnan(row).any():
-                kept.append((end_s, row.astype(np.float32)))
+            if end_s >= from_s and not np.isnan(minute).any():
+                told[end_s] = minute.astype(np.float32)
+        kept.extend(sorted(told.items(), key=lambda each: each[0]))
         return history_of([end_s for end_s, _ in kept], [row for _, row in kept])
 
     def forget(self, living: Callable[[str], bool]) -> None:
         """Drop the deployments that are gone."""
         for name in [name for name in self._minutes if not living(name)]:
             del self._minutes[name]
+            self._read_to_s.pop(name, None)
 
     async def _read(self, deployment: str) -> list[tuple[float, Figures]]:
         now_s = self._telemetry.now_s

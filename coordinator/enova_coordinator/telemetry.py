@@ -11,14 +11,13 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from enova_coordinator.core.demand_log import DemandLog, Span, span_of
 from enova_coordinator.core.series import (
     COLUMN,
-    DEMAND_FEATURES,
     FIRST_COUNTER,
     FIRST_REQUEST_COUNT,
     GPU_FEATURES,
@@ -42,7 +41,6 @@ GPUS_PER_NODE_MAX = 64
 REPLICAS_PER_NODE_MAX = 64
 LENGTHS_MAX = 4096                 # answers of one deployment that wait to be learned from
 PAIRS_MAX = 2048                   # newest lengths of prompt and answer that are kept of one deployment
-DEMANDED_MAX = 10_000              # deployments whose demand is kept
 HELD_STEPS = 15                    # after which a count of held requests that was not repeated is void
 _NO_REQUESTS = [0.0] * len(REQUEST_COUNTS)
 _UNCOUNTED = [math.nan] * len(REQUEST_COUNTS)
@@ -109,8 +107,7 @@ class Telemetry:
         self._replicas: dict[str, _Tracked] = {}
         self._gpus: dict[str, _Tracked] = {}
         self._totals = RequestLedger(self.rejected)
-        self._demand: dict[str, Ring] = {}         # by deployment
-        self._heard = self._ring(1, 0)             # steps in which any node was heard of
+        self._demand = DemandLog(slots=self._slots)
         self._lengths: dict[str, deque[LengthFigures]] = {}
         self._pairs: dict[str, deque[tuple[int, int]]] = {}
 
@@ -128,10 +125,9 @@ class Telemetry:
         step = math.floor(frame.end_s / self.limits.step_s)
         self.frames += 1
         self.rejected["dropped_by_agent"] += frame.dropped_samples
-        self._heard.put(step, [1.0])
         self._add_gpus(known, frame, step)
         self._add_replicas(frame, step)
-        self._add_requests(frame, step)
+        self._add_requests(frame)
         self._add_lengths(frame.lengths)
         return True
 
@@ -198,14 +194,21 @@ class Telemetry:
     def _ring(self, features: int, first_counter: int) -> Ring:
         return Ring(slots=self._slots, features=features, first_counter=first_counter)
 
-    def _add_requests(self, frame: NodeFrame, step: int) -> None:
+    def _add_requests(self, frame: NodeFrame) -> None:
+        step_s = self.limits.step_s
+        span = span_of(frame.start_s, frame.end_s, step_s=step_s, steps_max=self._slots)
+        # Without an ingress nobody counts: what the frame does not say of requests is unknown.
+        counted = bool(frame.requests) or not frame.replicas or any(
+            not math.isnan(each.row[COLUMN["held"]]) for each in frame.replicas
+        )
+        self._demand.heard(frame.node, span, since=math.floor(frame.start_s / step_s), counts=counted)
         by_replica: dict[str, list[int]] = {}
         for request in frame.requests:
             if max(*request.counts, request.prompt_tokens, request.output_tokens, request.held) > COUNT_MAX:
                 self.rejected["bad_count"] += 1
                 continue
             self.samples += self._totals.add(frame.node, request, end_s=frame.end_s)
-            self._add_demand(request, step)
+            self._add_demand(frame.node, request, span)
             known = by_replica.get(request.replica)
             counts = request.counts
             by_replica[request.replica] = (
@@ -214,19 +217,16 @@ class Telemetry:
         for replica, summed in by_replica.items():
             tracked = self._replicas.get(replica)
             if tracked is not None:
-                tracked.ring.add(step, FIRST_REQUEST_COUNT, summed)
+                for place, share in enumerate(span.shares):
+                    tracked.ring.add(span.first + place, FIRST_REQUEST_COUNT, [share * count for count in summed])
 
-    def _add_demand(self, request: RequestFigures, step: int) -> None:
-        ring = self._demand.get(request.deployment)
-        if ring is None:
-            if len(self._demand) >= DEMANDED_MAX:
-                self.rejected["too_many_deployments"] += 1
-                return
-            ring = self._demand[request.deployment] = self._ring(len(DEMAND_FEATURES), 0)
-        if request.lengths:
-            self._pairs.setdefault(request.deployment, deque(maxlen=PAIRS_MAX)).extend(request.lengths)
+    def _add_demand(self, node: str, request: RequestFigures, span: Span) -> None:
         counts = request.counts
-        ring.add(step, 0, [counts[_ARRIVED], counts[_FINISHED], request.prompt_tokens, request.output_tokens])
+        values = (counts[_ARRIVED], counts[_FINISHED], request.prompt_tokens, request.output_tokens)
+        if not self._demand.add(request.deployment, node, span, values):
+            self.rejected["too_many_deployments"] += 1
+        elif request.lengths:
+            self._pairs.setdefault(request.deployment, deque(maxlen=PAIRS_MAX)).extend(request.lengths)
 
     def _add_lengths(self, lengths: Iterable[LengthFigures]) -> None:
         for sample in lengths:
@@ -292,22 +292,17 @@ class Telemetry:
 
     def demanded(self) -> tuple[str, ...]:
         """The deployments that anybody has sent a request to."""
-        return tuple(self._demand)
+        return self._demand.deployments()
 
     def demand_window(self, deployment: str, *, steps: int) -> tuple[float, Figures]:
         """What clients sent in the newest `steps` steps that are over, by DEMAND_FEATURES, and the first one's start.
 
-        A step of which no node was heard is missing; one in which nobody spoke of a request had none.
+        A step is missing of which no node was heard, or not one that brings a good part of the requests; one in
+        which nobody spoke of a request had none.
         """
         last = self.step - 1               # the newest step is not over: its count would look like a fall
         first = last - min(steps, self._slots - 1) + 1
-        heard = ~np.isnan(self._heard.window(first, last))
-        ring = self._demand.get(deployment)
-        if ring is None:
-            rows: Figures = np.full((len(heard), len(DEMAND_FEATURES)), np.nan, dtype=np.float32)
-        else:
-            rows = ring.window(first, last)
-        return first * self.limits.step_s, np.where(np.isnan(rows) & heard, np.float32(0.0), rows)
+        return first * self.limits.step_s, self._demand.window(deployment, first, last, now=self.step)
 
     def demand_minutes(self, deployment: str, *, count: int) -> MinuteSeries:
         """The newest `count` whole minutes of what clients sent, by DEMAND_FEATURES."""
@@ -386,14 +381,14 @@ class Telemetry:
         for name in [name for name in self._replicas if not replicas(name)]:
             del self._replicas[name]
         self._totals.forget(replicas=replicas, deployments=deployments, oldest_s=self._held_from_s)
-        kept: tuple[dict[str, Any], ...] = (self._demand, self._pairs)  # Any: of whatever figures
-        for values in kept:
-            for name in [name for name in values if not deployments(name)]:
-                del values[name]
+        self._demand.forget(deployments=deployments, now=self.step)
+        for name in [name for name in self._pairs if not deployments(name)]:
+            del self._pairs[name]
 
     def forget_node(self, node: str) -> None:
         """Drop what a deleted node's GPUs left."""
         self._senders.pop(node, None)
+        self._demand.forget_node(node)
         for name in [name for name in self._gpus if name.startswith(f"{node}/gpus/")]:
             del self._gpus[name]
 

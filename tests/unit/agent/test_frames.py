@@ -111,6 +111,20 @@ def test_summaries_go_into_one_frame_and_over_the_bound_the_oldest_are_counted()
     assert (after.requests, after.dropped_samples) == ((), 0)
 
 
+def test_a_frame_covers_the_time_in_which_its_summaries_could_not_be_told() -> None:
+    clocks = Clocks()
+    frames = maker(OneEngine(), clocks)          # an agent that has just started, at 1000
+    frames.add_summaries([Summary(deployment="d", arrived=70)], start_s=930.0)
+    frames.add_summaries([Summary(deployment="d", arrived=1)], start_s=1000.0)
+    clocks.model_s = 1001.0
+    late = frames.make(None)
+    clocks.model_s = 1002.0
+    frames.add_summaries([Summary(deployment="d", arrived=1)], start_s=1001.0)
+    usual = frames.make(None)
+    assert (late.start_s, late.end_s) == (930.0, 1001.0)
+    assert (usual.start_s, usual.end_s) == (1001.0, 1002.0)
+
+
 def filled(count: int, **bounds: int) -> FrameBuffer:
     buffer = FrameBuffer(**bounds)
     for number in range(count):
