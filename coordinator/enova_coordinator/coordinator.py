@@ -32,7 +32,7 @@ from enova_coordinator.figures import figures
 from enova_coordinator.foresight import Foresight
 from enova_coordinator.frame_inbox import FrameInbox
 from enova_coordinator.gpus_file import read_gpu_types
-from enova_coordinator.housekeeping import Housekeeping
+from enova_coordinator.housekeeping import Housekeeping, HousekeepingFigures
 from enova_coordinator.known_models import KnownModels
 from enova_coordinator.length_loop import LearningFigures, LengthLoop, sweep_while_following
 from enova_coordinator.observability import MetricsServer
@@ -110,6 +110,7 @@ class Coordinator:
         self.detection_figures = DetectionFigures()
         self.advice_figures = AdviceFigures()
         self.policy_figures = PolicyLoopFigures()
+        self.housekeeping_figures = HousekeepingFigures()
         self.rollups = Rollups(settings.data_dir / "rollups.sqlite", file_bytes_max=settings.rollup_bytes_max)
         self.recorder = Recorder(
             settings.data_dir / "situations.sqlite", file_bytes_max=settings.situation_bytes_max
@@ -187,6 +188,7 @@ class Coordinator:
             guard=leadership.guard,
             history_keep_s=self.settings.store.history_keep_s,
         )
+        self.housekeeping_figures = housekeeping.figures
         length_loop = LengthLoop(
             self.controller, self.telemetry, models, self.learner, folder=self.settings.data_dir / "lengths"
         )

@@ -40,7 +40,9 @@ def _telemetry(coordinator: Coordinator) -> list[Figure]:
     telemetry, rollups = coordinator.telemetry, coordinator.rollups.figures
     rejected = {reason: float(count) for reason, count in dict(telemetry.rejected).items()}
     dropped = {reason: float(count) for reason, count in dict(rollups.dropped).items()}
+    undone = {chore: float(count) for chore, count in dict(coordinator.housekeeping_figures.failures).items()}
     return [
+        Figure(name="chores_failed", help="Of housekeeping", values=undone, label="chore", counter=True),
         Figure(name="frames", help="Taken in", values={"": float(telemetry.frames)}, counter=True),
         Figure(name="samples", help="Taken in", values={"": float(telemetry.samples)}, counter=True),
         Figure(

@@ -7,7 +7,8 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from enova_common.errors import Corrupt, EnovaError
@@ -36,6 +37,16 @@ V = TypeVar("V", RequestRecord, Decision, Episode)
 log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class HousekeepingFigures:
+    """What went wrong, for the coordinator's own metrics and for people."""
+
+    failures: dict[str, int] = field(default_factory=dict)
+    """By chore."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why a chore failed when it was last done; absent where it went well."""
+
+
 class Housekeeping:
     """Runs while this coordinator leads. `snapshot` is the leader's, `guard` its compare for every write."""
 
@@ -49,6 +60,7 @@ class Housekeeping:
         guard: Callable[[], Compare],
         history_keep_s: float,
     ) -> None:
+        self.figures = HousekeepingFigures()
         self._store = store
         self._telemetry = telemetry
         self._rollups = rollups
@@ -59,33 +71,49 @@ class Housekeeping:
         self._revisions: deque[tuple[float, int]] = deque()
 
     async def run(self) -> None:
-        """Keep house until cancelled; a chore that fails is tried again on the next beat."""
+        """Keep house until cancelled; a chore that fails is tried again when its turn comes, and costs no other one."""
         next_prune_s = time.monotonic()
         while True:
-            try:
-                self._roll()
-            except Exception:
-                # A defect here must cost a minute of the rollups, not the leader its term.
-                log.exception("a minute was not rolled up")
+            if self._minute_is_over():
+                await self._do("roll", self._roll)
+                await self._do("forget", self._forget)
             if time.monotonic() >= next_prune_s:
                 next_prune_s = time.monotonic() + PRUNE_EVERY_S
-                try:
-                    await self._prune()
-                except EnovaError as error:
-                    log.warning("the store was not tidied: %s", error)
+                await self._do("prune_requests", self._prune_requests)
+                await self._do("prune_decisions", self._prune_decisions)
+                await self._do("prune_episodes", self._prune_episodes)
+                await self._do("compact", self._compact)
             await asyncio.sleep(BEAT_S)
+
+    async def _do(self, name: str, chore: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await chore()
+        except EnovaError as error:
+            log.warning("%s was not done: %s", name, error)
+            reason = str(error)
+        except Exception as error:
+            # A defect here must cost one chore, not the leader its term.
+            log.exception("%s was not done", name)
+            reason = f"internal error: {type(error).__name__}: {error}"
+        else:
+            self.figures.reasons.pop(name, None)
+            return
+        self.figures.failures[name] = self.figures.failures.get(name, 0) + 1
+        self.figures.reasons[name] = reason
 
     def _whole_minutes(self) -> int:
         """Minutes of model time that are over, and whose last frames should have come."""
         return math.floor((self._telemetry.now_s - self._telemetry.limits.step_s) / MINUTE_S)
 
-    def _roll(self) -> None:
-        """Hand the last whole minute over. Under a fast clock some are passed over: the file is no store of record."""
-        minute = self._whole_minutes()
-        if minute <= self._minute:
-            return
-        self._minute = minute
-        snapshot, telemetry = self._snapshot(), self._telemetry
+    def _minute_is_over(self) -> bool:
+        """Whether one ended since. Under a fast clock some are passed over: the file is no store of record."""
+        minute, before = self._whole_minutes(), self._minute
+        self._minute = max(minute, before)
+        return minute > before
+
+    async def _roll(self) -> None:
+        """Hand the last whole minute over."""
+        minute, snapshot, telemetry = self._minute, self._snapshot(), self._telemetry
         for node in snapshot.nodes:
             objects = {}
             for replica in snapshot.replicas.values():
@@ -102,16 +130,12 @@ class Housekeeping:
         }
         if demand:
             self._rollups.write(NodeMinute(end_s=minute * MINUTE_S, node=DEMAND_NODE, objects=demand))
-        telemetry.forget(
-            replicas=snapshot.replicas.__contains__,
-            deployments=snapshot.deployments.__contains__,
-        )
 
-    async def _prune(self) -> None:
-        await self._prune_requests()
-        await self._prune_decisions()
-        await self._prune_episodes()
-        await self._compact()
+    async def _forget(self) -> None:
+        snapshot = self._snapshot()
+        self._telemetry.forget(
+            replicas=snapshot.replicas.__contains__, deployments=snapshot.deployments.__contains__
+        )
 
     async def _prune_requests(self) -> None:
         oldest_s = time.time() - REQUEST_KEEP_S

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from enova_common.errors import Unavailable
 from enova_coordinator.core.episode import Episode, EpisodeState
 from enova_coordinator.core.model import (
     Decision,
@@ -30,7 +31,7 @@ from enova_coordinator.housekeeping import (
     Housekeeping,
 )
 from enova_coordinator.rollups import Rollups
-from enova_coordinator.store import CreateRevisionIs, ModRevisionIs, Put, codec
+from enova_coordinator.store import CreateRevisionIs, Entry, ModRevisionIs, Put, codec
 from enova_coordinator.store.sqlite import MEMORY, SqliteStore
 from enova_coordinator.telemetry import Telemetry, TelemetryLimits
 from enova_recommender.types import VerdictKind
@@ -65,7 +66,20 @@ class House:
     """A store, and who keeps it."""
 
     store: SqliteStore
-    keeping: Housekeeping
+    rollups: Rollups
+    snapshot: Snapshot
+    telemetry: Telemetry
+    keeping: Housekeeping = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keeping = self.made()
+
+    def made(self) -> Housekeeping:
+        """Who keeps it."""
+        return Housekeeping(
+            self.store, self.telemetry, self.rollups, snapshot=lambda: self.snapshot,
+            guard=lambda: CreateRevisionIs(codec.LEADER_KEY, 0), history_keep_s=60.0,
+        )  # fmt: skip
 
     async def names(self) -> list[str]:
         """The names of all that is stored, unreadable or not."""
@@ -99,17 +113,54 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     store = await SqliteStore.open(MEMORY)
     rollups = Rollups(tmp_path / "rollups")
     snapshot = Snapshot(deployments={LIVING: Deployment(name=LIVING, uid="u", spec=DeploymentSpec(model="m"))})
-    keeping = Housekeeping(
-        store,
-        Telemetry(TelemetryLimits(), now_s=time.time, owns=lambda _node, _replica: True),
-        rollups,
-        snapshot=lambda: snapshot,
-        guard=lambda: CreateRevisionIs(codec.LEADER_KEY, 0),
-        history_keep_s=60.0,
-    )
-    yield House(store, keeping)
+    telemetry = Telemetry(TelemetryLimits(), now_s=time.time, owns=lambda _node, _replica: True)
+    yield House(store, rollups, snapshot, telemetry)
     rollups.close()
     await store.close()
+
+
+class BrokenTelemetry(Telemetry):
+    """Cannot say what was demanded; a minute of its clock passes with every question for the time."""
+
+    def __init__(self) -> None:
+        self.passed = 0
+        self.forgot = 0
+        super().__init__(TelemetryLimits(), now_s=self._tick, owns=lambda _node, _replica: True)
+
+    def _tick(self) -> float:
+        self.passed += 1
+        return 60.0 * self.passed
+
+    def demanded(self) -> tuple[str, ...]:
+        raise RuntimeError("planted")
+
+    def forget(self, *, replicas: Callable[[str], bool], deployments: Callable[[str], bool]) -> None:
+        self.forgot += 1
+
+
+async def test_a_chore_that_fails_says_why_and_costs_no_other_one(house: House) -> None:
+    house.telemetry = telemetry = BrokenTelemetry()
+    house.keeping = house.made()
+    figures = house.keeping.figures
+    task = asyncio.create_task(house.keeping.run())
+    await until_async(lambda: figures.failures.get("roll", 0) >= 2 and telemetry.forgot >= 2, timeout_s=10)
+    assert not task.done()
+    task.cancel()
+    await asyncio.wait([task])
+    assert figures.reasons == {"roll": "internal error: RuntimeError: planted"}
+
+
+async def test_a_store_that_refuses_is_asked_for_each_chore(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def away(_prefix: str) -> tuple[list[Entry], int]:
+        raise Unavailable("the store is away")
+
+    monkeypatch.setattr(house.store, "range", away)
+    task = asyncio.create_task(house.keeping.run())
+    figures, wanted = house.keeping.figures, {"prune_requests", "prune_decisions", "prune_episodes"}
+    await until_async(lambda: figures.reasons.keys() == wanted, timeout_s=5)
+    task.cancel()
+    await asyncio.wait([task])
+    assert set(figures.reasons.values()) == {"the store is away"}
 
 
 async def test_what_cannot_be_read_stays_and_keeps_no_other_from_going(house: House) -> None:
