@@ -30,6 +30,7 @@ from enova_coordinator.core.detection import (
 )
 from enova_coordinator.core.episode import Episode, EpisodeLabel, EvidenceSeries
 from enova_coordinator.core.episode_ledger import EpisodeLedger, EpisodeWrite, FoundChange
+from enova_coordinator.core.followed_corrections import FOLLOW_EVERY_S
 from enova_coordinator.core.model import Severity, Snapshot, Variant
 from enova_coordinator.core.plan import Put
 from enova_coordinator.core.verdicts import Verdict
@@ -152,6 +153,7 @@ class DetectionLoop:
         self._told_restarts: dict[str, int] = {}
         self._facts: dict[str, EngineFacts] = {}
         self._looked = -1                          # revision of the snapshot that the fleet was made of
+        self._learnt_s = -math.inf                 # when corrections were last asked for
         self._fleet = FleetFacts(placements=(), engines={})
         self._ledger: EpisodeLedger | None = None
         self._verdicts: dict[str, Verdict] = {}
@@ -238,7 +240,9 @@ class DetectionLoop:
     async def _look(self, snapshot: Snapshot) -> None:
         """The fleet as it is now, where it changed."""
         waiting = {each.variant for each in self._fleet.placements} - self._facts.keys()
-        if snapshot.revision == self._looked and not waiting:
+        now_s = self._clock.now()
+        learns = not 0.0 <= now_s - self._learnt_s < FOLLOW_EVERY_S
+        if snapshot.revision == self._looked and not waiting and not learns:
             return
         self._looked = snapshot.revision
         ordered = [snapshot.replicas[name] for name in sorted(snapshot.replicas)]
@@ -246,7 +250,13 @@ class DetectionLoop:
         placed = tuple(each for each in found if each is not None)
         self._restarts = restarts(snapshot, placed)
         variants = {each.variant for each in placed}
-        corrections = self._engines.corrections() if variants - self._facts.keys() else {}
+        corrections = self._engines.corrections() if learns or variants - self._facts.keys() else {}
+        if learns:
+            self._learnt_s = now_s
+            self._facts = {
+                name: replace(facts, correction=corrections.get(facts.model.key, facts.correction))
+                for name, facts in self._facts.items()
+            }
         for name in sorted(variants - self._facts.keys()):
             model = self._engines.facts(snapshot.variants[name])
             if not isinstance(model, str):

@@ -9,6 +9,7 @@ tell, and an episode must say so whoever saw it first.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from enova_coordinator.core.followed_corrections import FOLLOW_EVERY_S, FollowedCorrection
 from enova_coordinator.detection_messages import (
     DetectionAnswer,
     DetectionRequest,
@@ -34,10 +36,10 @@ from enova_recommender.detection.features import COLUMN, Feature
 from enova_recommender.detection.observation import Placement
 from enova_recommender.detection.verdicts import Contribution, Judgement, Verdict
 from enova_recommender.detection.watch import FleetWatch
-from enova_recommender.performance import StepTimes
 from enova_recommender.performance.correction import UNCORRECTED, Correction
 from enova_recommender.performance.engine_model import EngineModel
 from enova_recommender.performance.kernel_times import KernelTimes
+from enova_recommender.types import VerdictKind
 
 VERDICTS_MAX = 1_000               # in one answer, the gravest first
 CHANGES_MAX = 200
@@ -62,8 +64,10 @@ class FleetDetection:
         self._writes = 0
         self._fleet = FleetFacts(placements=(), engines={})
         self._kv_tokens: dict[str, float] = {}
-        self._times: dict[str, StepTimes] = {}          # by variant, of data sheets
-        self._factors: dict[str, Correction] = {}       # by variant, that those were corrected by
+        self._times: dict[str, KernelTimes] = {}        # by variant, of data sheets, corrected
+        self._factors: dict[str, FollowedCorrection] = {}  # by variant, that those were corrected by
+        self._followed_s = -math.inf
+        self._degraded: frozenset[str] = frozenset()    # replicas, in the newest step
         self._since: dict[str, float] = {}              # since when agents hold a replica out of routing
         self._unreadable = 0
 
@@ -71,7 +75,8 @@ class FleetDetection:
         """Take frames in, judge the steps that are over."""
         started_s = time.perf_counter()
         if request.fleet is not None:
-            self._place(request.fleet)
+            self._place(request.fleet, request.now_s)
+        self._follow(request.now_s)
         self._watch.tell_restarts(request.restarts)
         self._add(request)
         closed = self._watch.close(request.now_s)
@@ -80,6 +85,10 @@ class FleetDetection:
         for each in closed:
             judged = self._merged(each.judgement, request.ejected)
             changes += self._book.update(judged, self._watch.fold.placements)
+        if judged is not None:
+            self._degraded = frozenset(
+                name for name, each in judged.verdicts.items() if each.kind is VerdictKind.DEGRADED
+            )
         if request.save:
             self._trouble = write_state(self._state_file, self._state())
             self._writes += not self._trouble
@@ -96,33 +105,51 @@ class FleetDetection:
             trouble=self._trouble,
         )
 
-    def _place(self, fleet: FleetFacts) -> None:
+    def _place(self, fleet: FleetFacts, now_s: float) -> None:
         self._fleet = fleet
         self._watch.place(self._with_kv_tokens(fleet.placements))
         saved, self._saved = (self._saved, NO_ARRAYS) if fleet.placements else (NO_ARRAYS, self._saved)
         if saved:
-            self._restore(saved)
+            self._restore(saved, now_s)
         for variant, facts in fleet.engines.items():
             if variant not in self._times:
-                # What calibration learns from now on must not explain away what befalls this variant's replicas.
-                factors = self._factors.setdefault(variant, facts.correction or UNCORRECTED)
-                self._times[variant] = _predicted(facts.model, factors)
+                begun = FollowedCorrection.begin(facts.correction or UNCORRECTED, now_s=now_s)
+                factors = self._factors.setdefault(variant, begun)
+                self._times[variant] = _predicted(facts.model, factors.correction)
         variants = {each.variant for each in fleet.placements}
         self._times = {name: each for name, each in self._times.items() if name in variants}
         self._factors = {name: each for name, each in self._factors.items() if name in variants}
         self._expect()
 
+    def _follow(self, now_s: float) -> None:
+        """Let what steps are judged by follow what calibration learnt since."""
+        if 0.0 <= now_s - self._followed_s < FOLLOW_EVERY_S:
+            return
+        self._followed_s = now_s
+        ill = {each.variant for each in self._fleet.placements if each.replica in self._degraded}
+        for variant, before in self._factors.items():
+            facts = self._fleet.engines.get(variant)
+            if facts is None or facts.correction is None or variant not in self._times:
+                continue
+            now = before.towards(facts.correction, now_s=now_s, is_well=variant not in ill)
+            self._factors[variant] = now
+            if now.correction != before.correction:
+                self._times[variant] = self._times[variant].corrected(now.correction)
+        self._expect()
+
     def _state(self) -> dict[str, npt.NDArray[Any]]:
         """What the watch learnt, and the step times that it learnt it beside."""
-        factors = {f"{_FACTORS}{name}": np.array(each.factors) for name, each in self._factors.items()}
+        factors = {f"{_FACTORS}{name}": np.array(each.save()) for name, each in self._factors.items()}
         return {**{f"{_WATCH}{name}": each for name, each in self._watch.save().items()}, **factors}
 
-    def _restore(self, saved: Arrays) -> None:
+    def _restore(self, saved: Arrays, now_s: float) -> None:
         def part(prefix: str) -> dict[str, npt.NDArray[Any]]:
             return {name.removeprefix(prefix): each for name, each in saved.items() if name.startswith(prefix)}
 
         try:
-            factors = {name: Correction.of(each.tolist()) for name, each in part(_FACTORS).items()}
+            factors = {
+                name: FollowedCorrection.load(each.tolist(), now_s=now_s) for name, each in part(_FACTORS).items()
+            }
             self._watch.restore(part(_WATCH))
         except (KeyError, ValueError, IndexError) as error:
             self._trouble = f"what was known cannot be used, and is learnt anew: {error}"  # of another release
@@ -215,7 +242,7 @@ def step(request: DetectionRequest) -> DetectionAnswer:
     return _current[0].step(request)
 
 
-def _predicted(model: EngineModel, correction: Correction) -> StepTimes:
+def _predicted(model: EngineModel, correction: Correction) -> KernelTimes:
     times = KernelTimes(model.shape, model.gpu, parallelism=model.parallelism, precision=model.precision)
     return times.corrected(correction)
 

@@ -15,6 +15,7 @@ import pytest
 
 from enova_common.errors import TimedOut, Unavailable
 from enova_coordinator.core.episode import Episode, EpisodeLabel, EpisodeState
+from enova_coordinator.core.followed_corrections import FOLLOW_EVERY_S, FollowedCorrection
 from enova_coordinator.core.model import (
     Claim,
     Deployment,
@@ -26,12 +27,14 @@ from enova_coordinator.core.model import (
     Snapshot,
     Variant,
 )
-from enova_coordinator.detection_loop import STALE_AFTER_S, DetectionLoop
+from enova_coordinator.detection_loop import SAVE_EVERY_S, STALE_AFTER_S, DetectionLoop, Engines
+from enova_coordinator.detection_state import read_state
 from enova_coordinator.events import EventLog
 from enova_coordinator.frame_inbox import FrameInbox
 from enova_coordinator.policy_process import PolicyProcess
 from enova_coordinator.store import CreateRevisionIs, Entry, ModRevisionIs, Put, codec
 from enova_coordinator.store.sqlite import MEMORY, SqliteStore
+from enova_recommender import catalog
 from enova_recommender.performance.correction import Correction
 from enova_recommender.performance.engine_model import EngineModel
 from enova_testing.serving_world import BOUNDS, World, cluster
@@ -110,6 +113,7 @@ class Fleet:
     world: World = field(default_factory=lambda: cluster(replicas=3))
     clock: Clock = field(default_factory=Clock)
     events: EventLog = field(default_factory=EventLog)
+    engines: Engines = field(default_factory=Nothing)
     terms: int = 0
     monotonic_s: float = 1000.0
     snapshot: Snapshot = field(init=False)
@@ -124,7 +128,7 @@ class Fleet:
     def new_leader(self) -> None:
         self.terms += 1
         self.loop = DetectionLoop(
-            self.store, self.inbox, self.process, Nothing(), self.events, snapshot=lambda: self.snapshot,
+            self.store, self.inbox, self.process, self.engines, self.events, snapshot=lambda: self.snapshot,
             guard=lambda: CreateRevisionIs(codec.LEADER_KEY, 0), session=f"test.{self.terms}", clock=self.clock,
             telemetry_step_s=1.0, bounds=BOUNDS, state_file=self.folder / "detection.npz",
             monotonic_s=lambda: self.monotonic_s, wall_s=lambda: 1e6 + self.clock.now_s,
@@ -204,6 +208,33 @@ async def test_what_an_agent_ejected_is_dead_at_once(tmp_path: Path) -> None:
         fleet.snapshot = replace(fleet.snapshot, revision=2, replicas={**fleet.snapshot.replicas, out.name: out})
         await fleet.until(70.0)
         assert fleet.loop.dead() == {"replica-2"}
+
+
+async def test_step_times_follow_what_calibration_learns_later(tmp_path: Path) -> None:
+    class Learning(Nothing):
+        memory = 1.0
+
+        def facts(self, variant: Variant) -> EngineModel | str:
+            return EngineModel(shape=catalog.models()["meta-llama/Llama-3.1-8B-Instruct"], gpu=catalog.gpus()["H100"])
+
+        def corrections(self) -> Mapping[str, Correction]:
+            model = self.facts(next(iter(snapshot(cluster()).variants.values())))
+            assert isinstance(model, EngineModel)
+            return {model.key: Correction(memory=self.memory)}
+
+    async with _fleet(tmp_path) as fleet:
+        engines = fleet.engines = Learning()
+        fleet.new_leader()
+        await fleet.loop.round()
+        engines.memory = 1.5
+        for _ in range(3):
+            fleet.clock.now_s += FOLLOW_EVERY_S
+            fleet.monotonic_s += SAVE_EVERY_S
+            await fleet.loop.round()
+        arrays, _ = read_state(tmp_path / "detection.npz")
+        found = FollowedCorrection.load(arrays["factors/chat-1"].tolist(), now_s=0.0)
+        assert found.began[1] == 1.0
+        assert 1.0 < found.correction.memory < 1.05
 
 
 async def test_restarts_that_only_an_agent_knows_of_are_a_crash_loop(tmp_path: Path) -> None:

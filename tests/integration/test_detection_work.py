@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from enova_coordinator.core.detection import fold_settings, progress_limits
+from enova_coordinator.core.followed_corrections import FollowedCorrection
 from enova_coordinator.detection_messages import (
     DetectionAnswer,
     DetectionRequest,
     DetectionSetup,
+    EngineFacts,
     FleetFacts,
     ReceivedFrame,
 )
@@ -23,9 +25,12 @@ from enova_coordinator.detection_state import read_state
 from enova_coordinator.detection_work import VERDICTS_MAX, step
 from enova_coordinator.policy_process import ANSWER_BYTES_MAX
 from enova_coordinator.service.detection_frames import packed, read_frame
+from enova_recommender import catalog
 from enova_recommender.detection.causes import Cause
 from enova_recommender.detection.episodes import Change, Scope
 from enova_recommender.detection.observation import FrameReading
+from enova_recommender.performance.correction import Correction
+from enova_recommender.performance.engine_model import EngineModel
 from enova_testing.serving_world import BOUNDS, World, cluster
 from enova_testing.wire_frames import frame_bytes, frame_message
 
@@ -178,6 +183,31 @@ def test_a_file_of_another_shape_is_told_and_begins_anew(child: Child) -> None:
     child.begin()
     assert "learnt anew" in child.until(10.0)[-1].trouble
     assert Cause.MISSING not in child.causes(child.until(60.0))
+
+
+def test_what_calibration_learns_is_followed_slowly_and_kept(child: Child) -> None:
+    model = EngineModel(shape=catalog.models()["meta-llama/Llama-3.1-8B-Instruct"], gpu=catalog.gpus()["H100"])
+    placements = tuple(each.placement() for each in child.world.engines)
+
+    def told(correction: Correction | None) -> FleetFacts:
+        return FleetFacts(
+            placements=placements, engines={"chat-1": EngineFacts(model=model, correction=correction)}
+        )
+
+    def memory(now_s: float) -> float:
+        arrays, _ = read_state(child.state_file)
+        return FollowedCorrection.load(arrays["factors/chat-1"].tolist(), now_s=now_s).correction.memory
+
+    step(DetectionRequest(session="a", now_s=5.0, fleet=told(None)))
+    step(DetectionRequest(session="a", now_s=700.0, fleet=told(Correction(memory=1.5)), save=True))
+    first = memory(700.0)
+    step(DetectionRequest(session="a", now_s=1400.0, save=True))
+    second = memory(1400.0)
+    child.session, child.world.now_s = "b", 1400.0
+    child.begin()
+    step(DetectionRequest(session="b", now_s=1401.0, fleet=told(Correction(memory=1.5)), save=True))
+    assert 1.0 < first < second < 1.02
+    assert memory(1401.0) == second
 
 
 def test_the_file_holds_plain_arrays(child: Child) -> None:
