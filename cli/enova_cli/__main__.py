@@ -16,6 +16,7 @@ from enova_cli.commands.deployments import accept, apply, delete, deploy, pause,
 from enova_cli.commands.episodes import episodes
 from enova_cli.commands.load import load
 from enova_cli.commands.recommend import recommend
+from enova_cli.commands.replay import replay
 from enova_cli.commands.resources import describe, events, explain, get
 from enova_cli.commands.runtime import chat, completion, drain, logs, restart, uncordon, version
 from enova_cli.commands.simulate import simulate
@@ -95,6 +96,7 @@ for command in (
     load,
     recommend,
     simulate,
+    replay,
     drain,
     uncordon,
     restart,

@@ -51,6 +51,11 @@ def test_it_scales_out_under_load_and_in_after_it_and_says_what_it_expected(flee
     assert "requests/s are to be carried" in ups[0]["reason"]
     until(lambda: target(fleet, "chat") == 1, timeout_s=90, what="one replica again")
     assert any(each["action"].endswith("SCALE_DOWN") for each in decisions(fleet, "chat"))
+    again = fleet.ok("replay", "deployment/chat")
+    assert again["situations"] > 400 / 15
+    assert again["differences"] == 0, [look for look in again["looks"] if look["differs"]][:3]
+    wished = {look["now_s"]: look["replayed"]["replicas"] for look in again["looks"]}
+    assert all(wished[each["model_time_s"]] == each["to_replicas"] for each in decisions(fleet, "chat"))
 
 
 def test_it_sleeps_where_nobody_asks_and_the_request_that_wakes_it_is_answered(fleet: UpFleet) -> None:

@@ -116,6 +116,7 @@ def situation(
     delay_s: float = 0.0,
     fleet_lost_share: float = 0.0,
     last_act_s: float = float("-inf"),
+    conservatism: float = 1.0,
     verdict: VerdictKind = VerdictKind.NORMAL,
 ) -> Situation:
     """One deployment as it is seen at `now_s`; telemetry ends `delay_s` earlier."""
@@ -141,6 +142,7 @@ def situation(
         minutes=minutes,
         held=held,
         last_act_s=last_act_s,
+        conservatism=conservatism,
         fleet_lost_share=fleet_lost_share,
         verdict=verdict,
     )

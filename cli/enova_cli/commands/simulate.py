@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 import yaml
@@ -19,13 +17,10 @@ from enova_cli.context import Context, output_option, pass_context, run
 from enova_cli.manifest import read_manifests
 from enova_cli.output import Format
 from enova_cli.plain import to_plain
+from enova_cli.plan_process import Plain, ask_plan
 from enova_cli.simulation_plot import plot_simulation
 from enova_cli.workload import length_pair
-from enova_common.errors import FatalError, InvalidField, NotFound, TimedOut
-
-TIMEOUT_S = 3600.0
-
-Plain = dict[str, Any]
+from enova_common.errors import InvalidField, NotFound
 
 
 @click.command()
@@ -84,25 +79,8 @@ def simulate(
 
 def compute(plain: Plain) -> Plain:
     """The answer of the simulator's plan. Raises InvalidField for what cannot be simulated."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "enova_simulator.plan", "simulate"],
-            input=json.dumps(plain), capture_output=True, text=True, check=False, timeout=TIMEOUT_S,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        remedy = "take a shorter trace, or fewer policies"
-        raise TimedOut(f"no answer within {TIMEOUT_S:g} s", remedy=remedy) from error
-    if done.returncode == 0:
-        answer: Plain = json.loads(done.stdout)
-        return answer
-    last = done.stderr.strip().rpartition("\n")[2]
-    try:
-        told = json.loads(last)
-    except ValueError as error:
-        raise FatalError(f"enova_simulator.plan failed: {last}", reason="SIMULATION_FAILED") from error
-    field = told["field"]
-    option = f"--{field}" if field in {"trace", "fleet", "policy"} else field
-    raise InvalidField(told["message"], field=option, remedy=told["remedy"])
+    remedy = "take a shorter trace, or fewer policies"
+    return ask_plan("simulate", plain, options={"trace", "fleet", "policy"}, remedy=remedy)
 
 
 def _fleet(text: str) -> dict[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -12,16 +11,7 @@ import numpy as np
 import pytest
 
 from enova_common.errors import Corrupt
-from enova_coordinator.core.recording import (
-    TAIL_MINUTES,
-    KeptHistory,
-    Recorded,
-    history_for,
-    history_line,
-    read_lines,
-    situation_line,
-    text_of,
-)
+from enova_coordinator.core.recording import TAIL_MINUTES, Recorded, read_lines
 from enova_recommender.scaling.enova import EnovaPolicy
 from enova_recommender.scaling.situation import Demand, Memory, ReplicaSight, Signal, Situation
 from enova_recommender.scaling.types import (
@@ -33,6 +23,7 @@ from enova_recommender.scaling.types import (
     ReplicaSeries,
     Series,
 )
+from enova_testing.recordings import lines_of
 from enova_testing.situations import asked, replicas, situation
 
 MINUTES = Observation(
@@ -97,20 +88,6 @@ def same(one: object, other: object) -> bool:
     return type(one) is type(other) and one == other
 
 
-def written(questions: Sequence[Recorded]) -> list[str]:
-    """The lines of a recording, each history told once."""
-    lines: list[str] = []
-    kept: KeptHistory | None = None
-    for number, each in enumerate(questions, start=1):
-        found = history_for(kept, each.situation.history)
-        if found is None:
-            found = KeptHistory(id=number, demand=each.situation.history)
-            lines.append(text_of(history_line(found)))
-        kept = found
-        lines.append(text_of(situation_line(each, kept)))
-    return lines
-
-
 @pytest.mark.parametrize(
     "told",
     [rich(), rich(0), rich(history=asked(None, end_s=0.0, steps=0, step_s=60.0)), rich(last_act_s=12.5),
@@ -119,7 +96,7 @@ def written(questions: Sequence[Recorded]) -> list[str]:
 )  # fmt: skip
 def test_what_was_recorded_is_read_back_to_the_bit(told: Situation) -> None:
     one = question(told)
-    (found,) = read_lines(written([one]))
+    (found,) = read_lines(lines_of([one]))
     assert same(found, one)
     assert same(EnovaPolicy().decide(found.situation, {}), EnovaPolicy().decide(told, {}))
 
@@ -134,7 +111,7 @@ def test_a_history_that_goes_on_is_told_once_and_anew_after_an_hour() -> None:
 
     hour = [until(count) for count in range(100, 100 + TAIL_MINUTES + 1)]
     aged = [until(170, first=20)]              # what is too old has gone at its front
-    lines = written([*hour, *aged, until(290)])
+    lines = lines_of([*hour, *aged, until(290)])
     kinds = [json.loads(line)["kind"] for line in lines]
     assert kinds.count("History") == 3
     assert [place for place, kind in enumerate(kinds) if kind == "History"] == [0, TAIL_MINUTES + 2, TAIL_MINUTES + 4]
@@ -145,7 +122,7 @@ def test_a_history_that_is_another_one_is_told_anew() -> None:
     first = question(rich())
     changed = replace(first.situation.history, arrived=first.situation.history.arrived + 1.0)
     other = question(rich(history=changed))
-    lines = written([first, other, first])
+    lines = lines_of([first, other, first])
     assert [json.loads(line)["kind"] for line in lines].count("History") == 3
     assert all(map(same, read_lines(lines), (first, other, first)))
 
@@ -165,7 +142,7 @@ def test_a_history_that_is_another_one_is_told_anew() -> None:
     ids=["cut off", "newer", "kind", "type", "field", "bytes", "no history", "no object"],
 )
 def test_a_line_that_cannot_be_read_is_named(change: Any, what: str) -> None:
-    lines = written([question(rich())])
+    lines = lines_of([question(rich())])
     damaged = change(lines[1])
     assert damaged != lines[1]
     with pytest.raises(Corrupt, match=what) as caught:
