@@ -297,8 +297,9 @@ class Controller:
     # Scaling.
 
     async def set_target(
-        self, deployment: str, replicas: int, decision: Decision, *, request: RequestRecord | None = None
-    ) -> None:
+        self, deployment: str, replicas: int, decision: Decision, *, request: RequestRecord | None = None,
+        leave_first: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         """Write a decision, the target that it sets and the request that asked for it in one transaction.
 
         Of `decision` the name, term, numbers of replicas and, if 0, the time are filled in here. Users may set any
@@ -310,7 +311,9 @@ class Controller:
             raise Conflict(self._liveness.replacement_held, reason="MASS_LOSS_HOLD")
         for _ in range(SET_TARGET_ATTEMPTS):
             before, revision = await self._read(deployment)
-            after = _with_target(before, replicas, now_s=self._wall_s(), flags=_changed_flags(decision))
+            after = _with_target(
+                before, replicas, now_s=self._wall_s(), flags=_changed_flags(decision), leave_first=leave_first
+            )
             full = self._completed(decision, leadership, before, after)
             writes: list[Write] = [Put(value=full, revision=0), Put(value=after, revision=revision)]
             writes += self._variant_writes(after)
@@ -408,7 +411,9 @@ def _changed_flags(decision: Decision) -> Configuration:
     return {name: value for name, value in decision.to_configuration.items() if before.get(name) != value}
 
 
-def _with_target(deployment: Deployment, replicas: int, *, now_s: float, flags: Configuration) -> Deployment:
+def _with_target(
+    deployment: Deployment, replicas: int, *, now_s: float, flags: Configuration, leave_first: tuple[str, ...]
+) -> Deployment:
     spec = deployment.spec
     if spec.fixed and spec.replicas != replicas:
         spec = replace(spec, replicas=replicas)
@@ -420,6 +425,7 @@ def _with_target(deployment: Deployment, replicas: int, *, now_s: float, flags: 
         target_replicas=spec.clamped(replicas),
         # The target counts as asked for, so that the reconciler does not take its first one.
         observed_generation=max(deployment.status.observed_generation, 1),
+        leave_first=leave_first,
     )
     update_time_s = now_s if generation != deployment.generation else deployment.update_time_s
     return replace(deployment, spec=spec, generation=generation, status=status, update_time_s=update_time_s)

@@ -56,7 +56,9 @@ class Control(Protocol):
 
     snapshot: Snapshot
 
-    async def set_target(self, deployment: str, replicas: int, decision: Decision) -> None:
+    async def set_target(
+        self, deployment: str, replicas: int, decision: Decision, *, leave_first: tuple[str, ...] = ()
+    ) -> None:
         """Make this the deployment's target and record why."""
         ...
 
@@ -266,7 +268,7 @@ class PolicyLoop:
             await self._control.record_decision(decision)
             self._held[name] = held
         else:
-            await self._control.set_target(name, ruling.to_replicas, decision)
+            await self._control.set_target(name, ruling.to_replicas, decision, leave_first=ruling.leave_first)
             self._last_act_s[name] = decision.model_time_s
             self._held.pop(name, None)
         counts = self.figures.decisions

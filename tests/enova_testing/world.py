@@ -238,10 +238,11 @@ class World:
             now_s = EPOCH_S + self.now_s
             self.store.put(Deployment(name=f"deployments/{name}", uid=uid, spec=spec, create_time_s=now_s))
 
-    def scale(self, name: str, replicas: int) -> None:
+    def scale(self, name: str, replicas: int, *, leave_first: tuple[str, ...] = ()) -> None:
         """Write a target, as a decision does."""
         deployment = self.deployment(name)
-        self.store.put(replace(deployment, status=replace(deployment.status, target_replicas=replicas)))
+        status = replace(deployment.status, target_replicas=replicas, leave_first=leave_first)
+        self.store.put(replace(deployment, status=status))
 
     def delete(self, name: str) -> None:
         """Ask for a deployment's end."""

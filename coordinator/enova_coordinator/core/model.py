@@ -212,13 +212,17 @@ class DeploymentSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentStatus:
-    """How a deployment stands, written by the leader. `target_replicas` is what user or policy last asked for."""
+    """How a deployment stands, written by the leader. `target_replicas` is what user or policy last asked for.
+
+    `leave_first` names replicas that a policy wants to go first, in this order, until the surplus has left.
+    """
 
     observed_generation: int = 0
     state: DeploymentState = DeploymentState.PENDING
     reason: str = ""
     target_replicas: int = 0
     ready_replicas: int = 0
+    leave_first: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,6 +114,7 @@ class _Round:
         return Crew(
             target=self.target,
             unrouted=frozenset(replica.name for replica in present if self._unrouted(replica)),
+            first=self.deployment.status.leave_first,
             new=tuple(replica for replica in present if self._stays(replica)),
             old=tuple(replica for replica in present if not self._stays(replica)),
         )
@@ -265,6 +266,7 @@ class _Round:
             reason=reason,
             target_replicas=self.target,
             ready_replicas=crew.ready,
+            leave_first=crew.first if len(crew.new) > crew.target else (),
         )
         if status == self.deployment.status:
             return

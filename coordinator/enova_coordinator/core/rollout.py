@@ -5,7 +5,7 @@ Theory of operation. Replicas that run are *new* (of the current variant, on nod
 replica that serves leaves only against a new one that is READY and routed by every ingress; at most `surge` more
 than the target run meanwhile.
 Old replicas that never served leave at once. A surplus of new ones leaves by worth: PENDING, FAILED, LOST,
-STARTING, and only then READY ones, newest first.
+STARTING, and only then READY ones; among equals those that a policy named, then the newest.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class Crew:
 
     target: int
     unrouted: frozenset[str] = frozenset()  # new ones that some ingress does not know yet
+    first: tuple[str, ...] = ()             # who leaves before its equals, in this order
     new: tuple[Replica, ...] = ()
     old: tuple[Replica, ...] = ()
 
@@ -48,7 +49,7 @@ class Step:
     release: tuple[Replica, ...] = ()
 
 
-# A surplus leaves in this order; within a state the newest first.
+# A surplus leaves in this order; within a state those that are named first, then the newest.
 _WORTH = (
     ReplicaState.PENDING,
     ReplicaState.STOPPED,
@@ -72,9 +73,9 @@ def next_step(crew: Crew, *, surge: int) -> Step:
     kept = tuple(replica for replica in crew.old if _has_served(replica))
     never_served = tuple(replica for replica in crew.old if not _has_served(replica))
     keep = max(0, crew.target - crew.new_routed)
-    leaving = _cheapest(kept, len(kept) - keep)
+    leaving = _cheapest(kept, len(kept) - keep, crew.first)
     wanted = min(crew.target, max(0, crew.target + surge - min(len(kept), keep)))
-    surplus = _cheapest(crew.new, len(crew.new) - crew.target)
+    surplus = _cheapest(crew.new, len(crew.new) - crew.target, crew.first)
     return Step(create=max(0, wanted - len(crew.new)), release=never_served + leaving + surplus)
 
 
@@ -93,7 +94,11 @@ def _has_served(replica: Replica) -> bool:
     return is_ready(replica) or (status.ready_time_s > 0 and not status.gave_up)
 
 
-def _cheapest(replicas: tuple[Replica, ...], count: int) -> tuple[Replica, ...]:
+def _cheapest(replicas: tuple[Replica, ...], count: int, first: tuple[str, ...]) -> tuple[Replica, ...]:
     newest_first = tuple(reversed(replicas))
-    ordered = sorted(newest_first, key=lambda replica: _WORTH.index(replica.status.state))
+    named = {name: place for place, name in enumerate(first)}
+    ordered = sorted(
+        newest_first,
+        key=lambda replica: (_WORTH.index(replica.status.state), named.get(replica.name, len(named))),
+    )
     return tuple(ordered[: max(0, count)])

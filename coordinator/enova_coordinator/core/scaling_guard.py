@@ -41,6 +41,7 @@ class Ruling:
     reason: str
     guard: Guard | None = None
     wanted: int | None = None      # of a HOLD, where another number is another wish
+    leave_first: tuple[str, ...] = ()  # replicas that go before their equals, where some are to go
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +108,12 @@ def rule_wish(wish: Wish, deployment: Deployment, replicas: tuple[Replica, ...])
         return Ruling(action=DecisionAction.HOLD, to_replicas=target, reason=reason, guard=guard, wanted=number)
     to_replicas = target if wish.action is Action.RECONFIGURE else deployment.spec.clamped(wanted)
     clamped = f"; the bounds allow {to_replicas} of {wanted}" if to_replicas != wanted else ""
-    return Ruling(action=_ACTIONS[wish.action], to_replicas=to_replicas, reason=f"{wish.reason}{clamped}")
+    return Ruling(
+        action=_ACTIONS[wish.action],
+        to_replicas=to_replicas,
+        reason=f"{wish.reason}{clamped}",
+        leave_first=wish.remove_first[: max(0, target - to_replicas)],
+    )
 
 
 def _wish_guard(

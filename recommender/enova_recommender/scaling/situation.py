@@ -178,8 +178,8 @@ class Wish:
     """What a policy wants: a target for each variant it names (the others keep theirs), and why.
 
     `replace` names replicas for which a new one is to become READY before they go; `remove_first` the order in which
-    replicas leave when a target falls (STARTING ones go first whatever it says). The simulated fleet keeps to that
-    order; the coordinator's rollout has its own (what serves least leaves first, then the newest).
+    replicas leave when a target falls, among those that serve equally little (PENDING and STARTING ones go first
+    whatever it says).
     """
 
     action: Action

@@ -120,14 +120,12 @@ class Roll:
 
     def change(self, variant: VariantSetup, target: int, *, surge: int, first: Iterable[str] = ()) -> Change:
         """The production rule's step towards the target; of equals those named `first` leave first."""
-        named = {name: place for place, name in enumerate(first)}
         present = self.of(variant)
-        # The rule lets the newest go first: whom the policy named counts as newer than all others.
-        present.sort(key=lambda member: -named[member.name] if member.name in named else -len(named) - 1)
         by_name = {member.name: member for member in present}
         step = next_step(
             Crew(
                 target=target,
+                first=tuple(first),
                 new=tuple(_as_replica(member) for member in present if not member.is_old),
                 old=tuple(_as_replica(member) for member in present if member.is_old),
             ),

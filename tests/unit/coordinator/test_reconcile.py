@@ -86,6 +86,35 @@ def test_a_pending_replica_is_placed_when_room_appears() -> None:
     assert world.serving("big") == 1
 
 
+def test_those_that_the_policy_named_leave_before_newer_ones_and_the_names_are_forgotten_then() -> None:
+    world = deployed("chat", spec(min=1, max=4))
+    world.scale("chat", 4)
+    world.run(15.0)
+    names = [replica.name for replica in world.replicas("chat")]
+    ill, older = names[1], names[0]
+    world.scale("chat", 2, leave_first=(ill, older))
+    world.run(30.0)
+    assert world.settled()
+    assert [replica.name for replica in world.replicas("chat")] == names[2:]
+    assert world.deployment("chat").status.leave_first == ()
+    world.scale("chat", 1)
+    world.run(30.0)
+    assert [replica.name for replica in world.replicas("chat")] == [names[2]], "without a name the newest leaves"
+
+
+def test_what_does_not_serve_leaves_before_what_the_policy_named() -> None:
+    world = deployed("chat", spec(min=1, max=4))
+    world.scale("chat", 2)
+    world.run(15.0)
+    serving = [replica.name for replica in world.replicas("chat")]
+    world.scale("chat", 3)
+    world.run(1.0)
+    assert world.serving("chat") == 2
+    world.scale("chat", 2, leave_first=(serving[0],))
+    world.run(30.0)
+    assert [replica.name for replica in world.replicas("chat")] == serving
+
+
 def test_scaling_down_drops_a_starting_replica_before_a_ready_one() -> None:
     world = deployed("chat", spec(min=1, max=4))
     world.scale("chat", 2)

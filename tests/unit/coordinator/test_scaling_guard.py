@@ -18,7 +18,8 @@ from enova_coordinator.core.model import (
     ReplicaState,
     ReplicaStatus,
 )
-from enova_coordinator.core.scaling_guard import Guard, History, Ruling, rule
+from enova_coordinator.core.scaling_guard import Guard, History, Ruling, rule, rule_wish
+from enova_recommender.scaling.situation import Wish
 from enova_recommender.scaling.types import Action, EngineSizes, Proposal, VerdictKind
 
 NOW_S = 10_000.0
@@ -158,3 +159,14 @@ def test_a_dead_replica_holds_nothing_up_and_is_no_replica_in_flight() -> None:
         gpus_per_node=8, dead=frozenset({one_down[1].name}),
     )  # fmt: skip
     assert free == Ruling(action=DecisionAction.SCALE_UP, to_replicas=3, reason="requests pend")
+
+
+@pytest.mark.parametrize(("wanted", "named"), [(1, ("r2", "r0")), (2, ("r2",)), (4, ())])
+def test_of_those_whom_a_wish_names_as_many_are_passed_on_as_leave(wanted: int, named: tuple[str, ...]) -> None:
+    wish = Wish(
+        action=Action.SCALE_UP if wanted > 3 else Action.SCALE_DOWN, targets={"v": wanted},
+        verdict=VerdictKind.UNDERUSED, reason="little is asked for", remove_first=("r2", "r0", "r1"),
+    )  # fmt: skip
+    ruling = rule_wish(wish, deployment(target=3), replicas(*[ReplicaState.READY] * 3))
+    assert ruling is not None
+    assert (ruling.to_replicas, ruling.leave_first) == (wanted, named)
