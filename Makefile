@@ -15,6 +15,11 @@ ARGS   ?=
 VLLM_VENV    := .venv-vllm
 VLLM_COMMAND := $(CURDIR)/$(VLLM_VENV)/bin/python -m vllm.entrypoints.openai.api_server
 FAST         := not network and not etcd and not vllm and not root and not slow
+# Modules that FAST leaves out as a whole: to read them costs as much as many a test.
+NOT_FAST      = $(shell grep -rlE '^pytestmark = .*mark\.(network|etcd|vllm|root|slow)\b' tests --include='test_*.py')
+# One thread of linear algebra for each process, as there is a process for each core; a quarter of the examples of each
+# property, all of which `make test` tries; compiled modules are kept, whatever the environment says.
+FAST_ENV     := OPENBLAS_NUM_THREADS=1 ENOVA_TEST_EXAMPLES_SHARE=0.25 PYTHONDONTWRITEBYTECODE=
 
 help: ## what can be made
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -39,7 +44,7 @@ test: setup ## all tests, real etcd and real vLLM included (VLLM=0 leaves vLLM o
 	@tests/tools/run_tests "$(PYTHON)" "$(VLLM_VENV)" "$(VLLM)" $(ARGS)
 
 test-fast: setup ## the tests that need neither network nor servers, under a minute
-	@$(BIN)/pytest -q -n auto -m "$(FAST)" $(ARGS)
+	@$(FAST_ENV) $(BIN)/pytest -q -n auto --dist worksteal -m "$(FAST)" $(addprefix --ignore=,$(NOT_FAST)) $(ARGS)
 
 lint: setup ## linters, strict types, import contracts
 	$(BIN)/ruff check .

@@ -9,9 +9,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# No deadline for one example: how long it takes says more of the machine's load than of the code. In CI the examples
-# are always the same ones, so that a change is judged by what it changes; elsewhere they roam.
-hypothesis.settings.register_profile("enova", deadline=None, derandomize=os.environ.get("CI") == "true")
+from enova_testing.examples import examples
+
+# In CI the examples are always the same ones, so that a change is judged by what it changes; elsewhere they roam.
+hypothesis.settings.register_profile("enova", parent=examples(), derandomize=os.environ.get("CI") == "true")
 hypothesis.settings.load_profile("enova")
 
 ALLOWED_SKIPS = Path(__file__).parent / "allowed_skips.txt"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import itertools
 import re
@@ -13,6 +14,7 @@ import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -59,35 +61,60 @@ def shown(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the rules ask of one module, so that each is read and parsed once."""
+
+    name: str
+    lines: int
+    has_docstring: bool
+    long_functions: tuple[str, ...]
+    guessed_sleeps: tuple[int, ...]
+
+
+@functools.cache
+def readings() -> tuple[Reading, ...]:
+    """All hand-written modules of the project, tests included."""
+    return tuple(reading(path) for path in python_files(*SOURCE_ROOTS, "tests"))
+
+
+def reading(path: Path) -> Reading:
+    text = path.read_text()
+    lines = text.splitlines()
+    tree = ast.parse(text)
+    sleeps = tuple(number for number in guessed_sleeps(tree) if not is_explained(lines, number))
+    return Reading(shown(path), len(lines), bool(ast.get_docstring(tree)), tuple(long_functions(tree)), sleeps)
+
+
+def long_functions(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > FUNCTION_LINES_MAX:
+                yield f"{node.name} at {node.lineno}: {lines} lines"
+
+
 def test_no_function_is_longer_than_a_screen() -> None:
-    long = []
-    for path in python_files(*SOURCE_ROOTS, "tests"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                lines = (node.end_lineno or node.lineno) - node.lineno + 1
-                if lines > FUNCTION_LINES_MAX:
-                    long.append(f"{shown(path)}:{node.lineno} {node.name}: {lines} lines")
-    assert long == []
+    assert {one.name: one.long_functions for one in readings() if one.long_functions} == {}
 
 
 def test_no_module_is_too_long_to_be_read() -> None:
-    lengths = {shown(path): len(path.read_text().splitlines()) for path in python_files(*SOURCE_ROOTS, "tests")}
-    assert {name: lines for name, lines in lengths.items() if lines > MODULE_LINES_MAX} == {}
+    assert {one.name: one.lines for one in readings() if one.lines > MODULE_LINES_MAX} == {}
 
 
 def test_every_module_says_what_it_is_for() -> None:
-    modules = python_files(*SOURCE_ROOTS, "tests")
-    assert [shown(path) for path in modules if not ast.get_docstring(ast.parse(path.read_text()))] == []
+    assert [one.name for one in readings() if not one.has_docstring] == []
 
 
 def guessed_sleeps(tree: ast.AST, *, polling: bool = False) -> Iterator[int]:
     """The lines of sleeps of a constant length outside of a `while`: inside of one it is the step of a poll."""
     for node in ast.iter_child_nodes(tree):
-        sleeps = isinstance(node, ast.Call) and ast.unparse(node.func) in {"time.sleep", "asyncio.sleep"}
-        if sleeps and not polling:
-            match node:
-                case ast.Call(args=[ast.Constant(value=length)]) if length != 0:  # 0 only yields to the loop
-                    yield node.lineno
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="time" | "asyncio"), attr="sleep"),
+                args=[ast.Constant(value=length)],
+            ) if length != 0 and not polling:  # 0 only yields to the loop
+                yield node.lineno
         yield from guessed_sleeps(node, polling=polling or isinstance(node, ast.While))
 
 
@@ -101,12 +128,8 @@ def test_no_test_sleeps_for_a_guessed_time() -> None:
 
     That something does not happen can only be seen by watching for a while: then a comment says so.
     """
-    found = []
-    for path in (path for path in python_files("tests") if "benchmarks" not in path.parts):
-        lines = path.read_text().splitlines()
-        sleeps = guessed_sleeps(ast.parse("\n".join(lines)))
-        found += [f"{shown(path)}:{number}" for number in sleeps if not is_explained(lines, number)]
-    assert found == []
+    watched = [one for one in readings() if one.name.startswith("tests/") and "/benchmarks/" not in one.name]
+    assert [f"{one.name}:{number}" for one in watched for number in one.guessed_sleeps] == []
 
 
 def test_no_word_that_must_not_be() -> None:

@@ -19,11 +19,12 @@ SHOWS_SEED = "def test_it(seed):\n    assert seed == 0, f'drawn: {seed}'\n"
 
 def run(folder: Path, test: str, allowed: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     """A run of one test below this project's own conftest."""
-    shutil.copy(Path(__file__).parents[1] / "conftest.py", folder)
+    tests = Path(__file__).parents[1]
+    shutil.copy(tests / "conftest.py", folder)
     (folder / "allowed_skips.txt").write_text(allowed)
     (folder / "test_planted.py").write_text(test)
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(folder)]
-    base = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
+    base = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tests)}
     return subprocess.run(
         [*words, str(folder)], capture_output=True, text=True, check=False, timeout=60, env=base | env, cwd=folder
     )

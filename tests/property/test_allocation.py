@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_recommender.recommend.allocation import allocate, check
@@ -19,6 +19,7 @@ from enova_recommender.recommend.allocation_types import (
 )
 from enova_recommender.recommend.types import InventoryNode
 from enova_testing.allocations import best_value, gpu_model, node, option, value_of
+from enova_testing.examples import examples
 
 BIG, SMALL = gpu_model("Big", price_per_hour=3.0), gpu_model("Small", price_per_hour=1.0, memory_gib=24)
 EXACT = SolveLimits(time_limit_s=20.0, gap=0.0)
@@ -81,13 +82,13 @@ def requests(draw: st.DrawFn) -> AllocationRequest:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(request=requests())
 def test_no_allocation_of_a_small_fleet_is_better(request: AllocationRequest) -> None:
     _is_best(request)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(request=requests(), changed=st.integers(1, 15), data=st.data())
 def test_nor_where_replicas_run_already(request: AllocationRequest, changed: int, data: st.DataObject) -> None:
     before = allocate(request, EXACT)
@@ -116,7 +117,7 @@ def _is_best(request: AllocationRequest) -> None:
     assert allocation.bound_per_hour <= best.objective_per_hour + 1e-4
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(counts=st.lists(st.integers(1, 5), min_size=2, max_size=4), demand=st.floats(5, 400), data=st.data())
 def test_a_larger_fleet_breaks_no_rule_and_keeps_what_runs_if_nothing_changes(
     counts: Sequence[int], demand: float, data: st.DataObject

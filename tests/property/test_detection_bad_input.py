@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_recommender.detection.burn import BurnRate
@@ -29,6 +29,7 @@ from enova_recommender.detection.percentiles import bucket_quantile, sketch_quan
 from enova_recommender.detection.watch import FleetWatch
 from enova_recommender.performance import Affine
 from enova_recommender.types import VerdictKind
+from enova_testing.examples import examples
 
 NAMES = tuple(f"replica-{index}" for index in range(4))
 BOUNDS = {TTFT: (0.1, 1.0, 10.0), INTER_TOKEN: (0.01, 0.1, 1.0), QUEUE: (0.3, 3.0)}
@@ -83,7 +84,7 @@ def fleet() -> FleetWatch:
 clocks = st.sampled_from([0.0, 6.0, 12.0, 19.0, 24.0, 36.0, -50.0, 1e9, math.nan])
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.lists(st.tuples(frames, clocks), max_size=25))
 def test_nothing_that_a_frame_can_hold_stops_detection(stream: list[tuple[FrameReading, float]]) -> None:
     watch = fleet()
@@ -99,7 +100,7 @@ def test_nothing_that_a_frame_can_hold_stops_detection(stream: list[tuple[FrameR
                 assert 0.0 <= verdict.confidence <= 1.0
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.lists(st.tuples(frames, clocks), max_size=15), st.lists(st.tuples(frames, clocks), max_size=10))
 def test_detection_goes_on_from_whatever_was_saved(
     before: list[tuple[FrameReading, float]], after: list[tuple[FrameReading, float]]
@@ -147,7 +148,7 @@ def verdicts_of(watch: FleetWatch, stream: list[tuple[FrameReading, float]]) -> 
 
 
 @given(st.integers(40, 150))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_a_counter_reset_is_no_fault(at_s: int) -> None:
     stream = [
         (steady(now_s, restarted_s=0.0 if now_s < at_s else float(at_s)), float(now_s)) for now_s in range(1, 200)
@@ -156,7 +157,7 @@ def test_a_counter_reset_is_no_fault(at_s: int) -> None:
 
 
 @given(st.sets(st.integers(1, 150), max_size=40), st.sets(st.integers(1, 150), max_size=40))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_frames_that_come_twice_or_out_of_order_change_nothing(twice: set[int], swapped: set[int]) -> None:
     stream: list[tuple[FrameReading, float]] = []
     for now_s in range(1, 151):

@@ -7,13 +7,14 @@ import math
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_recommender.detection.detector import Detector
 from enova_recommender.detection.ensemble import EnsembleDetector
 from enova_recommender.detection.extremes import DriftingThreshold
 from enova_recommender.detection.learned import VaeDetector
+from enova_testing.examples import examples
 
 Floats = npt.NDArray[np.float64]
 
@@ -51,7 +52,7 @@ def made(kind: str) -> Detector:
 
 
 @pytest.mark.parametrize("kind", ["ensemble", "vae"])
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(columns=columns, values=rows, jumps=jumps)
 def test_any_history_and_any_steps_at_any_time_give_scores(
     kind: str, columns: list[str], values: list[list[float]], jumps: list[int]
@@ -74,7 +75,7 @@ def test_any_history_and_any_steps_at_any_time_give_scores(
         assert np.all(np.isclose(sums, 1.0) | (sums == 0.0))
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(scores=st.lists(odd, min_size=1, max_size=40))
 def test_a_threshold_judges_a_batch_as_step_by_step_and_nothing_breaks_it(scores: list[float]) -> None:
     normal = np.random.default_rng(2).exponential(size=500)

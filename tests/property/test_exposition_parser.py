@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from enova_agent.core.exposition import BUCKETS, HISTOGRAMS, ExpositionParser, MalformedExposition
+from enova_testing.examples import examples
 
 PAGE = (Path(__file__).parents[1] / "fixtures" / "vllm_metrics.txt").read_bytes()
 LINES = PAGE.split(b"\n")
@@ -63,7 +64,7 @@ def test_the_captured_page_is_read_as_by_the_general_parser() -> None:
     check(PAGE, ExpositionParser())
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(st.lists(st.floats(min_value=1.0, max_value=1e6), min_size=1, max_size=3))
 def test_pages_of_one_engine_over_time_are_read_alike(factors: list[float]) -> None:
     parser = ExpositionParser()
@@ -78,7 +79,7 @@ def test_pages_of_one_engine_over_time_are_read_alike(factors: list[float]) -> N
 
 
 @pytest.mark.parametrize("seed", range(3))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     edits=st.lists(
         st.tuples(

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_recommender.engine import (
@@ -27,6 +27,7 @@ from enova_recommender.performance import Affine, Slowed
 from enova_simulator.cluster.engines import Engines, Happened, Kind, Requests
 from enova_simulator.cluster.kernel import columns as at
 from enova_simulator.cluster.tables import Tabulated, tabulated
+from enova_testing.examples import examples
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first compiles the engines: half a minute
 
@@ -132,7 +133,7 @@ def compiled(requests: Requests, limits: Limits, moments: list[float], factor: f
     return happened
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     limits=limits, seed=st.integers(0, 10_000), count=st.integers(1, 40),
     moments=st.lists(st.floats(0.0, 5.0), max_size=5), factor=st.sampled_from([1.0, 1.7]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_coordinator.core.advice import Observed
@@ -33,6 +33,7 @@ from enova_recommender.recommend.allocation_types import Option, SolveLimits
 from enova_recommender.recommend.fleet import RUNNING, FleetOptions, OptionFacts
 from enova_recommender.recommend.types import EngineSettings
 from enova_recommender.types import Interval, Parallelism, Precision
+from enova_testing.examples import examples
 
 KINDS = ("H100", "H100", "H100", "L40S", "H20", "CPU", "Odd")
 
@@ -130,7 +131,7 @@ def fleets(draw: st.DrawFn) -> tuple[Snapshot, list[Wanted]]:
     return snapshot, wanted
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(fleet=fleets(), headroom=st.sampled_from([0.0, 0.3]))
 def test_any_fleet_gets_an_answer_that_keeps_to_it(fleet: tuple[Snapshot, list[Wanted]], headroom: float) -> None:
     snapshot, wanted = fleet

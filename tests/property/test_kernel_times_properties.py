@@ -6,12 +6,13 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_recommender import catalog
 from enova_recommender.performance import KernelTimes
 from enova_recommender.types import Batch, Parallelism, Precision
+from enova_testing.examples import examples
 
 GPUS, MODELS = catalog.gpus(), catalog.models()
 TIMES = (
@@ -38,7 +39,7 @@ def batch_of(prompts: int, mean: int, sequences: int, context: int) -> Batch:
 batches = st.builds(batch_of, st.integers(0, 16_384), lengths, counts, lengths)
 
 
-@settings(deadline=None)
+@examples()
 @given(times, batches, st.integers(1, 2_000))
 def test_no_part_of_a_batch_is_free(one: KernelTimes, batch: Batch, more: int) -> None:
     prompts, sequences = batch.prefill_tokens, batch.decode_sequences
@@ -52,7 +53,7 @@ def test_no_part_of_a_batch_is_free(one: KernelTimes, batch: Batch, more: int) -
         assert one.step_s(replace(batch, context_tokens=batch.context_tokens + more)) >= least * (1 - 1e-12)
 
 
-@settings(deadline=None)
+@examples()
 @given(times, st.integers(1, 600), lengths, st.integers(1, 600))
 def test_runs_are_sums_of_their_steps(one: KernelTimes, sequences: int, context: int, steps: int) -> None:
     first = sequences * context
@@ -63,7 +64,7 @@ def test_runs_are_sums_of_their_steps(one: KernelTimes, sequences: int, context:
     assert run == pytest.approx(single, rel=1e-11)
 
 
-@settings(deadline=None)
+@examples()
 @given(times, batches)
 def test_arrays_say_the_same_as_single_steps(one: KernelTimes, batch: Batch) -> None:
     found = one.steps_s(batch.prefill_tokens, batch.prefill_pairs, batch.decode_sequences, batch.context_tokens)

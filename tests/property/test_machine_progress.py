@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_agent.core.progress import Activity, HangLimits, Judgement, Observation, Verdict, Watch, judge
+from enova_testing.examples import examples
 
 LIMITS = HangLimits()
 SERVER, CORE = 1, 2
@@ -69,7 +70,7 @@ _ENGINES = st.builds(
 )
 
 
-@settings(deadline=None)  # a loaded machine is slow, not wrong
+@examples()  # a loaded machine is slow, not wrong
 @given(_ENGINES, _TICKS, st.floats(0.0, 30.0))
 def test_a_stopped_engine_is_found_within_ten_seconds_whatever_it_did(
     engine: Engine, ticks: list[float], healthy_s: float
@@ -88,7 +89,7 @@ def test_a_stopped_engine_is_found_within_ten_seconds_whatever_it_did(
     assert verdicts.index(Verdict.SUSPECT) < verdicts.index(Verdict.HUNG)
 
 
-@settings(deadline=None)
+@examples()
 @given(_ENGINES, _TICKS, st.booleans(), st.floats(0.06, 4.0), st.floats(0.1, 400.0))
 def test_an_engine_that_computes_is_never_suspected(
     engine: Engine, ticks: list[float], counts: bool, share: float, answer_s: float
@@ -100,7 +101,7 @@ def test_an_engine_that_computes_is_never_suspected(
         steps += 1
 
 
-@settings(deadline=None)
+@examples()
 @given(_ENGINES, _TICKS)
 def test_an_engine_that_goes_on_heals_or_never_was_a_suspect(engine: Engine, ticks: list[float]) -> None:
     steps, was_suspect = 0, False

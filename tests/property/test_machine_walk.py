@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_agent.core.events import (
@@ -38,6 +38,7 @@ from enova_agent.core.events import (
 )
 from enova_agent.core.failure import Cause, Fault
 from enova_agent.core.machine import Goal, Limits, Machine, Stage, accepts, step
+from enova_testing.examples import examples
 
 LIMITS = Limits()
 _CAUSES = st.sampled_from(list(Fault)).map(lambda fault: Cause(fault=fault, detail=fault.value))
@@ -73,7 +74,7 @@ def at(event: Event, now_s: float, cause: Cause) -> Event:
     return replace(event, **{name: value for name, value in values.items() if name in names})  # type: ignore[arg-type]
 
 
-@settings(deadline=None)  # a loaded machine is slow, not wrong
+@examples()  # a loaded machine is slow, not wrong
 @given(_STEPS)
 def test_a_walk_never_spawns_beside_a_living_run_and_announces_routing_truly(
     steps: list[tuple[float, Event, Cause]],
@@ -112,7 +113,7 @@ def _check(action: Action, before: Machine, *, alive: bool) -> None:
         assert alive or before.stage in (Stage.SPAWNING, Stage.WAITING, Stage.KILLING)
 
 
-@settings(deadline=None)
+@examples()
 @given(_STEPS)
 def test_whatever_happened_a_stop_ends_with_nothing_left(steps: list[tuple[float, Event, Cause]]) -> None:
     machine, now_s = Machine(), 0.0
@@ -137,7 +138,7 @@ def test_whatever_happened_a_stop_ends_with_nothing_left(steps: list[tuple[float
     assert machine.stage is Stage.STOPPED
 
 
-@settings(deadline=None)
+@examples()
 @given(st.lists(st.floats(0.0, 1.0, exclude_max=True), min_size=1, max_size=40), _CAUSES)
 def test_a_crash_loop_restarts_eight_times_in_ten_minutes_at_most(draws: list[float], cause: Cause) -> None:
     machine, now_s, spawns = Machine(), 0.0, []

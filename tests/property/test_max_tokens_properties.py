@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import ndtr
 
 from enova_recommender.recommend.max_tokens import density_of, limit_of, product_limit
 from enova_recommender.recommend.max_tokens.survival import worth_at
+from enova_testing.examples import examples
 
 ANSWERS = 3000
 SIGMAS = 5.0               # of the estimate's own error; the tail of 200 examples stays far below
@@ -22,7 +23,7 @@ def _sample(values: list[int], flags: list[bool]) -> tuple[np.ndarray, np.ndarra
     return np.array(values, np.int64), np.resize(np.array(flags or [False], np.bool_), len(values))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     centre=st.floats(3.0, 7.0),

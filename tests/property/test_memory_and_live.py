@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_recommender import catalog
 from enova_recommender.memory import MemorySettings, cache_layout, fit_settings, gpu_weight_bytes, weight_bytes
 from enova_recommender.recommend.live import LiveCapacity, ReplicaFrames, live_capacity
 from enova_recommender.types import Parallelism, Precision
+from enova_testing.examples import examples
 
 NAMES = ("Llama-3.1-8B-Instruct", "Llama-3.1-70B-Instruct", "Qwen3-30B-A3B", "DeepSeek-V3", "gemma-3-12b-it",
          "Qwen3.5-35B-A3B", "gpt-oss-20b", "NVIDIA-Nemotron-Nano-9B-v2")
@@ -30,7 +31,7 @@ SETTINGS = st.builds(
 )  # fmt: skip
 
 
-@settings(deadline=None)
+@examples()
 @given(shape=st.sampled_from(MODELS), asked=SETTINGS)
 def test_the_division_adds_up(shape: object, asked: MemorySettings) -> None:
     model = next(one for one in MODELS if one is shape)
@@ -43,7 +44,7 @@ def test_the_division_adds_up(shape: object, asked: MemorySettings) -> None:
         assert found.used_bytes <= found.budget_bytes
 
 
-@settings(deadline=None)
+@examples()
 @given(shape=st.sampled_from(MODELS), asked=SETTINGS, more=st.floats(1.0, 2.0))
 def test_more_memory_or_fewer_demands_never_leave_fewer_blocks(
     shape: object, asked: MemorySettings, more: float
@@ -56,7 +57,7 @@ def test_more_memory_or_fewer_demands_never_leave_fewer_blocks(
     assert fit_settings(model, replace(asked, max_num_seqs=1)).kv_blocks >= blocks
 
 
-@settings(deadline=None)
+@examples()
 @given(shape=st.sampled_from(MODELS), layout=PARALLEL)
 def test_gpus_together_hold_at_least_all_weights(shape: object, layout: Parallelism) -> None:
     model = next(one for one in MODELS if one is shape)
@@ -65,7 +66,7 @@ def test_gpus_together_hold_at_least_all_weights(shape: object, layout: Parallel
     assert held <= weight_bytes(model) * 1.001
 
 
-@settings(deadline=None)
+@examples()
 @given(shape=st.sampled_from(MODELS), tokens=st.integers(1, 100_000), extra=st.integers(0, 5000))
 def test_longer_sequences_never_hold_fewer_blocks(shape: object, tokens: int, extra: int) -> None:
     model = next(one for one in MODELS if one is shape)
@@ -88,7 +89,7 @@ def recordings(draw: st.DrawFn) -> ReplicaFrames:
     )
 
 
-@settings(deadline=None)
+@examples()
 @given(one=recordings())
 def test_rates_lie_within_their_intervals_and_below_what_was_seen(one: ReplicaFrames) -> None:
     found = live_capacity([one])
@@ -100,7 +101,7 @@ def test_rates_lie_within_their_intervals_and_below_what_was_seen(one: ReplicaFr
         assert found.max_num_seqs >= 1
 
 
-@settings(deadline=None)
+@examples()
 @given(one=recordings())
 def test_unmeasured_frames_after_the_end_change_nothing(one: ReplicaFrames) -> None:
     silence = np.full(50, np.nan)

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_recommender.scaling.bounds import REPLICAS_MIN
 from enova_recommender.scaling.policies import KNOBS, PEERS
 from enova_recommender.scaling.situation import Demand, Memory, Phase, Recent, Signal, Situation
+from enova_testing.examples import examples
 from enova_testing.policy_runs import decisions
 from enova_testing.situations import asked, capacity, replicas, situation, variant
 
@@ -88,7 +89,7 @@ def _gappy(rng: np.random.Generator, demand: Demand) -> Demand:
 
 @EACH
 @given(seed=st.integers(0, 2**32 - 1), knob=st.integers(0, 4))
-@settings(max_examples=40)
+@examples(40)
 def test_wish_is_bounded_deterministic_and_remembered_through_json(name: str, seed: int, knob: int) -> None:
     policy = PEERS[name](KNOBS[name][knob])
     memory: Memory = {}

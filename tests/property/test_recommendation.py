@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from enova_recommender import catalog
@@ -20,6 +20,7 @@ from enova_recommender.recommend.search_result import SearchResult
 from enova_recommender.recommend.search_space import SearchSpace
 from enova_recommender.recommend.types import InventoryNode, Objectives, Workload
 from enova_recommender.types import Batch, GpuModel, ModelShape, Parallelism
+from enova_testing.examples import examples
 
 MODELS = {name: catalog.models()[name] for name in (
     "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-70B-Instruct", "openai/gpt-oss-20b",
@@ -63,7 +64,7 @@ def assured(found: SearchResult) -> npt.NDArray[np.float64]:
     return np.concatenate([group.found.assured_rps for group in found.groups if group.found is not None])
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(shape=shapes, gpu=gpus, taught=factors, sequences=st.integers(1, 2000), more=st.integers(1, 500),
        context=st.integers(1, 8000))  # fmt: skip
 def test_more_sequences_never_shorten_a_step_whatever_was_learnt(
@@ -77,7 +78,7 @@ def test_more_sequences_never_shorten_a_step_whatever_was_learnt(
     assert steps[1] >= steps[0] * (1 - 1e-12)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(shape=shapes, gpu=gpus, sequences=st.integers(1, 1000), context=st.integers(10, 4000))
 def test_what_is_not_known_is_never_less_than_what_kernels_are_not(
     shape: ModelShape, gpu: GpuModel, sequences: int, context: int
@@ -96,7 +97,7 @@ def test_a_wider_cut_never_adds_memory_on_a_gpu(shape: ModelShape, sizes: tuple[
     assert kept[1] <= kept[0]
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(shape=shapes, gpu=gpus, sizes=st.tuples(st.sampled_from(TENSORS), st.sampled_from(TENSORS)))
 def test_a_wider_cut_never_leaves_fewer_tokens_in_the_cache(
     shape: ModelShape, gpu: GpuModel, sizes: tuple[int, int]
@@ -107,7 +108,7 @@ def test_a_wider_cut_never_leaves_fewer_tokens_in_the_cache(
     assert many.kv_tokens >= few.kv_tokens
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(asked=searches, looser=st.floats(1.05, 3.0))
 def test_looser_objectives_never_make_it_dearer(asked: Search, looser: float) -> None:
     tight, promised = searched(asked, space=AS_GIVEN), asked[3]
@@ -121,7 +122,7 @@ def test_looser_objectives_never_make_it_dearer(asked: Search, looser: float) ->
     assert np.all(assured(loose) >= assured(tight) * (1 - 0.02))
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(asked=searches)
 def test_the_surer_the_less_is_counted_on(asked: Search) -> None:
     bold, usual, sure = (assured(searched(asked, assurance=chance, space=AS_GIVEN)) for chance in (0.5, 0.9, 0.97))
@@ -129,7 +130,7 @@ def test_the_surer_the_less_is_counted_on(asked: Search) -> None:
     assert np.all(sure <= usual * (1 + 1e-9))
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(asked=searches, more=st.floats(1.1, 4.0))
 def test_more_requests_never_cost_less(asked: Search, more: float) -> None:
     shape, gpu, workload, promised = asked
@@ -140,7 +141,7 @@ def test_more_requests_never_cost_less(asked: Search, more: float) -> None:
         assert few.best.cost_per_hour <= many.best.cost_per_hour
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(asked=searches)
 def test_names_of_model_and_gpu_change_no_prediction(asked: Search) -> None:
     shape, gpu, workload, promised = asked
@@ -153,7 +154,7 @@ def test_names_of_model_and_gpu_change_no_prediction(asked: Search) -> None:
         assert replace(one.settings, gpu=gpu) == replace(other.settings, gpu=gpu)
 
 
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(asked=searches)
 def test_max_num_seqs_is_kept_by_a_full_batch_with_the_chance_that_is_told(asked: Search) -> None:
     shape, gpu, workload, promised = asked

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_coordinator.core.model import (
@@ -33,6 +33,7 @@ from enova_coordinator.core.model import (
 from enova_coordinator.core.placement import double_claims
 from enova_coordinator.core.plan import Delete, Plan, Put
 from enova_coordinator.core.reconcile import ReconcileLimits, reconcile
+from enova_testing.examples import examples
 from enova_testing.world import World
 
 GIB = 1 << 30
@@ -167,7 +168,7 @@ def puts(plan: Plan) -> list[Put]:
 
 
 @given(snapshots())
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_no_plan_claims_a_gpu_twice_or_more_than_it_has_even_if_half_of_it_is_refused(snapshot: Snapshot) -> None:
     plan = reconcile(snapshot, now_s=NOW_S, limits=LIMITS)
     assert not double_claims(applied(snapshot, plan))
@@ -182,7 +183,7 @@ def test_no_plan_claims_a_gpu_twice_or_more_than_it_has_even_if_half_of_it_is_re
 
 
 @given(snapshots())
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_each_object_is_written_once_under_the_revision_that_was_read(snapshot: Snapshot) -> None:
     plan = reconcile(snapshot, now_s=NOW_S, limits=LIMITS)
     writes = [write for change in plan.changes for write in change.writes]
@@ -192,7 +193,7 @@ def test_each_object_is_written_once_under_the_revision_that_was_read(snapshot: 
 
 
 @given(snapshots())
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_what_is_on_its_way_out_never_comes_back_and_claims_never_move(snapshot: Snapshot) -> None:
     after = applied(snapshot, reconcile(snapshot, now_s=NOW_S, limits=LIMITS))
     for name, before in snapshot.replicas.items():
@@ -202,7 +203,7 @@ def test_what_is_on_its_way_out_never_comes_back_and_claims_never_move(snapshot:
 
 
 @given(snapshots())
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_new_places_are_on_reachable_nodes_that_take_new_replicas(snapshot: Snapshot) -> None:
     after = applied(snapshot, reconcile(snapshot, now_s=NOW_S, limits=LIMITS))
     for name, replica in after.items():
@@ -221,7 +222,7 @@ def test_new_places_are_on_reachable_nodes_that_take_new_replicas(snapshot: Snap
 
 
 @given(snapshots())
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_a_deleted_or_zero_deployment_gets_nothing_new(snapshot: Snapshot) -> None:
     after = applied(snapshot, reconcile(snapshot, now_s=NOW_S, limits=LIMITS))
     for name, replica in after.items():
@@ -234,7 +235,7 @@ def test_a_deleted_or_zero_deployment_gets_nothing_new(snapshot: Snapshot) -> No
 
 
 @given(snapshots(), st.randoms(use_true_random=False))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_the_order_in_which_objects_were_read_changes_nothing(snapshot: Snapshot, shuffle: random.Random) -> None:
     def shuffled(values: Mapping[str, V]) -> dict[str, V]:
         names = list(values)
@@ -258,7 +259,7 @@ def _unordered(plan: Plan) -> list[tuple[str, frozenset[str]]]:
 
 
 @given(st.lists(specs(), min_size=1, max_size=3), st.integers(0, 1 << 30))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_a_healthy_fleet_comes_to_rest_whatever_is_deployed(wanted: list[DeploymentSpec], seed: int) -> None:
     world = World(seed, nodes=3, gpus=3)
     for number, spec in enumerate(wanted):
@@ -274,7 +275,7 @@ def test_a_healthy_fleet_comes_to_rest_whatever_is_deployed(wanted: list[Deploym
     before=st.integers(1, 4), after=st.integers(1, 4), again=st.booleans(), pause_s=st.integers(0, 20),
     seed=st.integers(0, 1 << 30),
 )
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_with_room_a_rollout_never_serves_with_fewer_than_both_targets_ask_for(
     before: int, after: int, again: bool, pause_s: int, seed: int
 ) -> None:

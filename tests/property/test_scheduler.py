@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_recommender.engine import (
@@ -24,6 +24,7 @@ from enova_recommender.engine import (
     Stepped,
 )
 from enova_recommender.performance import Affine
+from enova_testing.examples import examples
 
 # Irrational ratios keep step boundaries and arrivals from meeting by chance, where rounding would decide.
 TIMES = Affine(
@@ -151,7 +152,7 @@ def assert_same(one: list[Event], other: list[Event]) -> None:
         assert run.end_s == pytest.approx(single.end_s, abs=1e-9)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(scenarios())
 def test_runs_in_closed_form_equal_single_steps(scenario: Scenario) -> None:
     runs, _ = play(scenario, coalesce=True, upfront=False)
@@ -159,7 +160,7 @@ def test_runs_in_closed_form_equal_single_steps(scenario: Scenario) -> None:
     assert_same(runs, single)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(scenarios())
 def test_announced_arrivals_equal_arrivals_as_they_come(scenario: Scenario) -> None:
     announced, reached = play(scenario, coalesce=True, upfront=True)
@@ -168,7 +169,7 @@ def test_announced_arrivals_equal_arrivals_as_they_come(scenario: Scenario) -> N
         assert_same(announced, coming)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(scenarios())
 def test_every_token_is_made_once_and_nobody_starves(scenario: Scenario) -> None:
     events, cancelled = play(scenario, coalesce=True, upfront=False)
@@ -181,7 +182,7 @@ def test_every_token_is_made_once_and_nobody_starves(scenario: Scenario) -> None
         assert made == sum(request.output_tokens for request in finished)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(scenarios())
 def test_each_request_lives_its_events_in_order(scenario: Scenario) -> None:
     events, _ = play(scenario, coalesce=True, upfront=False)
@@ -204,7 +205,7 @@ def test_each_request_lives_its_events_in_order(scenario: Scenario) -> None:
         assert names.count(Admitted.__name__) - names.count(Preempted.__name__) in (0, 1)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(scenarios())
 def test_next_event_never_lies_behind_what_happens_next(scenario: Scenario) -> None:
     scheduler = Scheduler(scenario.limits, TIMES)

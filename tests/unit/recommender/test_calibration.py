@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from enova_recommender import catalog
@@ -29,6 +29,7 @@ from enova_recommender.performance.engine_model import EngineModel, Fit, correct
 from enova_recommender.performance.live_steps import EngineChange, ObservedStep, observed_step
 from enova_recommender.types import Batch, Parallelism, Precision
 from enova_testing.engine_world import Recorded, frames
+from enova_testing.examples import examples
 
 SHAPE = catalog.models()["meta-llama/Llama-3.1-8B-Instruct"]
 H100 = catalog.gpus()["H100"]
@@ -217,7 +218,7 @@ def test_directions_that_no_load_excites_do_not_wind_up() -> None:
 
 
 @given(st.lists(st.tuples(*(st.floats(0, 0.1) for _ in GROUPS), st.floats(1e-6, 10)), max_size=40))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_whatever_comes_factors_stay_in_range_and_the_covariance_positive(rows: list[tuple[float, ...]]) -> None:
     calibration = prior(0.35)
     for *parts, step_s in rows:
