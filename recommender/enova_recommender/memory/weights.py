@@ -24,10 +24,17 @@ from enova_recommender.types import (
     Recurrence,
 )
 
+AUTO_BYTES_MAX = 2.0
+
 
 def plain_element_bytes(shape: ModelShape, precision: Precision = AS_PUBLISHED) -> float:
-    """Bytes of one element of what is not quantised: embedding, head, activations."""
-    return ELEMENT_BYTES[shape.dtype if precision.dtype == "auto" else precision.dtype]
+    """Bytes of one element of what is not quantised: embedding, head, activations.
+
+    vLLM's `auto` serves 32-bit checkpoints in 16 bits.
+    """
+    if precision.dtype == "auto":
+        return min(ELEMENT_BYTES[shape.dtype], AUTO_BYTES_MAX)
+    return ELEMENT_BYTES[precision.dtype]
 
 
 def part_element_bytes(shape: ModelShape, part: Part, precision: Precision = AS_PUBLISHED) -> float:

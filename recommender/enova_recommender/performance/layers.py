@@ -18,11 +18,12 @@ import numpy.typing as npt
 from enova_recommender.catalog.kernels import MeasuredGpu
 from enova_recommender.memory import cache_element_bytes, plain_element_bytes
 from enova_recommender.performance.correction import KernelGroup
-from enova_recommender.performance.tables import PLAIN_FORMAT, ExpertWork, Kernels, kernels_of
+from enova_recommender.performance.tables import ExpertWork, Kernels, kernels_of, peak
 from enova_recommender.types import (
     ELEMENT_BYTES,
     EXPERTS_ONLY,
     WEIGHT_FORMATS,
+    Arithmetic,
     Attention,
     Experts,
     FeedForward,
@@ -107,7 +108,12 @@ class Setting:
     def format_of(self, part: Part) -> tuple[WeightFormat, str | None]:
         """How the weights of a part are kept, None if plainly."""
         name = dict(self.formats)[part]
-        return (PLAIN_FORMAT if name is None else WEIGHT_FORMATS[name]), name
+        return (self.plain_format if name is None else WEIGHT_FORMATS[name]), name
+
+    @property
+    def plain_format(self) -> WeightFormat:
+        """How weights are kept that are not quantised."""
+        return WeightFormat(element_bytes=self.plain_bytes, arithmetic=Arithmetic.PLAIN)
 
 
 def setting_of(
@@ -185,8 +191,7 @@ def _ridge(weights: WeightFormat, setting: Setting) -> float:
     """Rows at which a product's arithmetic takes as long as the reading of its weights."""
     gpu = setting.gpu
     kind = setting.kernels.multiplied_in(weights, None)
-    peak = {"nvfp4": gpu.fp4_flops, "fp8": gpu.fp8_flops}.get(kind) or gpu.bf16_flops
-    return weights.element_bytes * peak / (2 * gpu.bandwidth_bytes_per_s)
+    return weights.element_bytes * peak(setting.kernels.sheet, kind) / (2 * gpu.bandwidth_bytes_per_s)
 
 
 def _products(part: Part, shapes: list[tuple[float, float]], setting: Setting) -> Iterator[Piece]:
@@ -211,7 +216,7 @@ def _all_reduce(setting: Setting) -> Iterator[Piece]:
     """The sum over tensor-parallel GPUs at the end of a part."""
     tensor = setting.parallelism.tensor
     if tensor > 1:
-        seconds = setting.kernels.all_reduce_s(TOKENS * setting.hidden * 2, tensor)
+        seconds = setting.kernels.all_reduce_s(TOKENS * setting.hidden * setting.plain_bytes, tensor)
         yield _over_tokens(KernelClass.COLLECTIVE, KernelGroup.COLLECTIVE, seconds)
 
 
@@ -362,8 +367,8 @@ def head_pieces(vocabulary: int, setting: Setting) -> Iterator[Piece]:
     """The product with the head for those sequences that get a token, the gathering of logits, and sampling."""
     tensor = setting.parallelism.tensor
     kernels = setting.kernels
-    seconds = kernels.gemm_s(PLAIN_FORMAT, None, SEQUENCES, n=vocabulary / tensor, k=setting.hidden)
-    ridge = _ridge(PLAIN_FORMAT, setting)
+    seconds = kernels.gemm_s(setting.plain_format, None, SEQUENCES, n=vocabulary / tensor, k=setting.hidden)
+    ridge = _ridge(setting.plain_format, setting)
     yield from _split(KernelClass.GEMM, seconds, knots=SEQUENCES, ridge=ridge, basis=Basis.SAMPLED)
     logits = SEQUENCES * vocabulary
     if tensor > 1:

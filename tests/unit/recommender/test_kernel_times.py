@@ -10,6 +10,7 @@ import pytest
 
 from enova_recommender import catalog
 from enova_recommender.catalog.kernels import measured_gpus
+from enova_recommender.memory import weight_bytes
 from enova_recommender.performance import (
     FITTED,
     GROUPS,
@@ -99,6 +100,26 @@ def test_weights_in_few_bits_decode_faster_and_prefill_no_faster_without_the_ari
     packed = kernels.gemm_s(WEIGHT_FORMATS["int4"], "int4", m, n=8192, k=8192)
     assert packed[0] < 0.5 * plain[0]
     assert packed[1] == pytest.approx(plain[1])
+
+
+def test_weights_in_32_bits_are_read_for_twice_as_long_and_multiplied_without_tensor_cores() -> None:
+    wide = times_of(SMALL, H100, Parallelism(), Precision(dtype="float32"))
+    plain = times_of(SMALL, H100, Parallelism(), Precision(dtype="float16"))
+    decode = Batch(decode_sequences=1, context_tokens=100)
+    assert 1.7 < wide.step_s(decode) / plain.step_s(decode) < 2.1
+    prompt = Batch(prefill_tokens=4096, prefill_pairs=4096 * 2048)
+    # 16 GFLOP a token at 61.8 TFLOP/s.
+    assert wide.step_s(prompt) == pytest.approx(4096 * 2 * 7.0e9 / (H100.bf16_flops / 16), rel=0.5)
+    assert wide.step_s(prompt) > 8 * plain.step_s(prompt)
+
+
+def test_a_checkpoint_in_32_bits_is_served_in_16_unless_it_is_asked_for() -> None:
+    stored = replace(SMALL, dtype="float32")
+    assert times_of(stored, H100, Parallelism(), Precision()).step_s(DECODE) == times_of(
+        SMALL, H100, Parallelism(), Precision()
+    ).step_s(DECODE)
+    sizes = [weight_bytes(stored, Precision(dtype=kind)) for kind in ("auto", "bfloat16", "float32")]
+    assert sizes[0] == sizes[1] == sizes[2] / 2
 
 
 def test_names_of_models_and_gpus_do_not_matter() -> None:
