@@ -44,6 +44,7 @@ class _Step:
     end_s: float
     batch: Batch
     prefills: list[tuple[Sequence, int, int]]  # sequence, its epoch, tokens
+    may_admit_after: bool  # nobody was let in before it, or room was made during it: who waits may get in at its end
 
 
 class Scheduler:
@@ -149,6 +150,8 @@ class Scheduler:
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request at once; False if there is none. The step in flight keeps its length."""
+        if self._step is not None:
+            self._step.may_admit_after = True
         if sequence := self._running.get(request_id):
             self._release(sequence, in_step=self._step is not None)
             return True
@@ -169,7 +172,7 @@ class Scheduler:
         step = self._step
         if step is None:
             return max(arrival_s, self._now_s)
-        if step.prefills or not self._cohort.size:
+        if step.prefills or not self._cohort.size or (step.may_admit_after and self._waiting_ids):
             return step.end_s
         run = self._run_length(self._cohort.steps_to_finish())
         return min(max(arrival_s, step.end_s), step.start_s + self._run_s(step.batch, run))
@@ -222,7 +225,7 @@ class Scheduler:
         if self._coalesce and not prefills and not preempted and self._pass_run(batch, until_s, events):
             return True
         end_s = self._now_s + self.times.step_s(batch)
-        self._step = _Step(start_s=self._now_s, end_s=end_s, batch=batch, prefills=prefills)
+        self._step = _Step(self._now_s, end_s, batch, prefills, may_admit_after=preempted)
         return True
 
     def _arrive(self, events: list[Event]) -> None:

@@ -194,6 +194,27 @@ def test_cancelling_frees_the_place_at_once() -> None:
     assert [name for _, name in moments(events, Finished)] == ["b"]
 
 
+def test_who_waits_for_a_place_that_a_cancellation_frees_is_the_next_event() -> None:
+    scheduler = Scheduler(limits(max_num_seqs=2), SECOND)
+    for name in ("a", "b", "c"):
+        scheduler.submit(request(name, output=50), 0.0)
+    scheduler.advance(5.5)
+    assert scheduler.next_event() == 50.0
+    assert scheduler.cancel("b")
+    assert scheduler.next_event() == 6.0
+    assert moments(scheduler.advance(7.0), Admitted) == [(6.0, "c")]
+
+
+def test_who_was_not_let_in_beside_a_preemption_is_the_next_event() -> None:
+    scheduler = Scheduler(limits(num_blocks=6, scheduling_policy=Policy.PRIORITY), SECOND)
+    scheduler.submit(request("a", output=20), 0.0)
+    scheduler.submit(request("b", output=12, priority=1), 0.0)
+    scheduler.submit(request("c"), 8.5)
+    assert moments(scheduler.advance(9.5), Preempted) == [(9.0, "b")]
+    assert scheduler.next_event() == 10.0
+    assert moments(scheduler.advance(10.0), Admitted) == [(10.0, "c")]
+
+
 def test_new_step_times_hold_from_the_next_step_on() -> None:
     scheduler = Scheduler(limits(), SECOND)
     scheduler.submit(request("a", output=4), 0.0)
