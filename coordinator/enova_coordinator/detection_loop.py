@@ -23,6 +23,7 @@ from enova_coordinator.core.detection import (
     DEAD,
     ejected,
     fold_settings,
+    lesson_of,
     placement,
     progress_limits,
     restarts,
@@ -51,6 +52,7 @@ from enova_coordinator.service_log import in_turns
 from enova_coordinator.store import Compare, Store, codec
 from enova_coordinator.store.changes import commit
 from enova_recommender.detection.episodes import Change
+from enova_recommender.detection.lessons import LESSONS_MAX, Lesson
 from enova_recommender.performance.correction import Correction
 from enova_recommender.performance.engine_model import EngineModel
 from enova_recommender.types import VerdictKind
@@ -160,6 +162,8 @@ class DetectionLoop:
         self._judged_s = -math.inf
         self._saved_s = monotonic_s()
         self._false: set[str] = set()
+        self._lessons: dict[str, Lesson] = {}      # by the episode's name, the newest last
+        self._said = self._taught = 0              # changes of them, and as of which the child knows them
         self._unwritten: dict[str, Episode] = {}   # the store may be away
 
     async def run(self) -> None:
@@ -222,12 +226,22 @@ class DetectionLoop:
         """What stands open, by name."""
         return self._ledger.open if self._ledger is not None else {}
 
-    def labelled(self, name: str, label: EpisodeLabel) -> None:
-        """A user said of an episode whether it was one."""
-        if label is EpisodeLabel.FALSE:
-            self._false.add(name)
+    def labelled(self, episode: Episode) -> None:
+        """A user said of an episode whether it was one: the next round's verdicts heed it."""
+        if episode.label is EpisodeLabel.FALSE:
+            self._false.add(episode.name)
         else:
-            self._false.discard(name)
+            self._false.discard(episode.name)
+        self._learn(episode)
+
+    def _learn(self, episode: Episode) -> None:
+        lesson = lesson_of(episode)
+        self._lessons.pop(episode.name, None)
+        if lesson is not None:
+            self._lessons[episode.name] = lesson
+        while len(self._lessons) > LESSONS_MAX:
+            del self._lessons[next(iter(self._lessons))]
+        self._said += 1
 
     @property
     def false_alarm_rate(self) -> float:
@@ -267,7 +281,8 @@ class DetectionLoop:
     async def _ask(self, out_of_routing: frozenset[str]) -> DetectionAnswer:
         """The child's answer. One that knows nothing of this session is told everything, and asked again."""
         save = self._monotonic_s() - self._saved_s >= SAVE_EVERY_S
-        anew = self._fleet != self._told
+        anew, lessons = self._fleet != self._told, tuple(self._lessons.values())
+        said = self._said          # a label may come while the child works
         moved = {name: n for name, n in self._restarts.items() if anew or self._told_restarts.get(name) != n}
         request = DetectionRequest(
             session=self._session_name,
@@ -276,18 +291,20 @@ class DetectionLoop:
             fleet=self._fleet if anew else None,
             ejected=out_of_routing,
             restarts=moved,
+            lessons=lessons if said != self._taught else None,
             save=save,
         )
         answer = await self._process.run(step, request)
         if not answer.known:
             self._sessions += 1
             request = replace(
-                request, session=self._session_name, setup=self._setup, fleet=self._fleet, restarts=self._restarts
-            )
+                request, session=self._session_name, setup=self._setup, fleet=self._fleet, restarts=self._restarts,
+                lessons=lessons,
+            )  # fmt: skip
             assert self._ledger is not None
             self._ledger.detached(now_s=request.now_s)
             answer = await self._process.run(step, request)
-        self._told, self._told_restarts = self._fleet, self._restarts
+        self._told, self._told_restarts, self._taught = self._fleet, self._restarts, said
         if save:
             self._saved_s = self._monotonic_s()
         return answer
@@ -362,6 +379,8 @@ class DetectionLoop:
                 stored.append(codec.decode_as(Episode, entry.value, key=entry.key))
             except Corrupt as error:
                 log.warning("left alone: %s", error)
+        for each in sorted(stored, key=lambda each: each.label_time_s):
+            self._learn(each)
         return EpisodeLedger(stored, wall_s=self._wall_s, now_s=self._clock.now())
 
     def _wall_s(self, model_s: float) -> float:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from enova_recommender.detection.episodes import EpisodeChange
 from enova_recommender.detection.folding import FoldSettings
+from enova_recommender.detection.lessons import Lesson
 from enova_recommender.detection.observation import Placement
 from enova_recommender.detection.progress import ProgressLimits
 from enova_recommender.detection.verdicts import Verdict
@@ -65,7 +66,8 @@ class DetectionRequest:
 
     `setup` makes a new watch; without it the child goes on with the one it has. `fleet` is given when it changed.
     `ejected`: replicas that agents hold out of routing because they make no progress. `restarts`: how often agents
-    started engines again, of replicas of which that changed; with `fleet`, of all.
+    started engines again, of replicas of which that changed; with `fleet`, of all. `lessons`: all that people said of
+    episodes, when that changed.
     """
 
     session: str
@@ -75,6 +77,7 @@ class DetectionRequest:
     fleet: FleetFacts | None = None
     ejected: frozenset[str] = frozenset()
     restarts: Mapping[str, int] = field(default_factory=dict)
+    lessons: tuple[Lesson, ...] | None = None
     save: bool = False
 
 

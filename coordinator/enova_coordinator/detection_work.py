@@ -77,6 +77,8 @@ class FleetDetection:
         if request.fleet is not None:
             self._place(request.fleet, request.now_s)
         self._follow(request.now_s)
+        if request.lessons is not None:
+            self._watch.teach(request.lessons)
         self._watch.tell_restarts(request.restarts)
         self._add(request)
         closed = self._watch.close(request.now_s)

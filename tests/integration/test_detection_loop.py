@@ -237,6 +237,30 @@ async def test_step_times_follow_what_calibration_learns_later(tmp_path: Path) -
         assert 1.0 < found.correction.memory < 1.05
 
 
+async def test_a_label_changes_later_verdicts_also_those_of_another_leader(tmp_path: Path) -> None:
+    async with _fleet(tmp_path) as fleet:
+        await fleet.until(SETTLED_S)
+        fleet.world.engines[0].slow(1.5)
+        await fleet.until(SETTLED_S + 120.0)
+        assert fleet.loop.verdicts["replica-0"].cause == "SLOW"
+        (episode,) = await fleet.stored()
+        # As the API writes it; the deployment is what stands before the replica's own name.
+        false = replace(episode, label=EpisodeLabel.FALSE, label_time_s=1.0, members=("chat/replicas/replica-0",))
+        fleet.loop.labelled(false)
+        await fleet.until(SETTLED_S + 130.0)
+        assert fleet.loop.verdicts == {}
+        key = codec.key(false.name)
+        entry = await fleet.store.get(key)
+        assert entry is not None
+        await fleet.store.transact([ModRevisionIs(key, entry.mod_revision)], [Put(key, codec.encode(false))])
+        fleet.new_leader()
+        await fleet.until(SETTLED_S + 180.0)
+        assert (fleet.loop.verdicts, fleet.loop.judges) == ({}, True)
+        fleet.loop.labelled(replace(false, label=EpisodeLabel.NONE))
+        await fleet.until(SETTLED_S + 220.0)
+        assert fleet.loop.verdicts["replica-0"].cause == "SLOW"
+
+
 async def test_restarts_that_only_an_agent_knows_of_are_a_crash_loop(tmp_path: Path) -> None:
     async with _fleet(tmp_path) as fleet:
         await fleet.until(60.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 
+from enova_coordinator.core.episode import Episode, EpisodeLabel
 from enova_coordinator.core.model import (
     Deployment,
     Intent,
@@ -18,6 +19,7 @@ from enova_coordinator.core.routes import DEFAULT_CONCURRENCY
 from enova_coordinator.core.verdicts import Verdict
 from enova_recommender.detection.causes import Cause
 from enova_recommender.detection.folding import FoldSettings
+from enova_recommender.detection.lessons import Lesson
 from enova_recommender.detection.observation import Placement
 from enova_recommender.detection.progress import ProgressLimits
 from enova_recommender.detection.verdicts import Contribution
@@ -32,6 +34,7 @@ SILENT_REAL_S = 3.0
 SUSPECT_STEPS, HUNG_STEPS = 2.0, 4.0
 DETECTOR = "fleet"
 _LEAST_CAPACITY_RPS = 1e-6
+_REPLICAS = "/replicas/"           # in a replica's name, after that of its deployment
 # What keeps a replica from serving, whatever its state says: scaling counts on the others.
 DEAD = frozenset({Cause.HUNG.name, Cause.CRASH_LOOP.name})
 
@@ -128,6 +131,20 @@ def restarts(snapshot: Snapshot, placed: Iterable[Placement]) -> dict[str, int]:
     """How often agents started the engine of each again: also of engines that no frame ever told of."""
     found = (snapshot.replicas[each.replica] for each in placed)
     return {each.name: each.status.restarts // max(1, len(each.members)) for each in found}
+
+
+def lesson_of(episode: Episode) -> Lesson | None:
+    """What a person's label of an episode teaches; None if there is none."""
+    if episode.label is EpisodeLabel.NONE and not episode.label_cause:
+        return None
+    return Lesson(
+        deployments=frozenset(each.partition(_REPLICAS)[0] for each in episode.members),
+        causes=tuple(Cause[each] for each in episode.causes if each in Cause.__members__),
+        is_true=episode.label is not EpisodeLabel.FALSE,
+        score=episode.score,
+        weights={each.feature: each.contribution for each in episode.findings},
+        said=Cause.__members__.get(episode.label_cause),
+    )
 
 
 def verdict_of(finding: Finding, *, wall_s: Callable[[float], float]) -> Verdict:

@@ -155,7 +155,7 @@ class VerdictService(verdict_service_pb2_grpc.VerdictServiceServicer):
             after = written
             detection = self._chair.leading().detection
             if detection is not None and not request.validate_only:
-                detection.labelled(name, label)
+                detection.labelled(after)
         return episode_message(after)
 
 

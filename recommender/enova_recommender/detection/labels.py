@@ -20,6 +20,7 @@ from enova_recommender.detection.detector import FALSE_ALARM, TRUE_ALARM, UNKNOW
 Floats = npt.NDArray[np.float64]
 
 ROUNDS = 20              # of Newton's method; it is done long before
+LEVEL_SPREAD = 100.0     # of the prior of a head's intercept: free
 SLOPE_MIN = 1e-9         # of the posterior, where it is done
 QUARTERS = 4             # of a whole, in which weights are tried
 PRECISION_SCALE = 0.03   # of average precision: weights that are so much worse count a third
@@ -92,11 +93,12 @@ def weights_by_labels(score: Callable[[Floats], Floats], true: Flags, default: F
 class LabelHead:
     """Logistic regression on rows of evidence, of which the first column is the detector's own score.
 
-    Weights have a normal prior: 1 for the score, 0 for all other evidence.
+    Weights have a normal prior: 1 for the score, 0 for all other evidence. The level, by default, moves freely.
     """
 
-    def __init__(self, *, spread: float) -> None:
+    def __init__(self, *, spread: float, level_spread: float = LEVEL_SPREAD) -> None:
         self._spread = spread              # of the prior, of each weight
+        self._level_spread = level_spread  # of the prior of the intercept, about 0
         self._weights: Floats = np.empty(0)
 
     @property
@@ -111,7 +113,7 @@ class LabelHead:
         centre = np.zeros(columns + 1)
         centre[0] = 1.0
         precision = np.full(columns + 1, 1.0 / self._spread**2)
-        precision[-1] = 1e-4               # of the intercept, which moves freely
+        precision[-1] = 1.0 / self._level_spread**2
         weights = centre.copy()
         # Scores of true and normal rows lie far apart: the intercept starts between them.
         weights[-1] = -float(np.median(evidence[~true, 0])) if (~true).any() else 0.0
@@ -133,12 +135,13 @@ class LabelHead:
 
     def save(self) -> dict[str, Floats]:
         """Everything that it knows, as arrays."""
-        return {"spread": np.array([self._spread]), "weights": self._weights.copy()}
+        return {"spread": np.array([self._spread, self._level_spread]), "weights": self._weights.copy()}
 
     @classmethod
     def load(cls, saved: Mapping[str, Floats]) -> LabelHead:
         """What `save` returned, as it was."""
-        loaded = cls(spread=float(saved["spread"][0]))
+        spread, level_spread = (float(each) for each in saved["spread"])
+        loaded = cls(spread=spread, level_spread=level_spread)
         loaded._weights = saved["weights"].copy()
         return loaded
 

@@ -19,6 +19,7 @@ from enova_recommender.detection.evidence import BURN_OBJECTIVE, PEER_CLEAR, QUE
 from enova_recommender.detection.features import Feature, FeatureStep, Flags, Floats
 from enova_recommender.detection.folding import FeatureFold, FoldSettings, Rejection
 from enova_recommender.detection.groups import Groups
+from enova_recommender.detection.lessons import Lesson, Lessons
 from enova_recommender.detection.observation import FrameReading, Placement
 from enova_recommender.detection.peers import SIBLINGS_MIN, PeerWatch, common_part
 from enova_recommender.detection.progress import Progress, ProgressLimits, ProgressWatch
@@ -75,6 +76,7 @@ class FleetWatch:
         self._burn = BurnRate(series=0, objective=BURN_OBJECTIVE, rules=BURN_RULES)
         self._judge = Judge(series=0, limits=limits)
         self._groups = Groups.of((), {})
+        self._lessons = Lessons()
         self._times: Mapping[str, StepTimes] = {}
         self._model: _Model | None = None
         self._well: Flags = np.zeros(0, dtype=bool)
@@ -137,6 +139,10 @@ class FleetWatch:
         """How often agents started engines again, by replica."""
         self.fold.tell_restarts(counts)
 
+    def teach(self, lessons: Iterable[Lesson]) -> None:
+        """Everything that people said of episodes, in place of what they had said before."""
+        self._lessons = Lessons(lessons)
+
     def close(self, now_s: float) -> list[Watched]:
         """Judge every step that is over; after a stall of the caller, the newest."""
         return [self._judged(step) for step in self.fold.close(now_s)]
@@ -161,6 +167,7 @@ class FleetWatch:
                 rarity=rarity,
             )
         judgement = self._judge.update(step, signals, self.fold.placements, step_s=step_s)
+        judgement = replace(judgement, verdicts=self._lessons.applied(judgement.verdicts, self.fold.placements))
         self._well = np.array([name not in judgement.verdicts for name in step.replicas], dtype=bool)
         self._well &= step.of(Feature.READY) == 1.0
         return Watched(

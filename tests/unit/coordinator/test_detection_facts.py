@@ -10,12 +10,14 @@ import pytest
 from enova_coordinator.core.detection import (
     ejected,
     fold_settings,
+    lesson_of,
     placement,
     progress_limits,
     restarts,
     verdict_of,
     words,
 )
+from enova_coordinator.core.episode import Episode, EpisodeLabel, Finding
 from enova_coordinator.core.model import (
     Claim,
     Deployment,
@@ -33,7 +35,9 @@ from enova_coordinator.core.model import (
     Variant,
 )
 from enova_recommender.detection.causes import RULES, Cause
+from enova_recommender.detection.lessons import Lesson
 from enova_recommender.detection.verdicts import Contribution, Verdict
+from enova_recommender.types import VerdictKind
 
 D, V, R = "deployments/d", "deployments/d/variants/v", "deployments/d/replicas/v-0"
 FLAGS = {"max_num_seqs": 64, "max_model_len": 4096}
@@ -134,6 +138,22 @@ def test_every_cause_has_words_and_its_figures(cause: Cause) -> None:
     assert (verdict.object, verdict.cause, verdict.since_s) == (R, cause.name, 105.0)
     assert "queue is 12, 2 is the threshold" in verdict.reason
     assert verdict.weights == (6.0,)
+
+
+def test_a_label_teaches_of_the_deployments_that_its_episode_befell() -> None:
+    episode = Episode(
+        name="episodes/1", object="nodes/n", verdict=VerdictKind.DEGRADED, causes=("SLOW", "of_another_release"),
+        members=(R, "deployments/e/replicas/v-1"), score=0.6,
+        findings=(Finding(feature="step_time_ratio", value=1.5, threshold=1.3, contribution=1.15),),
+    )  # fmt: skip
+    taught = Lesson(
+        deployments=frozenset({D, "deployments/e"}), causes=(Cause.SLOW,), is_true=False, score=0.6,
+        weights={"step_time_ratio": 1.15},
+    )  # fmt: skip
+    assert lesson_of(episode) is None
+    assert lesson_of(replace(episode, label=EpisodeLabel.FALSE)) == taught
+    named = replace(episode, label=EpisodeLabel.TRUE, label_cause="THROTTLED")
+    assert lesson_of(named) == replace(taught, is_true=True, said=Cause.THROTTLED)
 
 
 def test_a_threshold_that_is_none_is_not_told() -> None:
