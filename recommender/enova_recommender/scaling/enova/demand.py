@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from enova_recommender.recommend.types import MeanLengths
 from enova_recommender.scaling.situation import Capacity, Demand, Floats, Recent, Signal, Situation
 
 LEVEL_S = 60.0                # over which the rate of now is taken
@@ -103,9 +104,12 @@ def _waiting(situation: Situation) -> float:
 
 
 def _weight(demand: Demand, capacity: Capacity) -> float:
-    """Work of a request of now against one of all recent steps."""
-    new = _work_s(demand, capacity, MIX_NEW_S)
-    old = _work_s(demand, capacity, math.inf)
+    """Work of a request of now against one of those that the capacity was told for: all recent ones, if not said.
+
+    A capacity that was told anew since the mix changed has the change in it: it must not count here as well.
+    """
+    new, told_for = _work_s(demand, capacity, MIX_NEW_S), capacity.told_for
+    old = _work_s(demand, capacity, math.inf) if told_for is None else _request_s(capacity, told_for)
     if new is None or old is None or old <= 0:
         return 1.0
     low, high = WEIGHT_BOUNDS
@@ -119,7 +123,11 @@ def _work_s(demand: Demand, capacity: Capacity, span_s: float) -> float | None:
         return None
     prompt = float(np.nansum(demand.prompt_tokens[-count:])) / finished
     output = float(np.nansum(demand.output_tokens[-count:])) / finished
-    return prompt / capacity.prefill_tokens_per_s + output / capacity.decode_tokens_per_s
+    return _request_s(capacity, MeanLengths(prompt, output))
+
+
+def _request_s(capacity: Capacity, mean: MeanLengths) -> float:
+    return mean.prompt_tokens / capacity.prefill_tokens_per_s + mean.output_tokens / capacity.decode_tokens_per_s
 
 
 def _idle_s(situation: Situation) -> float:

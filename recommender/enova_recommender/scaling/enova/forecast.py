@@ -25,6 +25,7 @@ PRIOR_MINUTES = 120.0         # of evidence that the prior spread weighs as much
 TREND_RECORD_MINUTES = 60     # of history before a trend is looked at: until then a jump would pass for one
 PRIOR_DRIFT = 0.06            # sigma of the log of the rate's change in one minute; grows with the root of time
 LEVEL_MINUTES = (1, 3, 10)
+OVERTAKEN_SIGMAS = 2.0        # of a Poisson count in each of two minutes
 TREND_MINUTES = 10            # over which a trend is drawn
 TREND_DAMPING = 0.7           # share of a trend that goes on
 TREND_RATIO_MAX = 2.0         # by which a trend may change the level
@@ -68,6 +69,8 @@ def _forecasters(
         level = _trailing_mean(rates, minutes)
         last = float(level[-1]) if len(level) else now_rate
         now = now_rate if minutes == 1 else (now_rate + (minutes - 1) * last) / minutes
+        if now_rate > now * (1 + OVERTAKEN_SIGMAS * math.sqrt(2 / max(60 * now_rate, 1.0))):
+            continue           # what comes now is more than chance: an older level has been overtaken
         made.append((f"level of {minutes} min", level, now))
     if len(rates) >= TREND_RECORD_MINUTES:
         ratio = _trend_ratio(rates, lead)

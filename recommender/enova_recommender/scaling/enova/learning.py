@@ -1,20 +1,23 @@
 """What a replica really carries: the told capacity times a factor that is learnt from what replicas do. Pure.
 
-Theory of operation. A replica whose queue does not empty finishes as much as it can: a share of that (`SLO_SHARE`) is
-what it carries in time, and the factor is pulled there. One whose tokens or first tokens come late is past what it
-carries. One without a queue that meets the objectives carries at least what it finishes. So a prior that is too high is
-mended within minutes of load. One that is too low is not contradicted by a fleet that is large enough for it: a factor
-below 1 drifts back, slowly, while all is well, so that one bad minute does not cost for ever. First tokens count where
+Theory of operation. How steps slow down with what is in them (`steps`) tells within minutes, and at half of the load,
+what a replica carries: the factor is pulled there. Lateness corrects it: a replica whose queue does not empty finishes
+as much as it can, and a share of that (`SLO_SHARE`) is what it carries in time; so it is where first tokens are late.
+Where steps tell nothing, too long a gap between tokens pulls it down as well, and what is carried in time pulls it up;
+below 1 it then drifts back slowly, so that one bad minute does not cost for ever. Until anything has taught a factor,
+the told value is good enough to grow by, and its lower end (`careful_factor`) to shrink by. First tokens count where
 they are measured by the step (the simulator does, the coordinator does not yet).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
 from enova_recommender.scaling.enova.demand import last
+from enova_recommender.scaling.enova.steps import rate_by_steps
 from enova_recommender.scaling.situation import Floats, Signal, Situation, VariantSight
 
 WINDOW_S = 60.0
@@ -29,40 +32,72 @@ LOADED_SHARE = 0.5            # of what it is counted on for: with less, a long 
 FACTOR_BOUNDS = (0.25, 4.0)
 
 
-def learnt_factor(situation: Situation, variant: VariantSight, factor: float, *, weight: float) -> float:
-    """The factor after this situation; `weight` is a request's work against the mix of the told capacity."""
-    seen = _seen(situation, variant)
+def learnt_factor(situation: Situation, variant: VariantSight, factor: float | None, *, weight: float) -> float | None:
+    """The factor after this situation; None as long as nothing has taught one.
+
+    `weight` is a request's work against the mix of the told capacity.
+    """
+    told = max(variant.capacity.requests_per_s.value, 1e-9) / weight
+    rows = _settled(situation, variant)
+    by_steps = rate_by_steps(situation, variant, rows)
+    measured = by_steps / told if by_steps is not None else None
+    seen = _seen(situation, rows)
     if seen is None:
         return factor
-    finished_per_s, queues, ttft_s, tpot_s = seen
-    told = max(variant.capacity.requests_per_s.value, 1e-9) / weight
-    objective = situation.objective
-    ratio = finished_per_s / told
-    late = ttft_s > TTFT_SHARE * objective.ttft_s
-    if min(queues) >= QUEUE_SATURATED:
-        factor += RATE_DOWN * (SLO_SHARE * ratio - factor)
-    elif tpot_s > objective.tpot_s and ratio > LOADED_SHARE * factor:
-        # The batch is too large for the gap between tokens: fewer requests a second would have met it.
-        carried = ratio * objective.tpot_s / tpot_s
-        factor += RATE_DOWN * min(carried - factor, 0.0)
-    elif late:
-        # First tokens are late on average, so far too many are: it is past what it carries, queue or none.
-        factor += RATE_DOWN * min(SLO_SHARE * ratio - factor, 0.0)
-    elif max(queues) <= QUEUE_NONE and ratio > factor:
-        factor += RATE_UP * (ratio - factor)
-    elif max(queues) <= QUEUE_NONE and factor < 1.0:
-        factor += RATE_DRIFT * (1.0 - factor)
+    if factor is None and measured is not None:
+        factor = measured
+    pull = _pull(situation, seen, measured, 1.0 if factor is None else factor, told=told)
+    if factor is None and pull == 0:
+        return None
     low, high = FACTOR_BOUNDS
-    return min(max(factor, low), high)
+    return min(max((1.0 if factor is None else factor) + pull, low), high)
 
 
-def _seen(
-    situation: Situation, variant: VariantSight
-) -> tuple[float, tuple[float, float], float, float] | None:
-    """Mean finished a second, queue in both halves of the window, TTFT and TPOT of a settled replica of the variant."""
-    recent = situation.recent
-    rows = {name: row for row, name in enumerate(recent.replicas)}
-    settled = [
+def careful_factor(variant: VariantSight) -> float:
+    """What is taken for sure where nothing has taught a factor: the lower end of what is told."""
+    told = variant.capacity.requests_per_s
+    return min(1.0, max(told.low, 0.0) / told.value) if told.value > 0 else 1.0
+
+
+def _pull(situation: Situation, seen: _Seen, measured: float | None, factor: float, *, told: float) -> float:
+    """What is added to the factor at this look."""
+    ratio = seen.finished_per_s / told
+    saturated = SLO_SHARE * ratio
+    tpot_s = situation.objective.tpot_s
+    if min(seen.queues) >= QUEUE_SATURATED:
+        return RATE_DOWN * ((saturated if measured is None else min(saturated, measured)) - factor)
+    if seen.ttft_s > TTFT_SHARE * situation.objective.ttft_s and ratio > LOADED_SHARE * factor:
+        # First tokens are late on average, so far too many are: it is past what it carries, queue or none.
+        return RATE_DOWN * min(saturated - factor, 0.0)
+    if measured is not None:
+        return (RATE_DOWN if measured < factor else RATE_UP) * (measured - factor)
+    if seen.tpot_s > tpot_s and ratio > LOADED_SHARE * factor:
+        # The batch is too large for the gap between tokens: fewer requests a second would have met it.
+        return RATE_DOWN * min(ratio * tpot_s / seen.tpot_s - factor, 0.0)
+    if max(seen.queues) <= QUEUE_NONE and not seen.is_late(situation):
+        return RATE_UP * (ratio - factor) if ratio > factor else RATE_DRIFT * max(1.0 - factor, 0.0)
+    return 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """Of settled replicas over the window: finished a second, queues in both halves of it, means of TTFT and TPOT."""
+
+    finished_per_s: float
+    queues: tuple[float, float]
+    ttft_s: float
+    tpot_s: float
+
+    def is_late(self, situation: Situation) -> bool:
+        """Whether too many first tokens or gaps miss the objective."""
+        objective = situation.objective
+        return self.ttft_s > TTFT_SHARE * objective.ttft_s or self.tpot_s > objective.tpot_s
+
+
+def _settled(situation: Situation, variant: VariantSight) -> list[int]:
+    """Rows of the variant's replicas that have been READY for the window."""
+    rows = {name: row for row, name in enumerate(situation.recent.replicas)}
+    return [
         rows[replica.name]
         for replica in situation.replicas
         if replica.variant == variant.name
@@ -70,6 +105,9 @@ def _seen(
         and replica.name in rows
         and situation.now_s - replica.since_s >= SETTLED_S + WINDOW_S
     ]
+
+
+def _seen(situation: Situation, settled: list[int]) -> _Seen | None:
     finished = _window(situation, Signal.FINISHED, settled)
     waiting = _window(situation, Signal.WAITING, settled)
     if finished is None or waiting is None:
@@ -77,8 +115,10 @@ def _seen(
     half = waiting.shape[1] // 2
     # The usual replica, not the mean: one that is ill says nothing of what the others carry.
     queues = (_usual(waiting[:, : max(half, 1)]), _usual(waiting[:, half:]))
-    per_s = _mean(finished) / recent.step_s
-    return per_s, queues, _mean(_window(situation, Signal.TTFT_S, settled)), _tpot_s(situation, settled)
+    return _Seen(
+        finished_per_s=_mean(finished) / situation.recent.step_s, queues=queues,
+        ttft_s=_mean(_window(situation, Signal.TTFT_S, settled)), tpot_s=_tpot_s(situation, settled),
+    )
 
 
 def _tpot_s(situation: Situation, rows: list[int]) -> float:

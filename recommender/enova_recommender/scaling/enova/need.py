@@ -10,10 +10,10 @@ from scipy.stats import norm
 
 from enova_recommender.scaling.enova.demand import DemandNow, minute_rates
 from enova_recommender.scaling.enova.forecast import Outlook, outlook
-from enova_recommender.scaling.enova.learning import learnt_factor
+from enova_recommender.scaling.enova.learning import careful_factor, learnt_factor
 from enova_recommender.scaling.enova.profile import daily_profile, factors_at
 from enova_recommender.scaling.enova.state import PolicyState
-from enova_recommender.scaling.situation import Floats, Situation
+from enova_recommender.scaling.situation import Floats, Situation, VariantSight
 
 INTERVAL_S = 15.0
 BUDGET_SHARE = 10.0           # a forecast may be exceeded for this many times the error budget: a minute, not a request
@@ -37,27 +37,28 @@ class Need:
     lead_s: float
     load: float                # that must be carried when a start of now is READY
     carried: dict[str, float]  # by one replica of each variant
+    sure: dict[str, float]     # the same, as long as nothing taught it: what fewer replicas may be counted on for
     knob: float
     state: PolicyState
 
 
 def need_of(situation: Situation, demand: DemandNow, state: PolicyState, *, knob: float) -> Need:
     """The need of now; its state has learnt from the situation."""
+    variants = situation.variants
     state = _learnt(situation, demand, _profiled(situation, state))
     slowest = max(situation.variants, key=lambda variant: variant.start_up.p90_s).start_up
     lead_s = (slowest.p50_s + slowest.p90_s) / 2 + INTERVAL_S
     ahead = _outlook(situation, demand, state, lead_s=lead_s, quantile=quantile(situation, knob))
-    carried = {
-        variant.name: max(variant.capacity.requests_per_s.value, CAPACITY_MIN)
-        * state.factors[variant.name]
-        / (1 + HEADROOM * knob)
-        for variant in situation.variants
+    carried = {variant.name: _carried(variant, state.factors.get(variant.name, 1.0), knob) for variant in variants}
+    sure = {
+        variant.name: _carried(variant, state.factors.get(variant.name, careful_factor(variant)), knob)
+        for variant in variants
     }
     backlog = max(0.0, demand.waiting - QUEUE_PER_REPLICA * situation.ready)
     load = ahead.high * demand.weight + backlog / max(lead_s, DRAIN_S_MIN)
     state = state.with_load(load, now_s=situation.now_s, patience_s=patience(situation, knob))
     return Need(
-        demand=demand, ahead=ahead, lead_s=lead_s, load=load, carried=carried, knob=knob, state=state
+        demand=demand, ahead=ahead, lead_s=lead_s, load=load, carried=carried, sure=sure, knob=knob, state=state
     )
 
 
@@ -73,6 +74,10 @@ def patience(situation: Situation, knob: float) -> float:
     return min(max(knob * start_s, PATIENCE_S_MIN), PATIENCE_S_MAX)
 
 
+def _carried(variant: VariantSight, factor: float, knob: float) -> float:
+    return max(variant.capacity.requests_per_s.value, CAPACITY_MIN) * factor / (1 + HEADROOM * knob)
+
+
 def _profiled(situation: Situation, state: PolicyState) -> PolicyState:
     if situation.now_s - state.profile_s < PROFILE_EVERY_S:
         return state
@@ -83,19 +88,20 @@ def _learnt(situation: Situation, demand: DemandNow, state: PolicyState) -> Poli
     told = {
         variant.name: max(variant.capacity.requests_per_s.value, CAPACITY_MIN) for variant in situation.variants
     }
-    factors = {
+    found = {
         variant.name: learnt_factor(
             situation, variant, _factor(state, variant.name, told[variant.name]), weight=demand.weight
         )
         for variant in situation.variants
     }
+    factors = {name: factor for name, factor in found.items() if factor is not None}
     return replace(state, factors=factors, told=told)
 
 
-def _factor(state: PolicyState, variant: str, told: float) -> float:
-    """The factor of before; 1 where another capacity is told altogether: what mended a guess would spoil knowledge."""
+def _factor(state: PolicyState, variant: str, told: float) -> float | None:
+    """The factor of before; none where another capacity is told altogether: what mended a guess spoils knowledge."""
     before = state.told.get(variant, told)
-    return state.factors.get(variant, 1.0) if 1 / TOLD_ANEW <= told / before <= TOLD_ANEW else 1.0
+    return state.factors.get(variant) if 1 / TOLD_ANEW <= told / before <= TOLD_ANEW else None
 
 
 def _outlook(

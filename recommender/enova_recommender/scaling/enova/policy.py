@@ -127,9 +127,10 @@ def _scale_up(situation: Situation, need: Need, targets: dict[str, int]) -> Wish
 def _scale_down(situation: Situation, need: Need) -> Wish:
     """Fewer, if no load of the patience window needed more; else what runs is kept, and the reason said."""
     loads = need.state.loads
-    margin = DEAD_BAND * min(need.carried.values())
+    margin = DEAD_BAND * min(need.sure.values())
     spare = min(len(_stuck(situation)), SPARE_MAX)
-    fewer = _targets(situation, need, max(load for _, load in loads) + margin, spare=spare)
+    most = max(load for _, load in loads) + margin
+    fewer = _targets(situation, replace(need, carried=need.sure), most, spare=spare)
     lasted_s = situation.now_s - loads[0][0]
     kept = replace(
         _keep(situation, VerdictKind.NORMAL, _carried_by(situation, need)),
