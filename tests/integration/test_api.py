@@ -204,6 +204,20 @@ async def test_a_mask_changes_its_fields_alone(api: Api, agent: ScriptedAgent) -
     assert after.generation == before.generation + 1
 
 
+async def test_conservatism_is_one_where_it_is_left_out_and_is_checked(api: Api, agent: ScriptedAgent) -> None:
+    before = await created(api, replicas=None, min=1, max=2)
+    assert before.conservatism == 1.0
+    request = deployment_service_pb2.UpdateDeploymentRequest(
+        deployment=cluster_pb2.Deployment(name=before.name, conservatism=2.5),
+        update_mask=FieldMask(paths=["conservatism"]),
+    )
+    assert (await api.UpdateDeployment(request)).conservatism == 2.5
+    request.deployment.conservatism = 0.0
+    assert (await refused(api.UpdateDeployment(request))).field == "conservatism"
+    request.deployment.ClearField("conservatism")
+    assert (await api.UpdateDeployment(request)).conservatism == 1.0
+
+
 async def test_a_mask_of_an_unknown_field_is_refused(api: Api, agent: ScriptedAgent) -> None:
     before = await created(api)
     for path in ("state", "nonsense", "configuration.nonsense"):

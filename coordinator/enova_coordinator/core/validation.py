@@ -19,6 +19,7 @@ from enova_coordinator.core.model import (
     Reconfiguration,
     ServingClass,
 )
+from enova_recommender.scaling import FORESEEING
 
 ENGINES = ("vllm", "simulated")
 MAX_REPLICAS = 8000                # 1,000 nodes of 8 GPUs: what one coordinator is made for
@@ -62,7 +63,7 @@ def spec_problems(spec: DeploymentSpec, *, policies: Iterable[str]) -> tuple[Fie
         *_hardware(spec.hardware),
         *_configuration(spec.configuration),
         *_known("policy", spec.policy, tuple(policies)),
-        *_conservatism(spec.conservatism),
+        *_conservatism(spec.conservatism, spec.policy),
         *_max_tokens(spec.max_tokens_policy),
         *_reconfiguration(spec),
     )
@@ -243,13 +244,19 @@ def _known(field: str, value: str, known: tuple[str, ...]) -> Iterator[FieldProb
         )
 
 
-def _conservatism(value: float) -> Iterator[FieldProblem]:
+def _conservatism(value: float, policy: str) -> Iterator[FieldProblem]:
     low, high = CONSERVATISM
     if not low <= value <= high:       # nor NaN
         yield FieldProblem(
             field="conservatism",
             message=f"must lie between {low:g} and {high:g}, not {value:g}",
             remedy="1 is the default; 2 spends GPUs for safety, 0.5 saves them",
+        )
+    elif value != 1 and policy and policy not in FORESEEING:
+        yield FieldProblem(
+            field="conservatism",
+            message=f"policy {policy[:80]} has no such knob",
+            remedy=f"leave it out, or use policy {', '.join(sorted(FORESEEING))}",
         )
 
 

@@ -35,6 +35,11 @@ def test_a_full_and_proper_spec_has_no_problem() -> None:
         ({"served_names": tuple(f"n{number}" for number in range(65))}, "served_names"),
         ({"engine": "tgi"}, "engine"),
         ({"policy": "magic"}, "policy"),
+        ({"conservatism": 0.0}, "conservatism"),
+        ({"conservatism": -1.0}, "conservatism"),
+        ({"conservatism": 11.0}, "conservatism"),
+        ({"conservatism": math.nan}, "conservatism"),
+        ({"conservatism": 2.0, "policy": "p"}, "conservatism"),
         ({"classes": (ServingClass(name="Chat"),)}, "classes[0].name"),
         ({"classes": (ServingClass(name="a"), ServingClass(name="a"))}, "classes[1].name"),
         ({"classes": (ServingClass(name="a", ttft_p95_s=0.0),)}, "classes[0].ttft_p95_s"),
@@ -60,6 +65,12 @@ def test_a_full_and_proper_spec_has_no_problem() -> None:
 )
 def test_a_wrong_value_is_named_by_its_field_alone(spec: dict[str, object], field: str) -> None:
     assert fields(**spec) == [field]
+
+
+@pytest.mark.parametrize("value", [0.1, 0.5, 1.0, 2.0, 10.0])
+def test_a_proper_conservatism_passes_under_a_policy_that_has_the_knob(value: float) -> None:
+    assert fields(conservatism=value) == []
+    assert spec_problems(DeploymentSpec(model="m", policy="enova", conservatism=value), policies=["enova"]) == ()
 
 
 def test_all_problems_are_reported_at_once() -> None:
