@@ -23,6 +23,7 @@ from enova_coordinator.core.routes import DEFAULT_CONCURRENCY
 from enova_coordinator.known_models import KnownModels
 from enova_coordinator.telemetry import Telemetry
 from enova_recommender.recommend.respond import Problem
+from enova_recommender.recommend.types import MeanLengths
 from enova_recommender.scaling.situation import Capacity
 from enova_recommender.types import Interval
 
@@ -158,6 +159,7 @@ class Capacities:
             decode_tokens_per_s=max(rate * answers, 1.0),
             kv_tokens=places * (prompts + answers),
             max_num_seqs=places,
+            told_for=MeanLengths(prompts, answers) if prompts + answers > 0 else None,
         )
 
 

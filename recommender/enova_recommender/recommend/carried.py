@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from enova_recommender.recommend.respond import Problem
-from enova_recommender.recommend.types import Capacity, Workload
+from enova_recommender.recommend.types import Capacity, MeanLengths, Workload
 from enova_recommender.types import Batch
 
 
@@ -39,7 +39,8 @@ def carried(plain: Mapping[str, object]) -> Capacity | Problem:
     gap_s = request.objectives.tpot_s or prediction.tpot_s.value
     batch = max(1, min(settings.max_num_seqs, round(tokens_per_s * gap_s)))
     lengths = request.workload.lengths
-    mean_context = sum(prompt + answer / 2 for prompt, answer in lengths) / len(lengths)
+    mean = MeanLengths(*(sum(tokens) / len(lengths) for tokens in zip(*lengths, strict=True)))
+    mean_context = mean.prompt_tokens + mean.output_tokens / 2
     context = max(batch, min(prediction.kv_tokens, round(batch * mean_context)))
     decode = Batch(prefill_tokens=0, prefill_pairs=0, decode_sequences=batch, context_tokens=context)
     return Capacity(
@@ -48,6 +49,7 @@ def carried(plain: Mapping[str, object]) -> Capacity | Problem:
         decode_tokens_per_s=batch / times.step_s(decode),
         kv_tokens=prediction.kv_tokens,
         max_num_seqs=settings.max_num_seqs,
+        told_for=mean,
     )
 
 

@@ -91,11 +91,19 @@ class Prediction:
     binding: Constraint           # what capacity ends at
 
 
+@dataclass(frozen=True, slots=True)
+class MeanLengths:
+    """Tokens of a mean request."""
+
+    prompt_tokens: float
+    output_tokens: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
     """What one replica carries while it meets the objectives, each with an 80 % interval.
 
-    `requests_per_s` holds for the mix of lengths of late; the others make it anew when the mix changes.
+    `requests_per_s` holds for the requests of `told_for` (None: of late); the others make it anew for another mix.
     """
 
     requests_per_s: Interval
@@ -103,6 +111,7 @@ class Capacity:
     decode_tokens_per_s: float         # at the largest batch that meets the objectives
     kv_tokens: float                   # that its cache holds
     max_num_seqs: int
+    told_for: MeanLengths | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
