@@ -70,6 +70,17 @@ def test_policies_are_compared_on_the_same_requests(manifest: Path, trace: Path,
     assert again == found, "the same seed gives the same answer"
 
 
+def test_a_conservative_deployment_spends_more(manifest: Path, trace: Path) -> None:
+    busy = [f"{0.1 * index:.1f},800,200" for index in range(6000)]
+    trace.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *busy]) + "\n")
+    [plain] = answer(simulate(manifest, trace, "-o", "json"))["policies"]
+    manifest.write_text(f"{MANIFEST}conservatism: 10\n")
+    [careful] = answer(simulate(manifest, trace, "-o", "json"))["policies"]
+    assert careful["gpu_hours"] > plain["gpu_hours"]
+    manifest.write_text(f"{MANIFEST}conservatism: 0\n")
+    assert problem(simulate(manifest, trace, "-o", "json"))["field"] == "conservatism"
+
+
 def test_a_fixed_number_of_replicas_needs_no_policy(manifest: Path, trace: Path) -> None:
     manifest.write_text(MANIFEST.replace("min: 1\nmax: 6", "replicas: 2"))
     [row] = answer(simulate(manifest, trace, "-o", "json"))["policies"]

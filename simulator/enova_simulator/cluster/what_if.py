@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from enova_coordinator.core.validation import CONSERVATISM
 from enova_recommender import catalog
 from enova_recommender.scaling.bounds import Bounds
 from enova_recommender.scaling.enova import EnovaPolicy
@@ -215,11 +216,19 @@ def _setup(
     deployment = DeploymentSetup(
         name=name, variants=variants, targets={first.name: begun}, bounds=bounds, objective=objective,
         policy=policy, facts=_facts(asked, first),
-        conservatism=float(str(asked.deployment.get("conservatism", 1.0))),
+        conservatism=_conservatism(asked.deployment),
     )  # fmt: skip
     pools = {pool_of(variant): asked.fleet[variant.gpu_type] for variant in variants}
     end_s = float(asked.rows.arrival_s[-1]) + TAIL_S
     return FleetSetup(gpus=pools, deployments=(deployment,), end_s=end_s, seed=asked.seed)
+
+
+def _conservatism(deployment: Mapping[str, object]) -> float:
+    value = float(str(deployment.get("conservatism", 1.0)))
+    low, high = CONSERVATISM
+    if not low <= value <= high:
+        raise SetupError("conservatism", f"must lie between {low:g} and {high:g}, not {value:g}")
+    return value
 
 
 def _facts(asked: Asked, variant: VariantSetup) -> Facts:
