@@ -5,10 +5,11 @@ between tokens <= 100 ms; encoder-decoder models are left out and named. The mix
 closed loop of 1, 2, 4, ... 128 users is predicted by the recommender's step times, and the largest number of users that
 holds the limits counts. The server is not vLLM: a prefill is a step of its own (known of it), and one factor on step
 times and one host time for each sequence of a batch are fitted on the other model families with the same attention
-path (flash or padded, from llm_features.csv), never on the family at hand. `cold` is the same without those two.
-The headroom is that of the prediction's own interval: its rate is divided by the factor on step times that, by their
-spread, is not exceeded in 90 of 100 cases (1.58 or 1.67 here), and nothing else is added. Beside it: `bound`, which the
-product's fleet path counts with (as many users as hold the limits at steps that are longer by that factor), and the
+path (flash or padded, from llm_features.csv), never on the family at hand. `cold` is `low` without those two. Weights
+are those of the checkpoint (`model_torch_dtype` there), in 16 bits where attention is flash, which knows no others.
+The headroom is that of the prediction's own interval, and nothing else is added: `enova` counts as the product's fleet
+path does, with as many users as hold the limits at steps that are longer by the factor that, by their spread, is not
+exceeded in 90 of 100 cases (1.58 or 1.67 here). Beside it: `low`, the predicted rate divided by that factor, and the
 middle of the prediction (`middle`) with the demand raised by 0, 15 and 30 %. A case is a model with a demand, or all
 models at once over a limited supply, drawn by seed. cost_vs_optimum is the cost of the choice over that of the cheapest
 mix by measured capacity; a case is carried if the measured capacity of the choice reaches the demand of every model.
@@ -232,12 +233,17 @@ def settings_of(run: Benchmark) -> list[Setting]:
                 model=model, path="flash" if feature["model_is_flash_attention"] == "TRUE" else "padded", gpu=gpu,
                 gpus=gpus, price=price, family=(shape.layers, shape.hidden_size), rows=tuple(measured),
                 times=KernelTimes(
-                    shape, card, parallelism=Parallelism(tensor=gpus), precision=Precision(dtype="float16")
+                    shape, card, parallelism=Parallelism(tensor=gpus), precision=Precision(dtype=served_as(feature))
                 ),
                 lengths=lengths_of(workload, prefix_caching=False),
             ))
     run.notes["left_out"] = "; ".join(f"{name}: {why}" for name, why in sorted(left_out.items()))
     return found
+
+
+def served_as(feature: Mapping[str, str]) -> str:
+    """The type of weights: that server's flash attention knows 16 bits alone, else a checkpoint's own is kept."""
+    return "float16" if feature["model_is_flash_attention"] == "TRUE" else feature["model_torch_dtype"]
 
 
 def rows_of(run: Benchmark, pattern: str) -> list[dict[str, str]]:
@@ -416,7 +422,7 @@ def pilot(run: Benchmark) -> tuple[dict[str, object], list[float]]:
         kind: {(row.model, f"{row.gpus} x {row.gpu}"): getattr(row, f"{kind}_rps") for row in rows}
         for kind in ("measured", "predicted", "low", "bound", "cold")
     }
-    measured, low = by_kind["measured"], by_kind["low"]
+    measured, counted = by_kind["measured"], by_kind["bound"]
     raw: list[dict[str, object]] = []
     ratios = []
     for case in cases(run, rows):
@@ -425,15 +431,15 @@ def pilot(run: Benchmark) -> tuple[dict[str, object], list[float]]:
             run.notes[case.name] = "cannot be carried even by measured capacity: left out"
             continue
         ways: dict[tuple[str, float], Counts] = {}
-        ways["enova", 0.0], ratio = chosen(case, low, prices, 0.0)
+        ways["enova", 0.0], ratio = chosen(case, counted, prices, 0.0)
         ratios.append(ratio)
         for headroom in HEADROOMS:
             ways["middle", headroom], ratio = chosen(case, by_kind["predicted"], prices, headroom)
             ratios.append(ratio)
-        for kind in ("bound", "cold"):
+        for kind in ("low", "cold"):
             ways[kind, 0.0] = chosen(case, by_kind[kind], prices, 0.0)[0]
         for name, chooser in BASELINES.items():
-            ways[name, 0.0] = chosen_by(chooser, case, low, prices, 0.0)
+            ways[name, 0.0] = chosen_by(chooser, case, counted, prices, 0.0)
         for (name, headroom), counts in ways.items():
             cost, carried = judged(case, counts, measured, prices)
             raw.append({
@@ -441,7 +447,7 @@ def pilot(run: Benchmark) -> tuple[dict[str, object], list[float]]:
                 "optimum_cost": optimum.cost_per_hour, "carried": carried,
             })
     run.write("pilot", raw)
-    over = sum(row.low_rps > row.measured_rps for row in rows) / len(rows)
+    over = sum(row.bound_rps > row.measured_rps for row in rows) / len(rows)
     return {**summary(run, raw), "over_predicted": over}, ratios
 
 

@@ -30,7 +30,7 @@ from enova_recommender.scaling.enova_007_model import GIB, TableRow, lay_out, ma
 from enova_recommender.scaling.types import GpuFacts
 from enova_recommender.types import Batch, Experts, GpuModel, Interval, ModelShape, Parallelism, Precision
 from enova_testing.benchmark import read_rows
-from enova_testing.latency_rows import told_once
+from enova_testing.latency_rows import silicon_precision, told_once
 
 BATCHED_TOKENS = 8192     # vLLM's default on these GPUs; neither set says otherwise
 MOST_SEQS = 4096          # that any of the settings has
@@ -42,7 +42,6 @@ MEASURED = 3              # settings that are known after a first trial
 # Tokens of a prompt by task, for a set that does not say: conversations and questions are short, completions of code
 # bring the files around them. Assumed, not fitted.
 PROMPT_TOKENS = {"lm-arena-chat": 200, "gpqa": 300, "sourcegraph-fim": 3000}
-EIGHT_BIT_CACHE = ("fp8", "nvfp4")  # checkpoints of these formats (ModelOpt's) ask for an 8-bit cache as well
 LARGE_GPU_BYTES = 70 * GIB
 DEFAULT_SEQS = {True: 1024, False: 256}  # vLLM's default max_num_seqs on GPUs of 70 GiB or more, and on others
 
@@ -135,12 +134,8 @@ def _silicon_setting(row: dict[str, str], shape: ModelShape, gpu: GpuModel) -> S
     ranks = max(ranks, cut * spread // tensor)  # GPUs of the experts beyond those of attention hold it again
     prompt, output, sequences = float(row["isl"]), float(row["osl"]), int(float(row["concurrency"]))
     ttft, tpot = float(row["silicon_ttft_ms"]) / 1000, float(row["silicon_tpot_ms"]) / 1000
-    quantization = row["gemm_quant_mode"] if row["gemm_quant_mode"] in EIGHT_BIT_CACHE else None
-    own = shape.quantization is not None
-    cached = "fp8" if quantization and shape.quantization != "fp8_block" else "auto"
     return Setting(
-        shape=shape, gpu=gpu,
-        precision=Precision(quantization=None if own else quantization, kv_cache_dtype=cached),
+        shape=shape, gpu=gpu, precision=silicon_precision(row, shape),
         parallelism=Parallelism(tensor=tensor, pipeline=stages, data=ranks, expert=spread > 1),
         sequences=sequences, prompt_tokens=prompt, output_tokens=output, step_s=tpot,
         tokens_per_s=sequences * output / (ttft + tpot * (output - 1)), is_median=False,

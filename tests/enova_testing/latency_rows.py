@@ -6,7 +6,7 @@ Names of models, GPUs and sets end here: predictions see shapes and data sheets.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -129,19 +129,28 @@ _SILICON_KEY = (
 def _silicon_row(row: dict[str, str], shape: ModelShape, gpu: GpuModel, ttft_s: float, tpot_s: float) -> Row:
     tensor, stages, ranks, cut, spread = (int(float(row[name] or 1)) for name in _SILICON_KEY[-5:])
     ranks = max(ranks, cut * spread // tensor)  # GPUs of the experts beyond those of attention hold it again
-    weights = row["gemm_quant_mode"] or row["moe_quant_mode"]
-    # A shape that is published in few bits keeps its own format unless the row names another method for it.
-    own = shape.quantization == "mxfp4" or (shape.quantization is not None and weights in {"", "fp8", "int4_wo"})
-    cached = "fp8" if weights in EIGHT_BIT_CACHE and shape.quantization != "fp8_block" else "auto"
-    precision = Precision(quantization=None if own else WEIGHTS.get(weights), kv_cache_dtype=cached)
     return Row(
-        data_set="rec_silicon_concurrency", engine=row["backend"], shape=shape, gpu=gpu, precision=precision,
+        data_set="rec_silicon_concurrency", engine=row["backend"], shape=shape, gpu=gpu,
+        precision=silicon_precision(row, shape),
         parallelism=Parallelism(tensor=tensor, pipeline=stages, data=ranks, expert=spread > 1), load=Load.CLOSED,
         prompt_tokens=int(row["isl"]), output_tokens=int(row["osl"]),
         concurrency=float(row["concurrency"] or ranks * float(row["batch_size"])),
-        ttft_s=ttft_s, tpot_s=tpot_s, label=f"{row['model_path']} {row['system']} {weights}",
+        ttft_s=ttft_s, tpot_s=tpot_s, label=f"{row['model_path']} {row['system']} {_weights(row)}",
         silicon=tuple(row[name] for name in _SILICON_KEY),
     )  # fmt: skip
+
+
+def silicon_precision(row: Mapping[str, str], shape: ModelShape) -> Precision:
+    """How the server of a row keeps weights and cache."""
+    weights = _weights(row)
+    # A shape that is published in few bits keeps its own format unless the row names another method for it.
+    own = shape.quantization == "mxfp4" or (shape.quantization is not None and weights in {"", "fp8", "int4_wo"})
+    cached = "fp8" if weights in EIGHT_BIT_CACHE and shape.quantization != "fp8_block" else "auto"
+    return Precision(quantization=None if own else WEIGHTS.get(weights), kv_cache_dtype=cached)
+
+
+def _weights(row: Mapping[str, str]) -> str:
+    return row["gemm_quant_mode"] or row["moe_quant_mode"]
 
 
 _SPLITWISE_MODELS = {"llama2-70b": "meta-llama/Llama-2-70b-hf", "bloom-176b": "bigscience/bloom",
