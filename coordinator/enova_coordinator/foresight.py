@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 from enova_coordinator.capacities import Capacities
 from enova_coordinator.core import situation as gather
-from enova_coordinator.core.model import Decision, DecisionInput, Deployment, Replica, Snapshot
+from enova_coordinator.core.model import DecisionInput, Deployment, Replica, Snapshot
 from enova_coordinator.core.recording import Recorded
-from enova_coordinator.core.scaling_guard import Ruling
 from enova_coordinator.core.verdicts import Verdict
 from enova_coordinator.demand_history import DemandHistory
 from enova_coordinator.policy_process import PolicyProcess
@@ -89,23 +88,6 @@ class Foresight:
             self._record(deployment.name, question)
         newest = situation.variants[-1].name if situation.variants else ""
         return Asked(situation, decided, self._capacities.doubt(newest))
-
-    def decision(self, deployment: Deployment, *, policy: str, ruling: Ruling, asked: Asked) -> Decision:
-        """The record of a ruling: what the policy saw, and what it expected."""
-        configuration = dict(deployment.configuration)
-        return Decision(
-            name="",                       # it and the term are filled in when it is written
-            deployment=deployment.name,
-            action=ruling.action,
-            actor=f"policy/{policy}",
-            reason=ruling.reason,
-            from_replicas=deployment.status.target_replicas,
-            to_replicas=ruling.to_replicas,
-            model_time_s=asked.situation.now_s,
-            inputs=tuple(inputs_of(asked.situation, asked.decided.wish)),
-            from_configuration=configuration,
-            to_configuration=configuration,
-        )
 
     def forget(self, snapshot: Snapshot) -> None:
         """Drop what belongs to deployments and replicas that are gone."""

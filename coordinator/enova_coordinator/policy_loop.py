@@ -8,6 +8,7 @@ frame of each node that they came from.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import math
@@ -29,8 +30,9 @@ from enova_coordinator.core.observation import (
     wanted_replicas,
 )
 from enova_coordinator.core.precedence import yielding
+from enova_coordinator.core.ruling_record import record_of
 from enova_coordinator.core.scaling_guard import RECORDED, History, Ruling, replacements, rule, rule_wish
-from enova_coordinator.foresight import Foresight
+from enova_coordinator.foresight import Foresight, inputs_of
 from enova_coordinator.known_models import KnownModels
 from enova_coordinator.policy_process import PolicyProcess
 from enova_coordinator.settings import ScalingSettings
@@ -145,17 +147,8 @@ class PolicyLoop:
         if step is None:
             return
         before = self._control.snapshot.deployments[step.deployment]
-        decision = Decision(
-            name="",
-            deployment=before.name,
-            action=DecisionAction.SCALE_DOWN,
-            actor=PRECEDENCE,
-            reason=step.reason,
-            from_replicas=before.status.target_replicas,
-            to_replicas=step.to_replicas,
-            model_time_s=self._telemetry.now_s,
-            inputs=(),
-        )
+        ruling = Ruling(action=DecisionAction.SCALE_DOWN, to_replicas=step.to_replicas, reason=step.reason)
+        decision = record_of(ruling, before, actor=PRECEDENCE, model_time_s=self._telemetry.now_s)
         try:
             await self._control.set_target(before.name, step.to_replicas, decision)
         except EnovaError as error:
@@ -228,8 +221,12 @@ class PolicyLoop:
             dead=dead,
         )
         if ruling is not None:
-            decision = _decision(current, policy=policy, ruling=ruling, proposal=proposal, observed=observed)
-            await self._carry_out(current, ruling, replace(decision, frames=frames))
+            decision = record_of(
+                ruling, current, actor=f"policy/{policy}", model_time_s=observed.now_s, inputs=_inputs(observed),
+                frames=frames, configuration=_plain_sizes(observed.configuration.tensor_parallel_size, observed),
+                to_configuration=_plain_sizes(_applied(ruling, proposal, observed), observed),
+            )  # fmt: skip
+            await self._carry_out(current, ruling, decision)
 
     async def _look_ahead(
         self, foresight: Foresight, deployment: Deployment, policy: str, observed: Observation | None, now_s: float
@@ -251,13 +248,15 @@ class PolicyLoop:
             return                 # a user changed it meanwhile: what was observed is not what runs
         if wish.action is Action.KEEP:
             self._held.pop(deployment.name, None)
+        record = functools.partial(
+            record_of, deployment=current, actor=f"policy/{policy}", model_time_s=asked.situation.now_s,
+            inputs=tuple(inputs_of(asked.situation, asked.decided.wish)), frames=frames,
+        )  # fmt: skip
         ruling = rule_wish(wish, current, self._control.snapshot.replicas_of(deployment.name))
         if ruling is not None:
-            decision = foresight.decision(current, policy=policy, ruling=ruling, asked=asked)
-            await self._carry_out(current, ruling, replace(decision, frames=frames))
+            await self._carry_out(current, ruling, record(ruling))
         for replacement in replacements(wish, current, self._control.snapshot.replicas_of(deployment.name)):
-            decision = foresight.decision(current, policy=policy, ruling=replacement.ruling, asked=asked)
-            await self._control.replace(replacement.replica, replace(decision, frames=frames))
+            await self._control.replace(replacement.replica, record(replacement.ruling))
 
     async def _carry_out(self, deployment: Deployment, ruling: Ruling, decision: Decision) -> None:
         name = deployment.name
@@ -370,24 +369,6 @@ def last_act_s(entries: Sequence[Entry], *, now_s: float) -> float:
             # A model clock that was set back since must not hold the deployment until it comes round again.
             return min(decision.model_time_s, now_s)
     return -math.inf
-
-
-def _decision(
-    deployment: Deployment, *, policy: str, ruling: Ruling, proposal: Proposal, observed: Observation
-) -> Decision:
-    return Decision(
-        name="",                       # it and the term are filled in when it is written
-        deployment=deployment.name,
-        action=ruling.action,
-        actor=f"policy/{policy}",
-        reason=ruling.reason,
-        from_replicas=deployment.status.target_replicas,
-        to_replicas=ruling.to_replicas,
-        model_time_s=observed.now_s,
-        inputs=_inputs(observed),
-        from_configuration=_plain_sizes(observed.configuration.tensor_parallel_size, observed),
-        to_configuration=_plain_sizes(_applied(ruling, proposal, observed), observed),
-    )
 
 
 def _applied(ruling: Ruling, proposal: Proposal, observed: Observation) -> int:

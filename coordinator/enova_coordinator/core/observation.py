@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from enova_coordinator.core.model import Deployment, Intent, Node, NodeState, Replica, Snapshot
 from enova_coordinator.core.routes import DEFAULT_CONCURRENCY
-from enova_coordinator.core.series import COLUMN, MINUTE_S
+from enova_coordinator.core.series import COLUMN, MINUTE_S, waiting_at
 from enova_recommender.catalog import models as catalogue
 from enova_recommender.scaling.types import (
     EngineSizes,
@@ -52,9 +52,7 @@ def series_of(replica: str, first_end_s: float, minutes: Minutes | None) -> Repl
         found: NDArray[np.float64] = values[:, COLUMN[name]]
         return found
 
-    running, waiting, held = column("running"), column("waiting"), column("held")
-    # What the ingress holds beyond what the engine has is waiting in the ingress.
-    pending = np.where(np.isnan(held), waiting, np.maximum(waiting, held - running))
+    running, pending = column("running"), waiting_at(values)
     by_feature: Mapping[Feature, NDArray[np.float64]] = {
         Feature.ACTIVE: running + pending,
         Feature.RUNNING: running,

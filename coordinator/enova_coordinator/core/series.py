@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -236,6 +236,14 @@ class Counters:
             old if math.isnan(new) else new for new, old in zip(values, last, strict=True)
         ]
         return increments
+
+
+def waiting_at(rows: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """By REPLICA_FEATURES in the last axis, what waits for each replica: in its engine, or in its ingress."""
+    running, waiting, held = (rows[..., COLUMN[name]] for name in ("running", "waiting", "held"))
+    # What the ingress holds beyond what the engine has is waiting in the ingress.
+    found: NDArray[np.float64] = np.where(np.isnan(held), waiting, np.fmax(waiting, held - running))
+    return found
 
 
 def minutes(rows: Figures, *, per_minute: int, first_counter: int) -> NDArray[np.float64]:

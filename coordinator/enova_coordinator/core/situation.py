@@ -21,7 +21,7 @@ from enova_coordinator.core.model import (
     Variant,
 )
 from enova_coordinator.core.observation import eligible
-from enova_coordinator.core.series import COLUMN, MINUTE_S, Figures
+from enova_coordinator.core.series import COLUMN, MINUTE_S, Figures, waiting_at
 from enova_coordinator.core.verdicts import Verdict
 from enova_recommender.detection.causes import SuggestedAction
 from enova_recommender.scaling.bounds import Bounds
@@ -185,17 +185,13 @@ def recent_of(windows: Mapping[str, Figures], *, end_s: float, step_s: float) ->
         found: NDArray[np.float64] = figures[:, :, COLUMN[name]]
         return found
 
-    running, waiting, held = column("running"), column("waiting"), column("held")
-    # What the ingress holds beyond what the engine has is waiting in the ingress.
-    queued = np.where(np.isnan(held), waiting, np.fmax(waiting, held - running))
-    generated = column("generation_tokens")
     values = {
-        Signal.RUNNING: running,
-        Signal.WAITING: queued,
+        Signal.RUNNING: column("running"),
+        Signal.WAITING: waiting_at(figures),
         Signal.KV_CACHE_USAGE: column("kv_cache_usage"),
         Signal.FINISHED: column("finished"),
         Signal.PROMPT_TOKENS: column("prompt_tokens"),
-        Signal.GENERATION_TOKENS: generated,
+        Signal.GENERATION_TOKENS: column("generation_tokens"),
         Signal.PREEMPTIONS: column("preemptions"),
     }
     return Recent(end_s=end_s, step_s=step_s, replicas=names, values=values)

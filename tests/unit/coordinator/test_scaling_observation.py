@@ -22,6 +22,8 @@ from enova_coordinator.core.model import (
 )
 from enova_coordinator.core.observation import gpu_facts, model_facts, series_of, sizes
 from enova_coordinator.core.series import COLUMN, REPLICA_FEATURES
+from enova_coordinator.core.situation import recent_of
+from enova_recommender.scaling.situation import Signal
 from enova_recommender.scaling.types import Feature, GpuFacts
 
 NAN = math.nan
@@ -46,6 +48,14 @@ def test_what_the_ingress_holds_beyond_the_engine_is_pending() -> None:
     found = series_of("r", 60.0, stored(running=[4, 4, 4], waiting=[0, 3, 1], held=[90, 5, NAN]))
     assert found.series[Feature.PENDING].values == (86, 3, 1)
     assert found.series[Feature.ACTIVE].values == (90, 7, 5)
+
+
+def test_both_kinds_of_policies_are_told_the_same_of_what_waits() -> None:
+    rows = stored(running=[4, NAN, 4, 2], waiting=[0, 3, NAN, NAN], held=[90, 5, 9, NAN])
+    by_minute = series_of("r", 60.0, rows).series[Feature.PENDING].values
+    by_step = recent_of({"r": rows.values.astype(np.float32)}, end_s=60.0, step_s=1.0).values[Signal.WAITING][0]
+    assert by_minute == pytest.approx(tuple(by_step), nan_ok=True)
+    assert by_minute == pytest.approx((86, 3, 5, NAN), nan_ok=True)
 
 
 def test_missing_stays_missing() -> None:
