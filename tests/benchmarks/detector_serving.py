@@ -106,7 +106,7 @@ def judged(played: Played, name: str, said: Sequence[Said]) -> dict[str, object]
     incident = played.incident
     objects = {incident.replica} if incident.replica else {each.replica for each in played.placements}
     within = [each for each in said if each.replica in objects and played.onset_s < each.end_s <= played.end_s
-              and not _is_spare(each, played)]  # fmt: skip
+              and (each.kind in incident.verdicts or not _is_spare(each, played))]  # fmt: skip
     within.sort(key=lambda each: each.end_s)
     hits = [each for each in within if each.kind in incident.verdicts]
     wrong = [each for each in said if _is_wrong(each, played)]
@@ -141,7 +141,7 @@ def _is_wrong(said: Said, played: Played) -> bool:
 
 def _is_spare(said: Said, played: Played) -> bool:
     """Whether one replica fewer would have held what came until two steps ago, as was said."""
-    if said.kind != VerdictKind.UNDERUSED.value or "UNDERUSED" in played.incident.verdicts:
+    if said.kind != VerdictKind.UNDERUSED.value:
         return False
     until = int(said.end_s) - 10
     load = max(played.loads[max(0, until - 50) : max(1, until)], default=LOAD)

@@ -44,7 +44,7 @@ DESTRUCTIVE = frozenset({SuggestedAction.EJECT, SuggestedAction.RESTART, Suggest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What a cause means. It holds after `enter` steps of evidence, until `leave` steps of the contrary in a row."""
+    """What a cause means. It holds after `enter` votes of evidence, until `leave` steps of the contrary in a row."""
 
     kind: VerdictKind
     action: SuggestedAction
@@ -62,7 +62,7 @@ RULES: dict[Cause, Rule] = {
     Cause.SLOW: Rule(kind=VerdictKind.DEGRADED, action=SuggestedAction.REPLACE, enter=2, leave=3),
     Cause.FAILING: Rule(kind=VerdictKind.DEGRADED, action=SuggestedAction.REPLACE, enter=3, leave=4),
     Cause.BATCH_SLACK: Rule(kind=VerdictKind.MISCONFIGURED, action=SuggestedAction.RECONFIGURE, enter=3, leave=4),
-    Cause.OVERLOAD: Rule(kind=VerdictKind.OVERLOADED, action=SuggestedAction.SCALE_UP, enter=3, leave=1),
+    Cause.OVERLOAD: Rule(kind=VerdictKind.OVERLOADED, action=SuggestedAction.SCALE_UP, enter=6, leave=3),
     Cause.CUT: Rule(kind=VerdictKind.MISCONFIGURED, action=SuggestedAction.RECONFIGURE, enter=12, leave=12),
     Cause.IDLE: Rule(kind=VerdictKind.UNDERUSED, action=SuggestedAction.SCALE_DOWN, enter=6, leave=1),
     Cause.SURPLUS: Rule(kind=VerdictKind.UNDERUSED, action=SuggestedAction.SCALE_DOWN, enter=60, leave=1),

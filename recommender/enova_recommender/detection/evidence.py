@@ -1,7 +1,8 @@
 """For and against each cause, in one step of every replica.
 
 Each function here answers 1 where the step speaks for the cause, -1 where it speaks against, and 0 where it says
-nothing: what is missing never counts, neither way.
+nothing: what is missing never counts, neither way. What speaks louder counts as often as it says: a queue that no
+burst leaves is 2 for an overload, and what one replica fewer could not have carried takes back all that spoke for it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from enova_recommender.detection.causes import Cause
+from enova_recommender.detection.causes import RULES, Cause
 from enova_recommender.detection.features import Feature, FeatureStep, Flags, Floats
 from enova_recommender.detection.observation import Placement
 from enova_recommender.detection.peers import SPREADS
@@ -34,6 +35,7 @@ THROTTLED_RATIO = 1.1        # enough where the GPU itself says why
 PEER_SPREADS, PEER_CLEAR = SPREADS, SPREADS / 2
 QUEUE_MIN = 2.0              # requests that wait
 QUEUE_SHARE = 0.1            # of those that run
+QUEUE_LONG_SHARE = 1.0     # of those that run: so many wait no longer for a burst
 HELD_SLACK = 2.0             # requests on their way between ingress and engine
 HELD_SHARE = 0.25
 KV_FULL = 0.85
@@ -227,10 +229,13 @@ class Evidence:
         np.minimum.at(least, index, np.where(known, capacity, np.inf))
         most = LOAD_MAX * (carried - np.where(np.isfinite(least), least, 0.0))
         spare = whole & (count > 1) & (load <= most)
+        burst = np.bincount(index, weights=np.nan_to_num(step.of(Feature.ARRIVALS)))
+        needed = whole & (LOAD_MAX * burst > most)
         self.figures["deployment_load_rps"] = np.asarray(load[index], dtype=np.float64)
         self.figures["deployment_spare_rps"] = np.asarray(most[index], dtype=np.float64)
         named = np.array([bool(name) for name in names], dtype=bool)
-        return _votes(named & spare[index], named & whole[index] & ~spare[index])
+        votes = _votes(named & spare[index], named & whole[index] & ~spare[index])
+        return np.where(named & needed[index], -RULES[Cause.SURPLUS].enter, votes).astype(np.int8)
 
 
 def queued(step: FeatureStep) -> Floats:
@@ -277,15 +282,23 @@ def _batch_slack(
 def _overload(
     step: FeatureStep, signals: Signals, placements: Mapping[str, Placement], queue: Floats
 ) -> Votes:
-    """A queue, or a batch too large for its objectives, as steps say now and burnt budgets in the end."""
+    """A queue, or a batch too large for its objectives, as steps say now and burnt budgets in the end.
+
+    A burst does that too, for as long as it takes to work off: it counts twice if those that wait will miss their
+    objective, or are as many as those that run.
+    """
     running = np.nan_to_num(step.of(Feature.RUNNING))
     long = queue >= np.maximum(QUEUE_MIN, QUEUE_SHARE * running)
     used = (running >= ROOM_SHARE * _column(step, placements, "max_num_seqs")) | (
         step.of(Feature.KV_USAGE) >= KV_FULL
     )
     burns = (signals.burn >= 1.0) & (signals.stalled_s == 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        wait_s = queue / step.of(Feature.FIRST_TOKENS)
+    lost = long & ((queue >= QUEUE_LONG_SHARE * running) | (wait_s > _column(step, placements, "ttft_p95_s")))
     long |= signals.strain & (signals.stalled_s == 0)
-    return _votes(long | burns & used, np.isfinite(queue) & ~long & ~burns)
+    votes = _votes(long | burns & used, np.isfinite(queue) & ~long & ~burns)
+    return np.where(lost, 2, votes).astype(np.int8)
 
 
 def _column(step: FeatureStep, placements: Mapping[str, Placement], name: str) -> Floats:

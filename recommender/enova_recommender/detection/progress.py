@@ -54,11 +54,17 @@ class ProgressWatch:
     def __init__(self, *, series: int, limits: ProgressLimits | None = None) -> None:
         self._limits = limits or ProgressLimits()
         self._stalled_s = np.zeros(series)
+        self._serves_s = np.full(series, np.inf)
 
     @property
     def stalled_s(self) -> Floats:
         """For how long each replica has stood still while somebody waited."""
         return self._stalled_s.copy()
+
+    @property
+    def serves_s(self) -> Floats:
+        """For how long each engine has served since its process began; infinity where nobody saw that."""
+        return self._serves_s.copy()
 
     def update(self, step: FeatureStep, *, step_s: float, longest_step_s: Floats | None = None) -> Codes:
         """What each replica did in this step; `longest_step_s` is what its fullest step should take, NaN if unknown."""
@@ -74,7 +80,9 @@ class ProgressWatch:
         works = _at_least(held, 1.0)
         nobody = ~np.isnan(held) & ~works
         stands = reported & works & ready & ~moving & (counted | silent)
-        self._stalled_s = self._grown(count)
+        self._grow(count)
+        began = reported & ~ready | _at_least(step.of(Feature.RESTARTS), 1.0)
+        self._serves_s = np.where(began, 0.0, self._serves_s + step_s)
         span_s = np.where(np.isnan(step.of(Feature.SPAN_S)), step_s, step.of(Feature.SPAN_S))
         ended = reported & (moving | ~ready | (counted & nobody)) | _at_least(step.of(Feature.RESTARTS), 1.0)
         # A gap in the data neither adds to a stall nor ends it.
@@ -89,11 +97,11 @@ class ProgressWatch:
     def forget(self, row: int) -> None:
         """Another replica has this row."""
         if row < len(self._stalled_s):
-            self._stalled_s[row] = 0.0
+            self._stalled_s[row], self._serves_s[row] = 0.0, np.inf
 
     def restore(self, stalled_s: Floats, *, rows: Sequence[int]) -> None:
         """What `stalled_s` was, for rows that had these numbers then; -1 for a new one."""
-        self._stalled_s = self._grown(len(rows))
+        self._grow(len(rows))
         for row, before in enumerate(rows):
             if 0 <= before < len(stalled_s):
                 self._stalled_s[row] = stalled_s[before]
@@ -112,9 +120,10 @@ class ProgressWatch:
             Progress.BUSY,
         ).astype(np.int8)
 
-    def _grown(self, count: int) -> Floats:
+    def _grow(self, count: int) -> None:
         more = max(0, count - len(self._stalled_s))
-        return np.pad(self._stalled_s, (0, more))[:count] if more else self._stalled_s[:count]
+        self._stalled_s = np.pad(self._stalled_s, (0, more))[:count]
+        self._serves_s = np.pad(self._serves_s, (0, more), constant_values=np.inf)[:count]
 
 
 def _at_least(values: Floats, bound: float) -> Flags:

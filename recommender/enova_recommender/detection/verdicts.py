@@ -149,8 +149,7 @@ class Judge:
     def _count(self, votes: Votes, start_s: float) -> None:
         yes, no = votes > 0, votes < 0
         self._since = np.where(yes & (self._for == 0) & ~self._active, start_s, self._since)
-        fewer = np.where(no, np.maximum(self._for - 1, 0), self._for)
-        self._for = np.where(yes, np.minimum(self._for + 1, COUNT_MAX), fewer)
+        self._for = np.clip(self._for + votes, 0, COUNT_MAX)
         self._against = np.where(yes, 0, np.where(no, self._against + 1, self._against))
         self._silent = np.where(yes | no, 0, np.minimum(self._silent + 1, COUNT_MAX))
         self._active |= self._for >= self._enter

@@ -44,6 +44,7 @@ Array = npt.NDArray[Any]     # Any: of figures or of names
 
 STRAINED_SHARE = 0.9         # of the objective for tokens, that the load must explain
 PREEMPTIONS_OVER = 0.01      # a second, of late: below it no gap is left that a preemption made
+COLD_S = 30.0                # of serving: an engine compiles kernels and fills caches at first
 # Fast enough for a queue that grows in minutes; a day's slow burn is for people, not for a controller.
 BURN_RULES = (BurnRule(long_s=300.0, short_s=30.0, factor=10.0), BurnRule(long_s=1800.0, short_s=180.0, factor=4.0))
 SAVED_VERSION = 2
@@ -150,7 +151,7 @@ class FleetWatch:
     def _judged(self, step: FeatureStep) -> Watched:
         step_s, count = self.fold.settings.step_s, len(step.values)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            batches = self._undisturbed(step_batches(step, self.fold.placements))
+            batches = self._undisturbed(step, step_batches(step, self.fold.placements))
             model = self._modelled(step.replicas)
             progress = self._progress.update(step, step_s=step_s, longest_step_s=model.longest_s)
             self._residual.begin_anew((step.of(Feature.RESTARTS) >= 1.0) | (step.of(Feature.READY) == 0.0))
@@ -194,6 +195,7 @@ class FleetWatch:
         slowness = replace(slowness, ratio=ratio, alarm=slowness.alarm & (ratio > slowness.threshold))
         peers = self._peers.update(np.log(batches.observed_s / expected_s), self._groups, doubt=learnt.doubt)
         calm = quiet & ~slowness.alarm & ~(peers >= PEER_CLEAR)
+        self._peers.learn(calm)
         self._variants.learn(
             batches, given_s, self._residual.residual, self._groups, quiet=calm, number=step.number
         )
@@ -256,12 +258,15 @@ class FleetWatch:
         over = burn.rates / np.array([rule.factor for rule in BURN_RULES])[:, None]
         return np.asarray(np.fmax.reduce(np.where(burn.complete[:, None], over, np.nan)))[: len(step.values)]
 
-    def _undisturbed(self, batches: StepBatches) -> StepBatches:
-        """Without replicas that stood still or preempted of late: gaps between tokens then hold more than a step."""
+    def _undisturbed(self, step: FeatureStep, batches: StepBatches) -> StepBatches:
+        """Without replicas that stood still, preempted or began of late: gaps then hold more than a usual step."""
         count = len(batches.observed_s)
         stalled = _padded(self._progress.stalled_s, count) > 0
         preempted = _padded(self._judge.preemptions, count) > PREEMPTIONS_OVER
-        return replace(batches, observed_s=np.where(stalled | preempted, np.nan, batches.observed_s))
+        serves_s = self._progress.serves_s
+        cold = np.pad(serves_s, (0, max(0, count - len(serves_s))), constant_values=np.inf)[:count] < COLD_S
+        cold |= step.of(Feature.RESTARTS) > 0
+        return replace(batches, observed_s=np.where(stalled | preempted | cold, np.nan, batches.observed_s))
 
     def _modelled(self, replicas: tuple[str, ...]) -> _Model:
         if self._model is None or len(self._model.limits) != len(replicas):

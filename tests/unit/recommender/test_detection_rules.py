@@ -167,3 +167,62 @@ def test_the_share_beyond_an_objective_is_read_from_buckets_and_sketches() -> No
     assert sketch_share_above([whole, whole], 1.0) == pytest.approx(float((values > 1.0).mean()), abs=0.02)
     assert math.isnan(sketch_share_above([], 1.0))
     assert math.isnan(sketch_share_above([whole], math.nan))
+
+
+def test_a_burst_that_is_worked_off_in_twenty_seconds_is_no_overload() -> None:
+    judge, where = Judge(series=1), placement(max_num_seqs=256.0, ttft_p95_s=2.0)
+    told(judge, range(12), where, running=40.0, held=40.0, first_tokens=7.0)
+    burst = told(judge, range(12, 16), where, running=50.0, waiting=8.0, held=58.0, first_tokens=7.0)
+    after = told(judge, range(16, 30), where, running=45.0, held=45.0, first_tokens=7.0)
+    assert {*burst, *after} == {VerdictKind.NORMAL}
+
+
+def test_a_short_queue_that_stays_is_an_overload_after_half_a_minute() -> None:
+    judge, where = Judge(series=1), placement(max_num_seqs=256.0, ttft_p95_s=2.0)
+    found = told(judge, range(12), where, running=50.0, waiting=8.0, held=58.0, first_tokens=7.0)
+    assert found.index(VerdictKind.OVERLOADED) == RULES[Cause.OVERLOAD].enter - 1
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "first_tokens"),
+    [(50.0, 16.0, 7.0), (8.0, 9.0, 7.0), (8.0, 3.0, 0.0)],
+    ids=["waits-beyond-its-objective", "as-many-wait-as-run", "no-first-token-at-all"],
+)
+def test_a_queue_that_costs_the_objective_is_an_overload_in_fifteen_seconds(
+    running: float, waiting: float, first_tokens: float
+) -> None:
+    judge, where = Judge(series=1), placement(max_num_seqs=256.0, ttft_p95_s=2.0)
+    found = told(
+        judge, range(4), where, running=running, waiting=waiting, held=running + waiting, first_tokens=first_tokens
+    )
+    assert found.index(VerdictKind.OVERLOADED) == 2
+
+
+def test_an_overload_outlasts_a_step_or_two_without_a_queue() -> None:
+    judge, where = Judge(series=1), placement(max_num_seqs=256.0)
+    told(judge, range(6), where, running=50.0, waiting=60.0, held=110.0)
+    pause = told(judge, range(6, 8), where, running=50.0, held=50.0)
+    assert set(pause) == {VerdictKind.OVERLOADED}
+    assert told(judge, range(8, 10), where, running=50.0, held=50.0)[-1] is VerdictKind.NORMAL
+
+
+def test_steps_of_an_engine_that_has_just_begun_say_nothing_of_its_speed() -> None:
+    detector = watching(cluster())
+    detector.until(200.0)
+    engine = detector.world.engines[0]
+    engine.restart(after_s=10.0)
+    detector.until(210.0)
+    engine.slow(2.0)            # caches are cold
+    warming = detector.until(230.0)
+    engine.slow(1.0)
+    steps = warming + detector.until(300.0)
+    assert kinds(steps, ONE) == ["NORMAL"]
+
+
+def test_an_engine_that_stays_slow_after_its_start_is_found() -> None:
+    detector = watching(cluster(rate_rps=2.0))
+    detector.until(200.0)
+    engine = detector.world.engines[0]
+    engine.restart(after_s=10.0)
+    engine.slow(2.0)
+    assert kinds(detector.until(300.0), ONE) == ["NORMAL", "DEGRADED"]

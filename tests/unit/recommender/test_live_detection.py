@@ -132,6 +132,31 @@ def test_equal_siblings_are_not_apart_by_a_rounding_error() -> None:
     assert np.abs(beside([0.1, 0.1, 0.1, 0.1001], "a", "a", "a", "a")).max() < 0.01
 
 
+def test_a_replica_that_always_strays_is_odd_later_than_a_steady_one() -> None:
+    draw, alike, none = np.random.default_rng(1), groups("a", "a", "a", "a"), np.zeros(4)
+
+    def after(spread: float) -> float:
+        watch = PeerWatch(series=0)
+        for _ in range(120):
+            watch.update(draw.normal(0.0, spread, 4), alike, doubt=none)
+            watch.learn(np.ones(4, bool))
+        for _ in range(12):
+            found = watch.update(np.array([0.0, 0.01, -0.01, 0.35]), alike, doubt=none)
+        return float(found[3])
+
+    assert after(0.01) > 6.0 > after(0.15) > 1.0
+
+
+def test_what_is_several_times_slower_than_its_siblings_is_odd_however_they_stray() -> None:
+    watch, alike, none = PeerWatch(series=0), groups("a", "a", "a", "a"), np.zeros(4)
+    for number in range(120):
+        watch.update(np.array([0.5, -0.5, 0.5, -0.5]) * (-1.0) ** number, alike, doubt=none)
+        watch.learn(np.ones(4, bool))
+    for _ in range(20):
+        found = watch.update(np.array([0.0, 0.01, -0.01, 1.2]), alike, doubt=none)
+    assert found[3] > 6.0
+
+
 def test_what_most_siblings_on_other_nodes_show_too_is_taken_off() -> None:
     nodes = ("n0", "n1", "n2", "n3")
     everywhere = groups("a", "a", "a", "a", nodes=nodes)
