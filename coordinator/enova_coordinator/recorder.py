@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from enova_coordinator.bounded_file import BoundedFile, close_broken
 from enova_coordinator.core.recording import (
     KeptHistory,
     Recorded,
@@ -36,6 +37,13 @@ ROOM_ATTEMPTS = 10
 PRUNE_EVERY_S = 60.0               # real time
 PAGE_LINES = 32
 PAGE_BYTES_MAX = 512 << 10         # after which a page ends, where it holds a line at all
+
+SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS histories (id INTEGER PRIMARY KEY AUTOINCREMENT, line BLOB)",
+    "CREATE TABLE IF NOT EXISTS situations (number INTEGER PRIMARY KEY AUTOINCREMENT, deployment TEXT NOT NULL,"
+    " at_s REAL NOT NULL, kept_s REAL NOT NULL, history INTEGER NOT NULL, line BLOB NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS situations_of ON situations (deployment, number)",
+)
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +106,7 @@ class Recorder:
         wall_s: Callable[[], float] = time.time,
     ) -> None:
         self.figures = RecorderFigures()
-        self._path = path
-        self._file_bytes_max = file_bytes_max
+        self._file = BoundedFile(path=path, bytes_max=file_bytes_max, schema=SCHEMA)
         self._keep_s = keep_s
         self._prune_every_s = prune_every_s
         self._wall_s = wall_s
@@ -135,15 +142,13 @@ class Recorder:
         connection: sqlite3.Connection | None = None
         while (work := self._queue.get()) is not None:
             try:
-                connection = connection or self._open()
+                connection = connection or self._file.open()
                 self._carry_out(connection, work)
             except (sqlite3.Error, OSError, TypeError, ValueError) as error:
                 # A value that cannot be told costs its own line, a disk that does not write costs what it loses.
                 log.warning("a situation is not kept: %s", error)
                 self._give_up(work)
-                if connection is not None:
-                    with contextlib.suppress(sqlite3.Error):  # a broken connection may refuse to close as well
-                        connection.close()
+                close_broken(connection)
                 connection = None
         if connection is not None:
             connection.close()
@@ -164,32 +169,6 @@ class Recorder:
         # Who asked may have given up meanwhile: that must not end the thread.
         elif work.answer.set_running_or_notify_cancel():
             work.answer.set_result(_page(connection, work))
-
-    def _open(self) -> sqlite3.Connection:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return self._connect()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise
-            log.warning("the file of situations is damaged and is started anew: %s", error)
-            for suffix in ("", "-wal", "-shm"):
-                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
-            return self._connect()
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, isolation_level=None, timeout=5.0)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        page_bytes = int(connection.execute("PRAGMA page_size").fetchone()[0])
-        connection.execute(f"PRAGMA max_page_count = {self._file_bytes_max // page_bytes}")
-        connection.execute("CREATE TABLE IF NOT EXISTS histories (id INTEGER PRIMARY KEY AUTOINCREMENT, line BLOB)")
-        connection.execute(
-            "CREATE TABLE IF NOT EXISTS situations (number INTEGER PRIMARY KEY AUTOINCREMENT, deployment TEXT NOT NULL,"
-            " at_s REAL NOT NULL, kept_s REAL NOT NULL, history INTEGER NOT NULL, line BLOB NOT NULL)"
-        )
-        connection.execute("CREATE INDEX IF NOT EXISTS situations_of ON situations (deployment, number)")
-        return connection
 
     def _put(self, connection: sqlite3.Connection, work: _Put) -> None:
         for attempt in range(ROOM_ATTEMPTS + 1):

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from enova_coordinator.bounded_file import BoundedFile, close_broken
 from enova_coordinator.core.series import MINUTE_S
 
 KEEP_S = 14 * 86_400.0
@@ -31,6 +32,12 @@ BATCH_MAX = 512
 INSERT_MAX = 64                    # minutes in one transaction: small beside the tenth that is dropped for room
 ROOM_ATTEMPTS = 10
 PRUNE_EVERY_S = 60.0               # real time
+
+SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS minutes "
+    "(end_s REAL NOT NULL, node TEXT NOT NULL, figures BLOB NOT NULL, PRIMARY KEY (node, end_s)) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS minutes_by_age ON minutes (end_s)",
+)
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +99,8 @@ class Rollups:
         prune_every_s: float = PRUNE_EVERY_S,
     ) -> None:
         self.figures = RollupFigures()
-        self._path = path
+        self._file = BoundedFile(path=path, bytes_max=file_bytes_max, schema=SCHEMA)
         self._keep_s = keep_s
-        self._file_bytes_max = file_bytes_max
         self._prune_every_s = prune_every_s
         self._queue: queue.Queue[NodeMinute | _Read | None] = queue.Queue(QUEUE_MAX)
         self._thread = threading.Thread(target=self._run, name="rollups", daemon=True)
@@ -132,7 +138,7 @@ class Rollups:
                 batch.append(self._queue.get_nowait())
             going_on = None not in batch
             try:
-                connection = connection or self._open()
+                connection = connection or self._file.open()
                 self._carry_out(connection, [item for item in batch if item is not None])
                 if time.monotonic() - pruned_s > self._prune_every_s:
                     self._prune(connection)
@@ -141,37 +147,10 @@ class Rollups:
                 log.warning("rollups are not kept for now: %s", error)
                 self.figures.drop("disk", sum(isinstance(item, NodeMinute) for item in batch))
                 _give_up_reads(batch)
-                if connection is not None:
-                    with contextlib.suppress(sqlite3.Error):  # a broken connection may refuse to close as well
-                        connection.close()
+                close_broken(connection)
                 connection = None
         if connection is not None:
             connection.close()
-
-    def _open(self) -> sqlite3.Connection:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return self._connect()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise
-            log.warning("the rollup file is damaged and is started anew: %s", error)
-            for suffix in ("", "-wal", "-shm"):
-                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
-            return self._connect()
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, isolation_level=None, timeout=5.0)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        page_bytes = int(connection.execute("PRAGMA page_size").fetchone()[0])
-        connection.execute(f"PRAGMA max_page_count = {self._file_bytes_max // page_bytes}")
-        connection.execute(
-            "CREATE TABLE IF NOT EXISTS minutes "
-            "(end_s REAL NOT NULL, node TEXT NOT NULL, figures BLOB NOT NULL, PRIMARY KEY (node, end_s)) WITHOUT ROWID"
-        )
-        connection.execute("CREATE INDEX IF NOT EXISTS minutes_by_age ON minutes (end_s)")
-        return connection
 
     def _carry_out(self, connection: sqlite3.Connection, batch: list[NodeMinute | _Read]) -> None:
         rows = [(item.end_s, item.node, pack(item)) for item in batch if isinstance(item, NodeMinute)]
