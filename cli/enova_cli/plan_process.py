@@ -28,7 +28,8 @@ def ask_plan(command: str, question: Plain, *, options: Collection[str], remedy:
     except subprocess.TimeoutExpired as error:
         raise TimedOut(f"no answer within {TIMEOUT_S:g} s", remedy=remedy) from error
     if done.returncode == 0:
-        answer: Plain = json.loads(done.stdout)
+        # The solver that it uses prints a line of its own now and then: the answer is the last.
+        answer: Plain = json.loads(done.stdout.strip().rpartition("\n")[2])
         return answer
     last = done.stderr.strip().rpartition("\n")[2]
     try:

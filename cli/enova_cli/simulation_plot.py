@@ -33,6 +33,12 @@ def plot_simulation(answer: Mapping[str, Any], path: Path) -> None:
         load.step(times, [rate * count for count in row["ready"]], where="post", linewidth=1, label=name)
         replicas.step(times, row["replicas"], where="post", label=name)
         waits.plot(times, [value if value is not None else float("nan") for value in row["ttft_p50_by_step_s"]])
+    least = answer["least"]
+    if least is not None and least["whole_replicas"]:
+        times = [(least["begin_s"] + place * least["step_s"]) / 60 for place in range(len(least["replicas"]))]
+        name = f"least, knowing the future ({least['cost_usd']:.2f} USD)"
+        replicas.step(times, least["replicas"], where="post", color="black", linestyle="--", linewidth=1, label=name)
+        replicas.legend(fontsize=8)
     objective = answer["objectives"]["ttft_s"]
     if objective is not None:
         waits.axhline(objective, linestyle="--", color="tab:orange", label="objective")

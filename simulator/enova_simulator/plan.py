@@ -64,6 +64,7 @@ def simulate(text: str) -> dict[str, object]:
         from enova_simulator.cluster.setup import SetupError
         from enova_simulator.cluster.trace import read
         from enova_simulator.cluster.what_if import Asked, what_if
+        from enova_simulator.least import least
     except ImportError as error:
         _refuse(Problem(field="", message=f"simulating needs {error.name}", remedy="pip install 'enova[simulator]'"))
     try:
@@ -74,10 +75,17 @@ def simulate(text: str) -> dict[str, object]:
                 lines, scenario=Scenario(lengths=pairs) if pairs else None, seed=plain.get("seed", SEED),
                 allow_gaps=plain.get("allow_gaps", False),
             )  # fmt: skip
-        return what_if(Asked(
+        start_up_s = plain.get("start_up_s", START_UP_S)
+        answer = what_if(Asked(
             deployment=plain["deployment"], rows=rows, fleet=plain["fleet"], policies=tuple(plain.get("policies", ())),
-            start_up_s=plain.get("start_up_s", START_UP_S), seed=plain.get("seed", SEED),
+            start_up_s=start_up_s, seed=plain.get("seed", SEED),
         ))  # fmt: skip
+        bounds = plain["deployment"]
+        return answer | {"least": least(
+            rows.arrival_s, answer, start_up_s=start_up_s,
+            min_replicas=bounds.get("replicas") or bounds.get("min") or 0,
+            max_replicas=bounds.get("replicas") or bounds.get("max"),
+        )}  # fmt: skip
     except TraceError as error:
         _refuse(Problem(field="trace", message=f"line {error.line}: {error.message}"))
     except SetupError as error:

@@ -65,6 +65,7 @@ def test_policies_are_compared_on_the_same_requests(manifest: Path, trace: Path,
         assert row["attainment"] >= 0.95
         assert row["gpu_hours"] == pytest.approx(row["cost_usd"] / found["variants"][0]["usd_per_hour"])
         assert 1 <= max(row["replicas"]) <= 6
+    assert 0 < found["least"]["cost_usd"] <= min(row["cost_usd"] for row in found["policies"])
     assert picture.read_text().lstrip().startswith("<?xml")
     again = answer(simulate(manifest, trace, *words))
     assert again == found, "the same seed gives the same answer"

@@ -72,7 +72,7 @@ def simulate(
         })
         if plot is not None:
             plot_simulation(answer, plot)
-        _print(answer, context.form)
+        print_answer(answer, context.form, _print_table)
 
     run(action(), context.form)
 
@@ -92,16 +92,6 @@ def _fleet(text: str) -> dict[str, int]:
     if not found:
         raise InvalidField("names no GPU", field="--fleet", remedy="H100:16")
     return found
-
-
-def _print(answer: Plain, form: Format) -> None:
-    match form:
-        case Format.JSON:
-            print(json.dumps(answer, indent=2))
-        case Format.YAML:
-            print(yaml.safe_dump(answer, sort_keys=False), end="")
-        case Format.TABLE:
-            _print_table(answer)
 
 
 def _print_table(answer: Plain) -> None:
@@ -124,6 +114,11 @@ def _print_table(answer: Plain) -> None:
         print(
             f"A replica on {variant['gpus']} x {variant['gpu_type']} costs {variant['usd_per_hour']:.2f} USD/h and "
             f"carries {rate['value']:.3g} requests/s ({rate['low']:.3g} to {rate['high']:.3g}), as predicted."
+        )
+    if (least := answer["least"]) is not None:
+        print(
+            f"Who knew the future would need {least['cost_usd']:.2f} USD at the least, if a replica carries what is "
+            f"predicted{'' if least['whole_replicas'] else ' and replicas could be divided'}."
         )
     print("Policies other than enova are reimplemented from their published rules, not the products.")
 
