@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar, assert_never
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from enova_common.errors import EnovaError
+
+T = TypeVar("T")
 
 
 class Format(StrEnum):
@@ -108,27 +110,30 @@ COLUMNS: dict[str, Sequence[Column]] = {
 }
 
 
-def print_objects(kind: str, objects: Iterable[dict[str, Any]], form: Format) -> None:
-    """A bare array (json, yaml) or a table of many objects of one kind."""
-    rows = list(objects)
-    match form:
-        case Format.JSON:
-            print(json.dumps(rows, indent=2))
-        case Format.YAML:
-            print(yaml.safe_dump(rows, sort_keys=False), end="")
-        case Format.TABLE:
-            _console().print(_table(kind, rows) if rows else f"no {kind}", soft_wrap=not rows)
-
-
-def print_object(kind: str, value: dict[str, Any], form: Format) -> None:
-    """One object (json, yaml) or a table of one row."""
+def print_answer(value: T, form: Format, table: Callable[[T], None]) -> None:
+    """A plain value for programs, or as `table` shows it to people."""
     match form:
         case Format.JSON:
             print(json.dumps(value, indent=2))
         case Format.YAML:
             print(yaml.safe_dump(value, sort_keys=False), end="")
         case Format.TABLE:
-            _console().print(_table(kind, [value]))
+            table(value)
+        case _:
+            assert_never(form)
+
+
+def print_objects(kind: str, objects: Iterable[dict[str, Any]], form: Format) -> None:
+    """A bare array (json, yaml) or a table of many objects of one kind."""
+    def table(rows: list[dict[str, Any]]) -> None:
+        _console().print(_table(kind, rows) if rows else f"no {kind}", soft_wrap=not rows)
+
+    print_answer(list(objects), form, table)
+
+
+def print_object(kind: str, value: dict[str, Any], form: Format) -> None:
+    """One object (json, yaml) or a table of one row."""
+    print_answer(value, form, lambda only: _console().print(_table(kind, [only])))
 
 
 def print_line(value: dict[str, Any], form: Format) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +13,7 @@ from enova.v1.deployment_service_pb2 import RecommendAllocationRequest
 from enova_cli import output
 from enova_cli.client import Client
 from enova_cli.context import Context
-from enova_cli.output import Format
+from enova_cli.output import print_answer
 from enova_cli.plain import to_plain
 
 TIMEOUT_S = 300.0              # the options of many deployments take half a second each
@@ -33,13 +31,7 @@ async def print_allocation(context: Context, *, headroom: float, time_limit_s: f
         answer = to_plain(
             await client.call(lambda stubs: stubs.deployments.RecommendAllocation(request, timeout=TIMEOUT_S))
         )
-    match context.form:
-        case Format.JSON:
-            print(json.dumps(answer, indent=2))
-        case Format.YAML:
-            print(yaml.safe_dump(answer, sort_keys=False), end="")
-        case Format.TABLE:
-            _print_tables(answer)
+    print_answer(answer, context.form, _print_tables)
 
 
 def _print_tables(answer: Plain) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +21,7 @@ from enova_cli.client import Client
 from enova_cli.commands.deployments import Duration
 from enova_cli.commands.fleet import print_allocation
 from enova_cli.context import Context, output_option, pass_context, run
-from enova_cli.output import Format
+from enova_cli.output import print_answer
 from enova_cli.plain import from_plain, to_plain
 from enova_cli.plot import plot_answer
 from enova_cli.workload import read_workload
@@ -108,7 +107,7 @@ def recommend(
         shown = answer | {"command": command_line(_served(model), answer)}
         if plot is not None:
             plot_answer(shown, plot)
-        _print(shown, context.form)
+        print_answer(shown, context.form, _print_table)
 
     run(action(), context.form)
 
@@ -222,16 +221,6 @@ def _described(file: Path | None) -> Sequence[Plain]:
     if not isinstance(described, list):
         raise InvalidField("expected a list of GPU types", field="--gpu-file", remedy='[{"type": ..., "count": ...}]')
     return described
-
-
-def _print(answer: Plain, form: Format) -> None:
-    match form:
-        case Format.JSON:
-            print(json.dumps(answer, indent=2))
-        case Format.YAML:
-            print(yaml.safe_dump(answer, sort_keys=False), end="")
-        case Format.TABLE:
-            _print_table(answer)
 
 
 def _print_table(answer: Plain) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import sys
 import tempfile
 from collections.abc import AsyncIterable
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TextIO
 
 import click
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +18,7 @@ from enova_cli.client import Client, Stubs
 from enova_cli.commands.deployments import Duration
 from enova_cli.commands.resources import parse_kind
 from enova_cli.context import Context, output_option, pass_context, run
-from enova_cli.output import Format
+from enova_cli.output import print_answer
 from enova_cli.plain import rfc3339
 from enova_cli.plan_process import Plain, ask_plan
 from enova_common.errors import InvalidField, NotFound
@@ -60,7 +58,7 @@ def replay(
     async def of_file(path: Path) -> None:
         if not path.is_file():
             raise NotFound(f"no file {path}", reason="FILE_NOT_FOUND", field="--file")
-        _print(_answer(asked | {"situations": str(path.resolve())}), context.form)
+        print_answer(_answer(asked | {"situations": str(path.resolve())}), context.form, _print_table)
 
     async def of_deployment(client: Client) -> None:
         name = _deployment_name(str(deployment))
@@ -68,7 +66,7 @@ def replay(
             path = save or Path(folder) / "situations.jsonl.gz"
             if not await _export(client, ExportSituationsRequest(deployment=name, last_s=last or 0.0), path):
                 await client.get_deployment(name)  # none of that name is another matter than none recorded
-            _print(_answer(asked | {"situations": str(path.resolve())}), context.form)
+            print_answer(_answer(asked | {"situations": str(path.resolve())}), context.form, _print_table)
 
     if file is not None:
         run(of_file(file), context.form)
@@ -108,16 +106,6 @@ def _opened(path: Path) -> TextIO:
 
 def _answer(asked: Plain) -> Plain:
     return ask_plan("replay", asked, options={"policy", "conservatism"}, remedy="ask for less: --last 1h")
-
-
-def _print(answer: Plain, form: Format) -> None:
-    match form:
-        case Format.JSON:
-            print(json.dumps(answer, indent=2))
-        case Format.YAML:
-            print(yaml.safe_dump(answer, sort_keys=False), end="")
-        case Format.TABLE:
-            _print_table(answer)
 
 
 def _print_table(answer: Plain) -> None:
