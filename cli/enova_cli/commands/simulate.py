@@ -72,7 +72,7 @@ def simulate(
         })
         if plot is not None:
             plot_simulation(answer, plot)
-        print_answer(answer, context.form, _print_table)
+        _print(answer, context.form)
 
     run(action(), context.form)
 
@@ -92,6 +92,16 @@ def _fleet(text: str) -> dict[str, int]:
     if not found:
         raise InvalidField("names no GPU", field="--fleet", remedy="H100:16")
     return found
+
+
+def _print(answer: Plain, form: Format) -> None:
+    match form:
+        case Format.JSON:
+            print(json.dumps(answer, indent=2))
+        case Format.YAML:
+            print(yaml.safe_dump(answer, sort_keys=False), end="")
+        case Format.TABLE:
+            _print_table(answer)
 
 
 def _print_table(answer: Plain) -> None:
