@@ -18,7 +18,7 @@ import numpy as np
 from enova_coordinator.core.series import DEMAND_FEATURES, Figures, Ring
 
 LATE_STEPS = 3             # that a frame covers at most without being spread, and that a node may be behind
-ABSENT_STEPS = 60          # without a word, after which a node is taken to be gone
+ABSENT_STEPS = 30          # without a word, after which a node is taken to be gone
 PART_MIN = 0.1             # of a deployment's arrivals of late, for a node to be missed
 HALF_LIFE_STEPS = 120.0    # of what "of late" means
 DEPLOYMENTS_MAX = 10_000
