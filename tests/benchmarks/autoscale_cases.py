@@ -3,11 +3,11 @@
 The cases and what passing means are in `enova_testing.scaling_cases`. Fleet: Llama-3.1-8B on A100-80GB (case 10: also
 on H100), world (b); T0 = 1 s, 50 ms a token; a start takes 120 s (lognormal). Policies are told the capacity that the
 recommender believes; it knows nothing of the world. LB is the programme of `scaling.lower_bound` after the warm-up, at
-99 %, with the true capacity; in case 10 its relaxation on the type that is cheapest a request. Bounds are 1 to 24
-replicas, the beginning is 1.2 x what the load of then needs. `static-peak` and `static-mean` know the load beforehand.
-`cron` needs days of history and is left out. A peer is a reimplemented policy, not the product. With FULL=1 all five
-knob values run, and the table holds the best of them beside the default. POLICIES=a,b chooses some. Runs that are in
-`--out` are not repeated.
+99 %, with the true capacity of a replica among four; in case 10 its relaxation on the type that is cheapest a
+request. Bounds are 1 to 24 replicas, the beginning is 1.2 x what the load of then needs. `static-peak` and
+`static-mean` know the load beforehand. `cron` needs days of history and is left out. A peer is a reimplemented policy,
+not the product. With FULL=1 all five knob values run, and the table holds the best of them beside the default.
+POLICIES=a,b chooses some. Runs that are in `--out` are not repeated.
 
 Raw results: `results.csv.gz` (policy, knob, case, seed, attainment, gpu_hours, cost_usd, lb_usd, cost_ratio,
 direction_changes, wrong_acts, acts, passed, reason), `replicas.csv.gz` (policy, knob, case, t_s, holding, ready).

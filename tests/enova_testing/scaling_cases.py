@@ -1,9 +1,9 @@
 """Twelve generated cases that tell scaling policies apart, and what passing one means.
 
-Load is told in replicas' worth: 1 is what one replica of the first variant carries within the objective. A case passes
-at 99 % attainment outside one start-up time (its 90th percentile) after its change, at a cost of at most 1.5 x the
-lower bound, with at most two changes of direction and no destructive act on a healthy replica. The first ten minutes
-do not count, nor do requests of the last three, which may still run.
+Load is told in replicas' worth: 1 is what a replica of the first variant carries within the objective, among four that
+share the load. A case passes at 99 % attainment outside one start-up time (its 90th percentile) after its change, at a
+cost of at most 1.5 x the lower bound, with at most two changes of direction and no destructive act on a healthy
+replica. The first ten minutes do not count, nor do requests of the last three, which may still run.
 """
 
 from __future__ import annotations

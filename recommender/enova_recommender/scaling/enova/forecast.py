@@ -5,7 +5,9 @@ known then. Its ratios of actual to forecast are its record: the quantile of the
 now, is its answer, so that noise, drift and growth of this very deployment make the margin and no assumed
 distribution does. The forecaster with the least pinball loss (Koenker and Bassett 1978) at the wanted quantile over
 its record is asked. Where the record is short, the quantile is that of a Poisson count with a log-normal drift
-(`PRIOR_DRIFT`), and gives way as evidence comes in. The daily profile is the seasonal part of an STL decomposition
+(`PRIOR_DRIFT`), and gives way as evidence comes in. A level that what comes now has overtaken is not asked, nor is
+anybody but the ramp where the median of the last minutes' increments is above chance: what rises steadily goes on for
+a while, whatever the record of calmer hours says. The daily profile is the seasonal part of an STL decomposition
 (Cleveland et al. 1990, statsmodels) of the logarithm of the rate; it needs two days.
 """
 
@@ -29,6 +31,8 @@ OVERTAKEN_SIGMAS = 2.0        # of a Poisson count in each of two minutes
 TREND_MINUTES = 10            # over which a trend is drawn
 TREND_DAMPING = 0.7           # share of a trend that goes on
 TREND_RATIO_MAX = 2.0         # by which a trend may change the level
+RAMP_MINUTES = 5              # a rise that most of these minutes share is a steady one
+RAMP_DAMPING = 0.7            # share of a steady rise that goes on
 RATE_MIN = 1e-3               # requests a second below which a rate is noise; keeps ratios finite
 
 
@@ -72,6 +76,10 @@ def _forecasters(
         if now_rate > now * (1 + OVERTAKEN_SIGMAS * math.sqrt(2 / max(60 * now_rate, 1.0))):
             continue           # what comes now is more than chance: an older level has been overtaken
         made.append((f"level of {minutes} min", level, now))
+    if len(rates) > RAMP_MINUTES:
+        ramp = _ramp(rates)
+        if ramp[-1] > 0:       # a steady rise: who knows nothing of it is not asked
+            return [("ramp", made[0][1] + lead * RAMP_DAMPING * ramp, now_rate + lead * RAMP_DAMPING * float(ramp[-1]))]
     if len(rates) >= TREND_RECORD_MINUTES:
         ratio = _trend_ratio(rates, lead)
         made.append(("trend", made[0][1] * ratio, made[0][2] * float(ratio[-1])))
@@ -136,6 +144,14 @@ def _trend_ratio(rates: Floats, lead: int) -> Floats:
     growth = np.log(new / old) * TREND_DAMPING * (lead + half / 2) / half
     limit = math.log(TREND_RATIO_MAX)
     return np.asarray(np.exp(np.clip(growth, -limit, limit)))
+
+
+def _ramp(rates: Floats) -> Floats:
+    """By how much the rate steadily rises in a minute, 0 where it does not: a step moves no median of increments."""
+    increments = np.diff(rates, prepend=rates[:1].repeat(RAMP_MINUTES))
+    median = np.median(np.lib.stride_tricks.sliding_window_view(increments, RAMP_MINUTES), axis=1)[-len(rates) :]
+    noise = np.sqrt(2 * np.maximum(rates, RATE_MIN) / 60)
+    return np.where(median > noise, median, 0.0)
 
 
 def _filled(rates: Floats) -> Floats:

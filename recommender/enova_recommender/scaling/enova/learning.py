@@ -45,7 +45,7 @@ def learnt_factor(situation: Situation, variant: VariantSight, factor: float | N
     if seen is None:
         return factor
     if factor is None and measured is not None:
-        factor = measured
+        factor = min(measured, 1.0)        # what is better than told is believed slowly
     pull = _pull(situation, seen, measured, 1.0 if factor is None else factor, told=told)
     if factor is None and pull == 0:
         return None
