@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +13,7 @@ from enova_cli.commands.deployments import Duration
 from enova_cli.commands.recommend import parse_supply
 from enova_cli.context import Context, output_option, pass_context, run
 from enova_cli.manifest import read_manifests
-from enova_cli.output import Format
+from enova_cli.output import print_answer
 from enova_cli.plain import to_plain
 from enova_cli.plan_process import Plain, ask_plan
 from enova_cli.simulation_plot import plot_simulation
@@ -72,7 +70,7 @@ def simulate(
         })
         if plot is not None:
             plot_simulation(answer, plot)
-        _print(answer, context.form)
+        print_answer(answer, context.form, _print_table)
 
     run(action(), context.form)
 
@@ -92,16 +90,6 @@ def _fleet(text: str) -> dict[str, int]:
     if not found:
         raise InvalidField("names no GPU", field="--fleet", remedy="H100:16")
     return found
-
-
-def _print(answer: Plain, form: Format) -> None:
-    match form:
-        case Format.JSON:
-            print(json.dumps(answer, indent=2))
-        case Format.YAML:
-            print(yaml.safe_dump(answer, sort_keys=False), end="")
-        case Format.TABLE:
-            _print_table(answer)
 
 
 def _print_table(answer: Plain) -> None:
