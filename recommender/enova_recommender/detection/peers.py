@@ -63,7 +63,7 @@ class PeerWatch:
         """The least spread of each replica: its own, or that of its siblings where they stray further."""
         own = np.where(self._calm_steps >= STRAYED_MIN, MEAN_UNIT * self._strayed, np.nan)
         usual = np.fmax(own, groups.by_row(groups.quantile(own, 0.5)[0]))
-        return np.clip(np.nan_to_num(usual), SPREAD_MIN, SPREAD_MAX)
+        return np.asarray(np.clip(np.nan_to_num(usual), SPREAD_MIN, SPREAD_MAX))
 
     def forget(self, row: int) -> None:
         """Another replica has this row."""
