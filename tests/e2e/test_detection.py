@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from enova_testing.fleet import ENOVA, UpFleet, up
@@ -28,6 +28,7 @@ FOUND_S = 60.0
 OVER_S = 60.0
 MEASURED_S = 2.5
 GIVES_UP = 8               # restarts, after which an agent leaves an engine alone
+KILL_EVERY_S = 0.1
 LOAD_S = 36_000.0          # of model time: until it is ended
 
 
@@ -79,7 +80,7 @@ class Watched:
         """Wait until nothing is said of it any more."""
         until(
             lambda: not self.open_episodes(deployment), timeout_s=OVER_S,
-            what=f"the end of {self.open_episodes(deployment)}",
+            what=lambda: f"the end of {self.open_episodes(deployment)}",
         )  # fmt: skip
 
 
@@ -199,24 +200,36 @@ def test_an_engine_that_crashes_again_and_again_is_a_crash_loop(watched: Watched
     assert (episode["kind"], episode["object"]) == ("DEGRADED", replica["name"])
 
 
+@contextlib.contextmanager
+def killing(name: str) -> Iterator[None]:
+    """Every engine of a replica is killed as soon as it is there, faster than a command could tell of it."""
+    closing = threading.Event()
+
+    def kill() -> None:
+        while not closing.wait(KILL_EVERY_S):
+            for process in psutil.process_iter():
+                with contextlib.suppress(psutil.Error):  # it ended, or is another user's
+                    if process.environ().get("ENOVA_REPLICA") == name:
+                        process.kill()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closing.set()
+        thread.join()
+
+
 def test_an_engine_that_dies_before_it_was_measured_is_a_crash_loop_long_before_its_agent_gives_up(
     watched: Watched,
 ) -> None:
     watched.fleet.deploy("doomed", replicas=1, max_num_seqs=8, max_model_len=1024)
-    killed: set[int] = set()
-
-    def kill() -> dict[str, Any] | None:
-        now = watched.replica("doomed")
-        if now["pid"] and now["pid"] not in killed:
-            killed.add(now["pid"])
-            with contextlib.suppress(ProcessLookupError):  # it is gone already
-                os.kill(now["pid"], signal.SIGKILL)
-        return next((each for each in watched.open_episodes("doomed") if "CRASH_LOOP" in each["causes"]), None)
-
-    episode = until(kill, timeout_s=FOUND_S, what="a crash loop at the start")
-    assert isinstance(episode, dict)
-    replica = watched.replica("doomed")
-    assert (episode["kind"], episode["object"]) == ("DEGRADED", replica["name"])
+    name = watched.replica("doomed")["name"]
+    with killing(name):
+        episode = watched.found("doomed", "DEGRADED", "CRASH_LOOP")
+        replica = watched.replica("doomed")
+    assert episode["object"] == name
     assert replica["state"] != "FAILED"
     assert replica["restarts"] < GIVES_UP
     watched.fleet.ok("delete", "deployment/doomed", "--no-wait")

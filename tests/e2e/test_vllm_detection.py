@@ -126,7 +126,10 @@ def found(fleet: UpFleet, verdict: str, cause: str) -> dict[str, Any]:
         episodes = fleet.ok("episodes", "--open")
         return next((each for each in episodes if each["kind"] == verdict and cause in each["causes"]), None)
 
-    episode = until(look, timeout_s=FOUND_S, what=f"{verdict} {cause} among {fleet.ok('episodes')}\n{fleet.logs()}")
+    def missed() -> str:
+        return f"{verdict} {cause} among {fleet.ok('episodes')}\n{fleet.logs()}"
+
+    episode = until(look, timeout_s=FOUND_S, what=missed)
     assert isinstance(episode, dict)
     assert episode["object"] in {replica(fleet)["name"], "deployments/tiny"}
     return episode

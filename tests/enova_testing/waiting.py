@@ -10,15 +10,18 @@ from collections.abc import Awaitable, Callable
 POLL_S = 0.02  # fine enough not to be felt in a test, coarse enough not to load two cores
 
 
-def until(condition: Callable[[], object], *, timeout_s: float = 10.0, what: str = "") -> object:
-    """Return the first truthy value of `condition`; fail with `what` after `timeout_s`."""
+def until(
+    condition: Callable[[], object], *, timeout_s: float = 10.0, what: str | Callable[[], str] = ""
+) -> object:
+    """Return the first truthy value of `condition`; fail after `timeout_s` with `what`, or with what that says then."""
     deadline = time.monotonic() + timeout_s
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout_s} s: {what or inspect.getsource(condition).strip()}")
+            told = what if isinstance(what, str) else what()
+            raise AssertionError(f"not within {timeout_s} s: {told or inspect.getsource(condition).strip()}")
         time.sleep(POLL_S)
 
 
