@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ def test_the_recorded_policy_differs_nowhere_and_another_knob_is_told_look_by_lo
     table = replay("--file", str(kept), "--conservatism", "4").stdout
     lines = table.splitlines()
     assert lines[0].split() == ["MODEL", "TIME", "RAN", "RECORDED", "REPLAYED", "WHY", "NOW"]
-    assert lines[1].split()[:4] == ["1970-01-01T02:49:25.000Z", "1", "5", "6"]
+    looks = json.loads(replay("--file", str(kept), "--conservatism", "4", "-o", "json").stdout)["looks"]
+    first = next(look for look in looks if look["differs"])
+    numbers = [first["target"], first["recorded"]["replicas"], first["replayed"]["replicas"]]
+    assert lines[1].split()[1:4] == [str(number) for number in numbers]
+    assert numbers[1] != numbers[2]
+    assert lines[1].startswith(time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(first["now_s"])))
     assert "120 situations of chat in 0.50 h:" in table
     assert "Recorded: enova with conservatism 1:" in table
     assert "Replayed: the same policy with conservatism 4:" in table
