@@ -119,7 +119,7 @@ def test_a_port_in_use_is_named(serving: UpFleet, tmp_path: Path, option: str) -
 
 def test_a_data_directory_in_use_names_its_owner(serving: UpFleet) -> None:
     result = run_enova("up", "--data-dir", str(serving.data_dir), "--port", "0", "--openai-port", "0", "-o", "json")
-    assert (result.code, result.error["reason"]) == (1, "IN_USE")
+    assert (result.code, result.error["reason"], result.error["field"]) == (1, "IN_USE", "--data-dir")
     assert result.error["remedy"]
     assert str(serving.process.pid) in result.error["message"]
 

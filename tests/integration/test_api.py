@@ -107,6 +107,12 @@ async def refused(call: Any) -> EnovaError:
     return error_from_rpc(caught.value)
 
 
+async def told(call: Any) -> tuple[str, str]:
+    """Why a call is refused, and which field is wrong."""
+    error = await refused(call)
+    return error.reason, error.field
+
+
 async def created(api: Api, **fields: Any) -> cluster_pb2.Deployment:
     deployment: cluster_pb2.Deployment = await api.CreateDeployment(creation(fresh(), **fields))
     return deployment
@@ -160,7 +166,7 @@ async def test_of_deployments_that_want_one_served_name_at_once_one_gets_it(api:
     calls = [api.CreateDeployment(creation(fresh(), served_names=[served])) for _ in range(4)]
     answers = await asyncio.gather(*calls, return_exceptions=True)
     refusals = [error_from_rpc(each) for each in answers if isinstance(each, grpc.aio.AioRpcError)]
-    assert [each.field for each in refusals] == ["served_names[0]"] * 3
+    assert [(each.reason, each.field) for each in refusals] == [("INVALID_FIELD", "served_names[0]")] * 3
 
 
 @pytest.mark.parametrize(
@@ -173,14 +179,16 @@ async def test_of_deployments_that_want_one_served_name_at_once_one_gets_it(api:
         ({"configuration": cluster_pb2.Configuration(gpu_memory_utilization=1.5)},
          "configuration.gpu_memory_utilization"),
         ({"classes": [cluster_pb2.ServingClass(name="chat", ttft_p95_s=float("nan"))]}, "classes[0].ttft_p95_s"),
-        ({"model": "/models/absent"}, "model"),
     ],
 )
 async def test_bad_input_names_its_field_and_the_system_still_serves(
     api: Api, agent: ScriptedAgent, fields: dict[str, Any], field: str
 ) -> None:
-    error = await refused(api.CreateDeployment(creation(fresh(), **fields)))
-    assert error.field == field
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await api.CreateDeployment(creation(fresh(), **fields))
+    error = error_from_rpc(caught.value)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert (error.reason, error.field) == ("INVALID_FIELD", field)
     assert error.message
     await api.ListDeployments(deployment_service_pb2.ListDeploymentsRequest())
 
@@ -213,7 +221,7 @@ async def test_conservatism_is_one_where_it_is_left_out_and_is_checked(api: Api,
     )
     assert (await api.UpdateDeployment(request)).conservatism == 2.5
     request.deployment.conservatism = 0.0
-    assert (await refused(api.UpdateDeployment(request))).field == "conservatism"
+    assert await told(api.UpdateDeployment(request)) == ("INVALID_FIELD", "conservatism")
     request.deployment.ClearField("conservatism")
     assert (await api.UpdateDeployment(request)).conservatism == 1.0
 
@@ -224,7 +232,7 @@ async def test_a_mask_of_an_unknown_field_is_refused(api: Api, agent: ScriptedAg
         request = deployment_service_pb2.UpdateDeploymentRequest(
             deployment=cluster_pb2.Deployment(name=before.name), update_mask=FieldMask(paths=[path])
         )
-        assert (await refused(api.UpdateDeployment(request))).field == "update_mask"
+        assert await told(api.UpdateDeployment(request)) == ("INVALID_FIELD", "update_mask")
 
 
 async def test_an_update_of_a_name_without_its_collection_is_refused(api: Api, agent: ScriptedAgent) -> None:
@@ -232,7 +240,7 @@ async def test_an_update_of_a_name_without_its_collection_is_refused(api: Api, a
         deployment=cluster_pb2.Deployment(name="bare", model=MODEL, replicas=1), allow_missing=True
     )
     error = await refused(api.UpdateDeployment(request))
-    assert (error.field, error.remedy) == ("name", "write deployments/{deployment}")
+    assert (error.reason, error.field, error.remedy) == ("INVALID_FIELD", "name", "write deployments/{deployment}")
 
 
 async def test_an_old_etag_is_refused(api: Api, agent: ScriptedAgent) -> None:
@@ -273,13 +281,13 @@ async def test_a_mask_of_everything_replaces_everything(api: Api, agent: Scripte
     after = await api.UpdateDeployment(request)
     assert (after.replicas, after.priority, after.configuration.HasField("seed")) == (2, 0, False)
     request.update_mask.paths.append("priority")
-    assert (await refused(api.UpdateDeployment(request))).field == "update_mask"
+    assert await told(api.UpdateDeployment(request)) == ("INVALID_FIELD", "update_mask")
 
 
 async def test_a_name_that_contradicts_the_id_is_refused(api: Api, agent: ScriptedAgent) -> None:
     request = creation(fresh())
     request.deployment.name = "deployments/other"
-    assert (await refused(api.CreateDeployment(request))).field == "deployment.name"
+    assert await told(api.CreateDeployment(request)) == ("INVALID_FIELD", "deployment.name")
     request.deployment.name = f"deployments/{request.deployment_id}"
     assert (await api.CreateDeployment(request)).name == request.deployment.name
 
@@ -294,7 +302,7 @@ async def test_a_context_beyond_the_models_is_refused_by_its_field(
         error = await refused(
             api.CreateDeployment(creation(fresh(), model="/models/short", configuration=configuration))
         )
-        assert error.field == "configuration.max_model_len"
+        assert (error.reason, error.field) == ("INVALID_FIELD", "configuration.max_model_len")
         assert "2048" in error.message
         assert error.remedy
 
@@ -340,7 +348,7 @@ async def test_pages_hold_every_deployment_once(api: Api, agent: ScriptedAgent) 
 @pytest.mark.parametrize("token", ["nonsense", "bm9kZXMKeA"])
 async def test_a_page_token_of_another_list_is_refused(api: Api, token: str) -> None:
     request = deployment_service_pb2.ListDeploymentsRequest(page_token=token)
-    assert (await refused(api.ListDeployments(request))).field == "page_token"
+    assert await told(api.ListDeployments(request)) == ("INVALID_FIELD", "page_token")
 
 
 async def test_scaling_a_fixed_deployment_records_who_asked(api: Api, agent: ScriptedAgent) -> None:
@@ -360,7 +368,7 @@ async def test_scaling_a_fixed_deployment_records_who_asked(api: Api, agent: Scr
 async def test_scaling_beyond_the_bounds_is_refused(api: Api, agent: ScriptedAgent) -> None:
     deployment = await created(api, replicas=None, min=1, max=2)
     request = deployment_service_pb2.ScaleDeploymentRequest(name=deployment.name, replicas=9)
-    assert (await refused(api.ScaleDeployment(request))).field == "replicas"
+    assert await told(api.ScaleDeployment(request)) == ("INVALID_FIELD", "replicas")
 
 
 async def test_one_scaling_request_that_comes_many_times_is_one_decision(api: Api, agent: ScriptedAgent) -> None:
@@ -481,8 +489,7 @@ async def test_a_stream_without_a_hello_is_refused(coordinator: CoordinatorProce
         )
         call = connect()
         await call.write(agent_service_pb2.ConnectRequest(heartbeat=agent_service_pb2.Heartbeat(sequence=1)))
-        error = await refused(call.read())
-    assert error.field == "hello"
+        assert await told(call.read()) == ("INVALID_FIELD", "hello")
 
 
 async def test_logs_come_from_the_node(api: Api, agent: ScriptedAgent) -> None:
@@ -546,7 +553,7 @@ async def test_events_are_watched_on_from_where_a_list_ended(api: Api, agent: Sc
         api.WatchEvents(decision_service_pb2.WatchEventsRequest(resume_revision=-1)),
         api.WatchNodes(node_service_pb2.WatchNodesRequest(resume_revision=-1)),
     ):
-        assert (await refused(watch.read())).field == "resume_revision"
+        assert await told(watch.read()) == ("INVALID_FIELD", "resume_revision")
 
 
 async def test_explanations_and_events_name_what_happened(api: Api, agent: ScriptedAgent) -> None:
@@ -573,8 +580,8 @@ async def test_verdicts_are_listed(api: Api, agent: ScriptedAgent) -> None:
 
 @pytest.mark.parametrize("name", ["", "nodes/", "deployments/a/b", "deployments/ä", "..", "deployments/" + "a" * 9999])
 async def test_a_name_that_cannot_be_is_refused_with_its_field(api: Api, name: str) -> None:
-    error = await refused(api.GetDeployment(deployment_service_pb2.GetDeploymentRequest(name=name)))
-    assert error.field == "name"
+    request = deployment_service_pb2.GetDeploymentRequest(name=name)
+    assert await told(api.GetDeployment(request)) == ("INVALID_FIELD", "name")
 
 
 async def test_a_message_of_ten_mebibytes_is_refused_and_the_system_still_serves(

@@ -134,7 +134,7 @@ def test_plaintext_beyond_the_loopback_is_refused_by_the_settings(changes: dict[
     base = {"socket": Path("s"), "data_dir": Path("d")}
     with pytest.raises(InvalidField) as refused:
         IngressSettings(**base, **changes)  # type: ignore[arg-type]
-    assert refused.value.field == field
+    assert (refused.value.reason, refused.value.field) == ("INVALID_FIELD", field)
 
 
 def test_plaintext_to_applications_can_be_asked_for_by_name() -> None:
@@ -148,4 +148,4 @@ async def test_files_that_do_not_belong_together_are_named(folder: Path, authori
     with pytest.raises(InvalidField) as refused:
         await node.start()
     await node.stop()
-    assert refused.value.field == "tls.cert"
+    assert (refused.value.reason, refused.value.field) == ("INVALID_FIELD", "tls.cert")

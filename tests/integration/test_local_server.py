@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import stat
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -287,9 +288,9 @@ async def test_a_dead_agents_socket_is_taken_over_and_a_living_ones_is_not(
     reader, writer = await asyncio.open_unix_connection(str(tmp_path / "agent.sock"))
     assert await reader.readline()
     writer.close()
-    dead = await asyncio.start_unix_server(lambda _r, _w: None, str(tmp_path / "dead.sock"))
-    dead.close()
-    await dead.wait_closed()
+    with socket.socket(socket.AF_UNIX) as dead:  # as a server leaves it that had no time to tidy up
+        dead.bind(str(tmp_path / "dead.sock"))
+        dead.listen()
     assert (tmp_path / "dead.sock").exists()
     successor = server_at(tmp_path / "dead.sock", heard)
     await successor.start()

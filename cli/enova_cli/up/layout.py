@@ -45,7 +45,8 @@ class DataDirectory:
         except BlockingIOError as error:
             owner = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
             remedy = "stop that one first, or give another --data-dir"
-            raise Conflict(f"{self.path} is in use by enova up, pid {owner}", reason="IN_USE", remedy=remedy) from error
+            message = f"{self.path} is in use by enova up, pid {owner}"
+            raise Conflict(message, reason="IN_USE", field="--data-dir", remedy=remedy) from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
         self.token = self._read_token()
