@@ -217,8 +217,8 @@ class Telemetry:
         for replica, summed in by_replica.items():
             tracked = self._replicas.get(replica)
             if tracked is not None:
-                for place, share in enumerate(span.shares):
-                    tracked.ring.add(span.first + place, FIRST_REQUEST_COUNT, [share * count for count in summed])
+                shares = [span.share * count for count in summed]
+                tracked.ring.spread(span.first, span.last, FIRST_REQUEST_COUNT, shares)
 
     def _add_demand(self, node: str, request: RequestFigures, span: Span) -> None:
         counts = request.counts

@@ -26,24 +26,20 @@ DEPLOYMENTS_MAX = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The steps that a frame covers, with each one's share of what it counts."""
+    """The steps that a frame covers, both included, and the share of what it counts that each of them has."""
 
     first: int
-    shares: tuple[float, ...]
-
-    @property
-    def last(self) -> int:
-        """The newest step."""
-        return self.first + len(self.shares) - 1
+    last: int
+    share: float = 1.0
 
 
 def span_of(start_s: float, end_s: float, *, step_s: float, steps_max: int) -> Span:
     """The steps from `start_s` to `end_s`: the last one alone, or, if it is long, all of the newest `steps_max`."""
     last = math.floor(end_s / step_s)
     if end_s - start_s <= LATE_STEPS * step_s:
-        return Span(last, (1.0,))
+        return Span(last, last)
     before = math.floor(start_s / step_s)      # what came until then was told by a frame that ended in this step
-    return Span(max(before + 1, last - steps_max + 1), (1 / (last - before),) * min(last - before, steps_max))
+    return Span(max(before + 1, last - steps_max + 1), last, 1 / (last - before))
 
 
 @dataclass(slots=True)
@@ -78,8 +74,7 @@ class DemandLog:
 
     def heard(self, node: str, span: Span, *, since: int, counts: bool) -> None:
         """A node sent a frame of these steps that goes on from step `since`; `counts`: of its ingress, too."""
-        for step in range(span.first, span.last + 1):
-            self._heard.put(step, [1.0])
+        self._heard.spread(span.first, span.last, 0, [1.0])
         if not counts:
             return
         known = self._nodes.get(node)
@@ -100,8 +95,7 @@ class DemandLog:
             if len(self._rings) >= DEPLOYMENTS_MAX:
                 return False
             ring = self._rings[deployment] = Ring(slots=self._slots, features=len(DEMAND_FEATURES), first_counter=0)
-        for place, share in enumerate(span.shares):
-            ring.add(span.first + place, 0, [value * share for value in values])
+        ring.spread(span.first, span.last, 0, [value * span.share for value in values])
         part = self._parts.setdefault(deployment, {}).setdefault(node, _Part(span.last))
         part.arrived = _faded(part, span.last) + values[0]
         part.step = max(part.step, span.last)

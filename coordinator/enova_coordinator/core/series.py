@@ -192,6 +192,21 @@ class Ring:
             new if math.isnan(old) else old + new for old, new in zip(known, increments, strict=True)
         ]
 
+    def spread(self, first: int, last: int, column: int, increments: Sequence[float]) -> None:
+        """Add the same increments to each of these steps, as `add` does to one."""
+        if first == last:
+            self.add(last, column, increments)
+            return
+        steps = np.arange(max(first, max(last, self._newest) - self._slots + 1), last + 1)
+        slots = steps % self._slots
+        fresh = self._steps[slots] != steps
+        self._steps[slots[fresh]] = steps[fresh]
+        self._values[slots[fresh]] = np.nan
+        self._newest = max(self._newest, last)
+        columns = slice(column, column + len(increments))
+        known, new = self._values[slots, columns], np.asarray(increments, dtype=np.float32)
+        self._values[slots, columns] = np.where(np.isnan(known), new, known + new)
+
     def window(self, first: int, last: int) -> Figures:
         """The rows of the steps `first` to `last`, both included; NaN where the ring does not reach."""
         wanted = np.arange(first, last + 1)

@@ -102,3 +102,15 @@ def test_a_fast_clock_gets_denser_frames_so_that_minutes_are_filled(
 
 def test_columns_have_one_place_each() -> None:
     assert sorted(COLUMN.values()) == list(range(len(COLUMN)))
+
+
+def test_what_is_spread_over_steps_is_what_adding_to_each_of_them_makes() -> None:
+    one, other = (Ring(slots=8, features=3, first_counter=0) for _ in range(2))
+    for ring in (one, other):
+        ring.put(3, [1.0, math.nan, 2.0])
+        ring.put(9, [1.0, 1.0, 1.0])
+    one.spread(0, 12, 1, [2.0, 4.0])       # back past the window and forth past the newest step
+    for step in range(13):
+        other.add(step, 1, [2.0, 4.0])
+    assert np.array_equal(one.window(0, 14), other.window(0, 14), equal_nan=True)
+    assert one.newest == other.newest == 12
