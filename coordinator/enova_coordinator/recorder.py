@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from enova_coordinator.bounded_file import BoundedFile, close_broken
+from enova_common.errors import Unavailable
 from enova_coordinator.core.recording import (
     KeptHistory,
     Recorded,
@@ -124,12 +125,15 @@ class Recorder:
             self.figures.drop("queue_full")
 
     def read(self, deployment: str, *, last_s: float, place: Place) -> Future[Page]:
-        """The next lines of a deployment's recording, of its newest `last_s` of model time."""
+        """The next lines of a deployment's recording, of its newest `last_s` of model time.
+
+        Unavailable, where the disk does not answer: a part of a recording must not pass for the whole.
+        """
         answer: Future[Page] = Future()
         try:
             self._queue.put_nowait(_Read(deployment, last_s, place, answer))
         except queue.Full:
-            answer.set_result(NOTHING)
+            answer.set_exception(_unreadable("too much waits for the disk"))
         return answer
 
     def close(self, timeout_s: float = 5.0) -> None:
@@ -147,18 +151,18 @@ class Recorder:
             except (sqlite3.Error, OSError, TypeError, ValueError) as error:
                 # A value that cannot be told costs its own line, a disk that does not write costs what it loses.
                 log.warning("a situation is not kept: %s", error)
-                self._give_up(work)
+                self._give_up(work, error)
                 close_broken(connection)
                 connection = None
         if connection is not None:
             connection.close()
 
-    def _give_up(self, work: _Put | _Read) -> None:
+    def _give_up(self, work: _Put | _Read, error: Exception) -> None:
         self._kept.clear()
         if isinstance(work, _Put):
             self.figures.drop("disk")
-        elif not work.answer.done():
-            work.answer.set_result(NOTHING)
+        elif not work.answer.done() and (work.answer.running() or work.answer.set_running_or_notify_cancel()):
+            work.answer.set_exception(_unreadable(str(error)))
 
     def _carry_out(self, connection: sqlite3.Connection, work: _Put | _Read) -> None:
         if isinstance(work, _Put):
@@ -233,6 +237,14 @@ class Recorder:
         """Those that no situation names any more."""
         connection.execute("DELETE FROM histories WHERE id NOT IN (SELECT history FROM situations)")
         self._kept.clear()
+
+
+def _unreadable(why: str) -> Unavailable:
+    return Unavailable(
+        f"what was recorded cannot be read at the moment: {why}",
+        reason="RECORDING_UNREADABLE",
+        remedy="see that the disk of the coordinator's data_dir has room and answers, then ask again",
+    )
 
 
 def _page(connection: sqlite3.Connection, wanted: _Read) -> Page:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from enova_common.errors import Unavailable
 from enova_coordinator.core.recording import Recorded, read_lines
 from enova_coordinator.recorder import LINE_BYTES_MAX, QUEUE_MAX, Place, Recorder
 from enova_recommender.scaling.enova import EnovaPolicy
@@ -123,7 +124,9 @@ def test_a_disk_that_does_not_write_costs_what_it_loses(tmp_path: Path) -> None:
     for number in range(3):
         recorder.put(CHAT, question(number))
     until(lambda: recorder.figures.dropped.get("disk") == 3, what="all are counted")
-    assert read(recorder) == ([], 0)
+    with pytest.raises(Unavailable, match="cannot be read at the moment") as caught:
+        read(recorder)
+    assert caught.value.reason == "RECORDING_UNREADABLE"
     folder.unlink()
     put(recorder, question(4))
     found, _ = read(recorder)
