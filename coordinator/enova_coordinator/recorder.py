@@ -19,8 +19,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from enova_coordinator.bounded_file import BoundedFile, close_broken
 from enova_common.errors import Unavailable
+from enova_coordinator.bounded_file import BoundedFile, close_broken
 from enova_coordinator.core.recording import (
     KeptHistory,
     Recorded,
@@ -44,6 +44,8 @@ SCHEMA = (
     "CREATE TABLE IF NOT EXISTS situations (number INTEGER PRIMARY KEY AUTOINCREMENT, deployment TEXT NOT NULL,"
     " at_s REAL NOT NULL, kept_s REAL NOT NULL, history INTEGER NOT NULL, line BLOB NOT NULL)",
     "CREATE INDEX IF NOT EXISTS situations_of ON situations (deployment, number)",
+    "CREATE INDEX IF NOT EXISTS situations_by_age ON situations (kept_s)",
+    "CREATE INDEX IF NOT EXISTS situations_by_history ON situations (history)",
 )
 
 log = logging.getLogger(__name__)
@@ -230,13 +232,14 @@ class Recorder:
         self._drop_histories(connection)
 
     def _forget(self, connection: sqlite3.Connection, before_s: float) -> None:
-        connection.execute("DELETE FROM situations WHERE kept_s < ?", (before_s,))
-        self._drop_histories(connection)
+        if connection.execute("DELETE FROM situations WHERE kept_s < ?", (before_s,)).rowcount:
+            self._drop_histories(connection)
 
     def _drop_histories(self, connection: sqlite3.Connection) -> None:
-        """Those that no situation names any more."""
+        """Those that no situation names any more: in the file, and of those that the next one might name."""
         connection.execute("DELETE FROM histories WHERE id NOT IN (SELECT history FROM situations)")
-        self._kept.clear()
+        left = {number for (number,) in connection.execute("SELECT id FROM histories")}
+        self._kept = {name: kept for name, kept in self._kept.items() if kept.id in left}
 
 
 def _unreadable(why: str) -> Unavailable:

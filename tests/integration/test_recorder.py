@@ -108,6 +108,14 @@ def test_what_is_older_than_the_bound_goes_with_its_history(tmp_path: Path) -> N
     assert count == 1
 
 
+def test_looking_for_what_is_old_writes_no_history_anew(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "situations.sqlite", prune_every_s=0.0)
+    put(recorder, *(question(number, minutes=40 + number) for number in range(1, 21)))
+    found, histories = read(recorder)
+    recorder.close()
+    assert (len(found), histories) == (20, 1)
+
+
 def test_a_situation_that_no_message_could_carry_is_counted_and_left_out(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "situations.sqlite")
     put(recorder, question(1), question(2, noise=LINE_BYTES_MAX // (600 * 8)), question(3))
