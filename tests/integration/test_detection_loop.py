@@ -237,6 +237,26 @@ async def test_step_times_follow_what_calibration_learns_later(tmp_path: Path) -
         assert 1.0 < found.correction.memory < 1.05
 
 
+async def test_a_slow_engine_that_hangs_before_figures_are_due_is_stored_as_hung(tmp_path: Path) -> None:
+    async with _fleet(tmp_path) as fleet:
+        await fleet.until(SETTLED_S)
+        fleet.world.engines[0].slow(2.5)
+        while not await fleet.stored():
+            await fleet.until(fleet.world.now_s + 5.0)
+        slow = fleet.snapshot.replicas["replica-0"]
+        out = replace(slow, status=replace(slow.status, in_routing=False))
+        fleet.snapshot = replace(fleet.snapshot, revision=2, replicas={**fleet.snapshot.replicas, out.name: out})
+        await fleet.until(fleet.world.now_s + 5.0)      # sooner than figures are written again
+        (episode,) = await fleet.stored()
+        # Its agent restarts it at once: it is out of routing no more.
+        fleet.snapshot = replace(fleet.snapshot, revision=3, replicas={**fleet.snapshot.replicas, slow.name: slow})
+        await fleet.until(fleet.world.now_s + 15.0)
+        (later,) = await fleet.stored()
+        assert (episode.causes, episode.suggested_action) == (("HUNG", "SLOW"), "RESTART")
+        assert later.causes == ("SLOW", "HUNG")
+        assert later.update_time_s > episode.update_time_s
+
+
 async def test_a_label_changes_later_verdicts_also_those_of_another_leader(tmp_path: Path) -> None:
     async with _fleet(tmp_path) as fleet:
         await fleet.until(SETTLED_S)
