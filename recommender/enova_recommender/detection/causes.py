@@ -62,7 +62,7 @@ RULES: dict[Cause, Rule] = {
     Cause.SLOW: Rule(kind=VerdictKind.DEGRADED, action=SuggestedAction.REPLACE, enter=2, leave=3),
     Cause.FAILING: Rule(kind=VerdictKind.DEGRADED, action=SuggestedAction.REPLACE, enter=3, leave=4),
     Cause.BATCH_SLACK: Rule(kind=VerdictKind.MISCONFIGURED, action=SuggestedAction.RECONFIGURE, enter=3, leave=4),
-    Cause.OVERLOAD: Rule(kind=VerdictKind.OVERLOADED, action=SuggestedAction.SCALE_UP, enter=6, leave=3),
+    Cause.OVERLOAD: Rule(kind=VerdictKind.OVERLOADED, action=SuggestedAction.SCALE_UP, enter=6, leave=1),
     Cause.CUT: Rule(kind=VerdictKind.MISCONFIGURED, action=SuggestedAction.RECONFIGURE, enter=12, leave=12),
     Cause.IDLE: Rule(kind=VerdictKind.UNDERUSED, action=SuggestedAction.SCALE_DOWN, enter=6, leave=1),
     Cause.SURPLUS: Rule(kind=VerdictKind.UNDERUSED, action=SuggestedAction.SCALE_DOWN, enter=60, leave=1),

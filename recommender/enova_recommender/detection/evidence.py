@@ -297,7 +297,9 @@ def _overload(
         wait_s = queue / step.of(Feature.FIRST_TOKENS)
     lost = long & ((queue >= QUEUE_LONG_SHARE * running) | (wait_s > _column(step, placements, "ttft_p95_s")))
     long |= signals.strain & (signals.stalled_s == 0)
-    votes = _votes(long | burns & used, np.isfinite(queue) & ~long & ~burns)
+    # Budgets go on burning for a while after what burnt them.
+    long |= burns & used
+    votes = _votes(long, np.isfinite(queue) & ~long)
     return np.where(lost, 2, votes).astype(np.int8)
 
 

@@ -24,7 +24,9 @@ ONE = "replica-0"
 STEP_S = 5.0
 
 
-def judged(judge: Judge, number: int, placement: Placement, **figures: float) -> Judgement:
+def judged(
+    judge: Judge, number: int, placement: Placement, *, burn: float = math.nan, **figures: float
+) -> Judgement:
     """One step of one replica that works, with these figures besides."""
     values = np.full((1, len(COLUMN)), np.nan, dtype=np.float32)
     for name, value in {"age_s": 1.0, "ready": 1.0, "running": 4.0, "waiting": 0.0, "held": 4.0, **figures}.items():
@@ -34,7 +36,7 @@ def judged(judge: Judge, number: int, placement: Placement, **figures: float) ->
     signals = Signals(
         progress=np.array([Progress.BUSY], dtype=np.int8), stalled_s=np.zeros(1),
         slowness=Slowness(ratio=nothing, threshold=nothing + 1.3, alarm=np.zeros(1, bool)),
-        peers=nothing, batch_gain=nothing, strain=np.zeros(1, bool), burn=nothing, rarity=nothing,
+        peers=nothing, batch_gain=nothing, strain=np.zeros(1, bool), burn=np.full(1, burn), rarity=nothing,
     )  # fmt: skip
     return judge.update(step, signals, {ONE: placement}, step_s=STEP_S)
 
@@ -198,12 +200,11 @@ def test_a_queue_that_costs_the_objective_is_an_overload_in_fifteen_seconds(
     assert found.index(VerdictKind.OVERLOADED) == 2
 
 
-def test_an_overload_outlasts_a_step_or_two_without_a_queue() -> None:
+def test_an_overload_is_over_when_its_queue_is_though_budgets_still_burn() -> None:
     judge, where = Judge(series=1), placement(max_num_seqs=256.0)
-    told(judge, range(6), where, running=50.0, waiting=60.0, held=110.0)
-    pause = told(judge, range(6, 8), where, running=50.0, held=50.0)
-    assert set(pause) == {VerdictKind.OVERLOADED}
-    assert told(judge, range(8, 10), where, running=50.0, held=50.0)[-1] is VerdictKind.NORMAL
+    assert told(judge, range(6), where, running=200.0, waiting=60.0, held=260.0)[-1] is VerdictKind.OVERLOADED
+    assert judged(judge, 6, where, burn=1.5, running=200.0, held=200.0).kind(ONE) is VerdictKind.OVERLOADED
+    assert judged(judge, 7, where, burn=1.5, running=50.0, held=50.0).kind(ONE) is VerdictKind.NORMAL
 
 
 def test_steps_of_an_engine_that_has_just_begun_say_nothing_of_its_speed() -> None:
