@@ -29,7 +29,7 @@ from enova.v1 import (
     verdict_service_pb2,
     verdict_service_pb2_grpc,
 )
-from enova_common.errors import EnovaError
+from enova_common.errors import EnovaError, InvalidField
 from enova_common.rpc import error_from_rpc
 from enova_testing.coordinator_process import CoordinatorProcess, running_coordinator
 from enova_testing.scripted_agent import MODEL, ScriptedAgent
@@ -184,11 +184,8 @@ async def test_of_deployments_that_want_one_served_name_at_once_one_gets_it(api:
 async def test_bad_input_names_its_field_and_the_system_still_serves(
     api: Api, agent: ScriptedAgent, fields: dict[str, Any], field: str
 ) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await api.CreateDeployment(creation(fresh(), **fields))
-    error = error_from_rpc(caught.value)
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert (error.reason, error.field) == ("INVALID_FIELD", field)
+    error = await refused(api.CreateDeployment(creation(fresh(), **fields)))
+    assert (type(error), error.reason, error.field) == (InvalidField, "INVALID_FIELD", field)
     assert error.message
     await api.ListDeployments(deployment_service_pb2.ListDeploymentsRequest())
 
