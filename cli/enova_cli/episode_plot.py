@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from enova_cli.output import short
-from enova_common.errors import FatalError, InvalidField
+from enova_cli.picture import new_figure, save
+from enova_common.errors import InvalidField
 
 WIDTH_INCHES, ROW_INCHES = 8.0, 1.6
 
@@ -18,14 +19,7 @@ def plot_episode(episode: Mapping[str, Any], path: Path) -> None:
     series = episode["series"]
     if not series:
         raise InvalidField(f"nothing was measured of {episode['name']}", field="--plot")
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        remedy = "pip install 'enova[plot]'"
-        raise FatalError("drawing needs matplotlib", reason="NOT_INSTALLED", field="--plot", remedy=remedy) from error
-    mpl.rcParams["svg.hashsalt"] = "enova"  # else each run names its elements anew
-    figure = Figure(figsize=(WIDTH_INCHES, 0.8 + ROW_INCHES * len(series)), layout="constrained")
+    figure = new_figure(WIDTH_INCHES, 0.8 + ROW_INCHES * len(series))
     rows = figure.subplots(len(series), 1, sharex=True, squeeze=False)
     thresholds = {each["feature"]: each["threshold"] for each in episode["evidence"]}
     end_s = max(each["start_s"] + each["step_s"] * len(each["values"]) for each in series)
@@ -44,8 +38,4 @@ def plot_episode(episode: Mapping[str, Any], path: Path) -> None:
     rows[-1, 0].set_xlabel("seconds of model time before the newest step")
     causes = ", ".join(episode["causes"]) or "cause unknown"
     figure.suptitle(f"{short(episode['object'])}: {episode['kind']} ({causes})", fontsize=10)
-    try:
-        figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
-    except (OSError, ValueError) as error:
-        remedy = "FILE.svg or FILE.png, in a folder that there is"
-        raise InvalidField(f"{path} cannot be written: {error}", field="--plot", remedy=remedy) from error
+    save(figure, path)

@@ -6,21 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from enova_common.errors import FatalError, InvalidField
+from enova_cli.picture import new_figure, save
 
 SIZE_INCHES = (8.0, 5.0)
 
 
 def plot_answer(answer: Mapping[str, Any], path: Path) -> None:
     """Draw an answer of `enova recommend`. Raises FatalError without matplotlib, InvalidField for a bad path."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        remedy = "pip install 'enova[plot]'"
-        raise FatalError("drawing needs matplotlib", reason="NOT_INSTALLED", field="--plot", remedy=remedy) from error
-    mpl.rcParams["svg.hashsalt"] = "enova"  # else each run names its elements anew
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    figure = new_figure(*SIZE_INCHES)
     axes = figure.subplots()
     front = _points(answer["pareto"])
     axes.plot([x for x, _, _ in front], [y for _, y, _ in front], "o", color="tab:blue", label="no other is better")
@@ -43,10 +36,7 @@ def plot_answer(answer: Mapping[str, Any], path: Path) -> None:
     axes.set_ylabel("time between tokens, ms")
     axes.set_title(f"{answer['model']} at {answer['requests_per_s']:.3g} requests/s")
     axes.legend()
-    try:
-        figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
-    except OSError as error:
-        raise InvalidField(f"{path} cannot be written: {error.strerror}", field="--plot") from error
+    save(figure, path)
 
 
 def _points(candidates: Iterable[Mapping[str, Any]]) -> list[tuple[float, float, str]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from enova_common.errors import FatalError, InvalidField
+from enova_cli.picture import new_figure, save
 
 SIZE_INCHES = (9.0, 8.0)
 POLICIES_MAX = 8               # drawn: the cheapest of those that hold first
@@ -14,14 +14,7 @@ POLICIES_MAX = 8               # drawn: the cheapest of those that hold first
 
 def plot_simulation(answer: Mapping[str, Any], path: Path) -> None:
     """Draw an answer of `enova simulate`. Raises FatalError without matplotlib, InvalidField for a bad path."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        remedy = "pip install 'enova[plot]'"
-        raise FatalError("drawing needs matplotlib", reason="NOT_INSTALLED", field="--plot", remedy=remedy) from error
-    mpl.rcParams["svg.hashsalt"] = "enova"  # else each run names its elements anew
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    figure = new_figure(*SIZE_INCHES)
     load, replicas, waits = figure.subplots(3, 1, sharex=True)
     minutes = answer["step_s"] / 60
     arrived = [count / answer["step_s"] for count in answer["arrived"]]
@@ -50,7 +43,4 @@ def plot_simulation(answer: Mapping[str, Any], path: Path) -> None:
     waits.set_xlabel("minutes")
     load.set_title(f"{answer['deployment']}: {answer['requests']:,} requests")
     load.legend(fontsize=8)
-    try:
-        figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})
-    except OSError as error:
-        raise InvalidField(f"{path} cannot be written: {error.strerror}", field="--plot") from error
+    save(figure, path)
