@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,10 +22,12 @@ from enova.v1 import (
     deployment_service_pb2_grpc,
     telemetry_pb2,
 )
+from enova_cli.context import EXIT_NOT_FOUND, EXIT_UNREACHABLE
 from enova_common.clock import ModelClock
 from enova_coordinator.core.recording import Recorded, read_lines
 from enova_simulator.replay import Asked, replayed
 from enova_testing.coordinator_process import Config, CoordinatorProcess, running_coordinator
+from enova_testing.fleet import run_enova
 from enova_testing.scripted_agent import MODEL, ScriptedAgent
 from enova_testing.waiting import until_async
 
@@ -35,7 +38,7 @@ ACTION = decision_service_pb2.Decision
 
 
 class Load:
-    """Frames of every replica of an agent, with `arrived` requests in each, all of which finish."""
+    """Frames of every replica of an agent: `arrived` requests in each, of which every replica finishes a quarter."""
 
     def __init__(self, agent: ScriptedAgent, clock: ModelClock) -> None:
         self.arrived = 0
@@ -46,19 +49,21 @@ class Load:
         agent = self._agent
         assert agent.welcome is not None
         while True:
+            running, waiting = (4.0, 20.0) if self.arrived else (0.0, 0.0)
             samples = [
                 telemetry_pb2.ReplicaSample(
-                    replica=replica, state="READY", instance="one", running=2.0 if self.arrived else 0.0,
-                    waiting=0.0, kv_cache_usage=0.1, held=2.0 if self.arrived else 0.0,
+                    replica=replica, state="READY", instance="one", running=running, waiting=waiting,
+                    kv_cache_usage=0.1, held=running + waiting,
                 )
                 for replica in agent.running
             ]  # fmt: skip
             requests = [
                 telemetry_pb2.RequestSummary(
-                    deployment=DEPLOYMENT, replica=replica, arrived=self.arrived, finished=self.arrived
+                    deployment=DEPLOYMENT, replica=replica, arrived=self.arrived // len(agent.running),
+                    finished=self.arrived // 4,
                 )
-                for replica in agent.running[:1]
-            ]
+                for replica in agent.running
+            ]  # fmt: skip
             agent.say(frame=agent.frame(self._clock.now(), length_s=30.0, replicas=samples, requests=requests))
             await asyncio.sleep(agent.welcome.frame_interval_s)
 
@@ -112,7 +117,7 @@ async def test_the_simulator_decides_the_recorded_situations_as_the_live_coordin
     clock = ModelClock(SCALE, time.time())
     with running_coordinator(tmp_path, config(clock)) as coordinator:
         async with scaled(coordinator, clock, conservatism=1.5) as (channel, agent, load):
-            load.arrived = 60
+            load.arrived = 240         # 8 a second: more than two replicas carry, by whatever is known of them
             await until_async(lambda: len(agent.running) >= 3, timeout_s=40, what="it grows")
             load.arrived = 0
             await until_async(lambda: len(agent.running) == 1, timeout_s=60, what="it shrinks again")
@@ -135,6 +140,21 @@ async def looked_after(channel: grpc.aio.Channel, act: decision_service_pb2.Deci
     return (await exported(channel))[-1].situation.now_s > act.model_time_s
 
 
+def fetched_and_kept(api: str, path: Path, least: int) -> None:
+    """The command asks the coordinator, keeps what it got, and reads it again without one."""
+    live = run_enova("replay", "scaled", "--save", str(path), "-o", "json", api=api)
+    assert live.code == 0, live.err
+    found = json.loads(live.out)
+    assert (found["deployment"], found["differences"]) == (DEPLOYMENT, 0)
+    assert found["situations"] >= least
+    assert run_enova("replay", "--file", str(path), "-o", "json").out == live.out
+    newest = run_enova("replay", "deployment/scaled", "--last", "1ms", "-o", "json", api=api)
+    assert json.loads(newest.out)["situations"] == 1
+    assert run_enova("replay", "deployment/none", api=api).code == EXIT_NOT_FOUND
+    assert run_enova("replay", "scaled", "--save", "/nowhere/kept.gz", "-o", "json", api=api).error["field"] == "--save"
+    assert run_enova("replay", "scaled").code == EXIT_UNREACHABLE
+
+
 async def test_situations_outlive_the_leader_that_recorded_them(tmp_path: Path) -> None:
     clock = ModelClock(SCALE, time.time())
     with running_coordinator(tmp_path, config(clock)) as first:
@@ -145,4 +165,5 @@ async def test_situations_outlive_the_leader_that_recorded_them(tmp_path: Path) 
         async with grpc.aio.insecure_channel(second.address) as channel:
             await until_async(lambda: exported(channel), timeout_s=30, what="the second leads")
             after = await exported(channel)
+            await asyncio.to_thread(fetched_and_kept, second.address, tmp_path / "kept.jsonl.gz", len(before))
     assert [each.situation.now_s for each in after[: len(before)]] == [each.situation.now_s for each in before]
