@@ -125,6 +125,13 @@ def test_an_unproven_capacity_lets_nothing_go_that_its_lower_end_needs() -> None
     assert "factor:v" not in memory
 
 
+def test_a_lower_end_of_nothing_is_survived() -> None:
+    carries = replace(capacity(20.0), requests_per_s=Interval(value=20.0, low=0.0, high=50.0))
+    one = situation(ready=9, carries=carries, demand=asked(30.0, end_s=10_000.0))
+    assert 0 < careful_factor(one.variants[0]) < 1
+    assert EnovaPolicy().decide(one, {}).wish.action is Action.KEEP
+
+
 def test_a_steady_rise_goes_on_and_a_step_does_not() -> None:
     calm = np.full(60, 20.0)
     rise = np.concatenate([calm, 20.0 + 4.0 * np.arange(1, 9)])

@@ -56,7 +56,7 @@ def learnt_factor(situation: Situation, variant: VariantSight, factor: float | N
 def careful_factor(variant: VariantSight) -> float:
     """What is taken for sure where nothing has taught a factor: the lower end of what is told."""
     told = variant.capacity.requests_per_s
-    return min(1.0, max(told.low, 0.0) / told.value) if told.value > 0 else 1.0
+    return min(1.0, max(told.low / told.value, FACTOR_BOUNDS[0])) if told.value > 0 else 1.0
 
 
 def _pull(situation: Situation, seen: _Seen, measured: float | None, factor: float, *, told: float) -> float:
