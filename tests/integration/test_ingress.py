@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +358,36 @@ async def test_an_ingress_that_starts_without_an_agent_serves_from_disk(
 ) -> None:
     async with ScriptedEngine() as upstream, started(node := IngressNode(folder, node="a")):
         await serve([node], [(0, node, upstream.url)])
+        await node.agent.stop()
+        await node.stop()
+        await node.start()
+        async with session.post(f"{node.url}/chat/completions", json=CHAT) as answer:
+            assert answer.status == 200
+
+
+class BusyThreads(ThreadPoolExecutor):
+    """One thread, which waits for the gate first; counts what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.gate = threading.Event()
+        super().submit(self.gate.wait)
+        self.given = 0
+
+    def submit(self, *args: Any, **words: Any) -> Future[Any]:
+        self.given += 1
+        return super().submit(*args, **words)
+
+
+async def test_routes_that_are_being_written_when_it_is_told_to_end_are_on_disk_afterwards(
+    folder: Path, session: aiohttp.ClientSession
+) -> None:
+    async with ScriptedEngine() as upstream, started(node := IngressNode(folder, node="a")):
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(threads := BusyThreads())
+        await serve([node], [(0, node, upstream.url)])
+        await until_async(lambda: threads.given > 0, what="the routes are to be written")
+        loop.call_later(0.2, threads.gate.set)
         await node.agent.stop()
         await node.stop()
         await node.start()

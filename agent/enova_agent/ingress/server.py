@@ -62,6 +62,7 @@ class Ingress:
         self._state_path = settings.data_dir / "ingress-state.json"
         self._state = load_state(self._state_path)
         self._state_dirty = False
+        self._saving: asyncio.Task[None] | None = None
         self._table = RouteTable()
         self._open = 0
         self._body_bytes = 0
@@ -190,6 +191,8 @@ class Ingress:
                 await task
         self._upstream.close()
         self._records.flush()
+        if self._saving is not None:
+            await self._saving
         if self._state_dirty:
             save_state(self._state_path, self._state)
 
@@ -244,8 +247,13 @@ class Ingress:
                 self._report()
             self._records.flush()
             if self._state_dirty:
-                self._state_dirty = False
-                await asyncio.to_thread(save_state, self._state_path, self._state)
+                self._saving = asyncio.create_task(self._save())
+                await asyncio.shield(self._saving)  # the end waits for it: two must not write at once
+
+    async def _save(self) -> None:
+        state = self._state
+        await asyncio.to_thread(save_state, self._state_path, state)
+        self._state_dirty = self._state != state
 
     def _report(self) -> None:
         self._metrics.retain(route.deployment for route in self._state.routes)
