@@ -85,8 +85,9 @@ class ProgressWatch:
         self._serves_s = np.where(began, 0.0, self._serves_s + step_s)
         span_s = np.where(np.isnan(step.of(Feature.SPAN_S)), step_s, step.of(Feature.SPAN_S))
         ended = reported & (moving | ~ready | (counted & nobody)) | _at_least(step.of(Feature.RESTARTS), 1.0)
-        # A gap in the data neither adds to a stall nor ends it.
-        self._stalled_s = np.where(ended, 0.0, self._stalled_s + np.where(stands, np.minimum(span_s, 2 * step_s), 0.0))
+        # A gap in the data neither ends a stall nor begins it earlier: nobody knows that anybody waited in it.
+        most_s = np.where(self._stalled_s > 0, 2 * step_s, step_s)
+        self._stalled_s = np.where(ended, 0.0, self._stalled_s + np.where(stands, np.minimum(span_s, most_s), 0.0))
         codes = np.full(count, Progress.UNKNOWN, dtype=np.int8)
         codes[reported & counted & nobody] = Progress.IDLE
         codes[reported & moving] = Progress.BUSY

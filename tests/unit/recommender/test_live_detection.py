@@ -64,6 +64,14 @@ def test_a_standstill_grows_from_busy_to_suspect_to_hung_and_any_token_ends_it()
     assert watch.stalled_s[0] == 0.0
 
 
+def test_a_request_that_came_after_a_lost_frame_has_not_waited_since_the_frame_before() -> None:
+    watch = ProgressWatch(series=1)
+    watch.update(stands(held=[0.0], running=[0.0]), step_s=STEP_S)
+    watch.update(step(age_s=[math.nan]), step_s=STEP_S)
+    assert watch.update(stands(held=[1.0], running=[1.0], span_s=[2 * STEP_S]), step_s=STEP_S)[0] == Progress.BUSY
+    assert watch.stalled_s[0] == STEP_S
+
+
 def test_full_utilisation_at_idle_watts_does_not_save_a_wedged_engine() -> None:
     watch = ProgressWatch(series=1)
     wedged = stands(gpu_utilization=[1.0], gpu_power=[0.19])
