@@ -201,6 +201,8 @@ def _reader(kind: Any) -> Callable[[Any], Any]:  # Any: a type expression
     if is_dataclass(kind):
         return _dataclass_reader(cast("type", kind))
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    # From Python 3.12 on numpy's NDArray is a `type` statement: what it stands for is its value.
+    origin = typing.get_origin(getattr(origin, "__value__", None)) or origin
     if origin is np.ndarray:
         return _array
     if origin is tuple:
