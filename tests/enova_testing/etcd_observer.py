@@ -96,6 +96,11 @@ class EtcdObserver:
         """Who leads now."""
         return self.leaders[-1]
 
+    def after(self, leader: Leader) -> Leader | None:
+        """Who led last in a later term; None until somebody did."""
+        later = (each for each in reversed(self.leaders) if each is not None and each.term > leader.term)
+        return next(later, None)
+
     def stale(self) -> list[Write]:
         """The writes that should not have been."""
         return [write for write in self.writes if write.stale]
