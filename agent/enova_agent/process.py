@@ -19,9 +19,11 @@ import asyncio
 import contextlib
 import ctypes
 import errno
+import math
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ from enova_agent.core.progress import Activity
 
 _PR_SET_CHILD_SUBREAPER = 36
 _KILL_PASSES = 5
+_TABLE_KEPT_S = 0.25
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 _LOG_MODE = 0o640
 # Python ignores SIGPIPE and SIGXFSZ, and a child would inherit that.
@@ -131,6 +134,7 @@ class LocalProcesses:
         self._boot_id = procfs.boot_id()
         self._members: dict[str, set[tuple[int, int]]] = {}   # token -> (pid, start ticks) seen as members
         self._zombies: set[int] = set()
+        self._table: tuple[float, dict[int, procfs.Stat]] = (-math.inf, {})   # when it was read
         self._first: set[int] = set()     # first processes whose status `wait` will fetch
         _become_subreaper()
 
@@ -246,7 +250,7 @@ class LocalProcesses:
 
     def activity(self, process: EngineProcess, now_s: float) -> Activity:
         """See Processes."""
-        members = self._living(process, everywhere=False)
+        members = self._living(process)
         return Activity(
             time_s=now_s,
             server_pid=process.pid,
@@ -256,7 +260,7 @@ class LocalProcesses:
 
     def usage(self, process: EngineProcess) -> Usage:
         """See Processes."""
-        members = self._living(process, everywhere=False)
+        members = self._living(process, self._recent())
         return Usage(
             cpu_s=sum(entry.cpu_s for entry in members),
             resident_bytes=sum(entry.resident_bytes for entry in members),
@@ -265,7 +269,7 @@ class LocalProcesses:
 
     def shared_memory(self, process: EngineProcess) -> frozenset[str]:
         """See Processes."""
-        return procfs.shared_memory(entry.pid for entry in self._living(process, everywhere=False))
+        return procfs.shared_memory(entry.pid for entry in self._living(process, self._recent()))
 
     def remove_shared_memory(self, names: Iterable[str]) -> tuple[str, ...]:
         """See Processes."""
@@ -287,7 +291,7 @@ class LocalProcesses:
         inodes = procfs.listening_inodes(port)
         if not inodes:
             return False
-        members = self._living(process, everywhere=False)
+        members = self._living(process)
         return all(any(procfs.holds_socket(entry.pid, inode) for entry in members) for inode in inodes)
 
     def free_port(self, taken: Iterable[int]) -> int:
@@ -318,11 +322,23 @@ class LocalProcesses:
                 with contextlib.suppress(ChildProcessError):  # another parent's, or reaped
                     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
 
-    def _living(self, process: EngineProcess, *, everywhere: bool) -> list[procfs.Stat]:
+    def _recent(self) -> dict[int, procfs.Stat]:
+        """All processes as of a moment ago, for who only adds up: a host has hundreds, and each engine asks twice."""
+        read_s, table = self._table
+        now_s = time.monotonic()
+        if now_s - read_s > _TABLE_KEPT_S:
+            table = procfs.processes()
+            self._table = now_s, table
+        return table
+
+    def _living(
+        self, process: EngineProcess, table: dict[int, procfs.Stat] | None = None, *, everywhere: bool = False
+    ) -> list[procfs.Stat]:
         """The engine's living processes; `everywhere` also searches all environments for its token (slow)."""
         if process.boot_id != self._boot_id:
             return []
-        table = procfs.processes()
+        if table is None:
+            table = procfs.processes()
         first = table.get(process.pid)
         reused = first is not None and first.start_ticks != process.start_ticks
         pids: set[int] = set()
