@@ -42,7 +42,7 @@ class EngineSettings:
     """A cgroup (version 2) that the agent may write to; each engine gets one below it. Empty: sessions and tokens."""
 
     session_nice: int = 0
-    """Of each engine's scheduling group (autogroup), 0 to 19: what computes beside it on this CPU goes first."""
+    """Of a serving engine's scheduling group (autogroup), 0 to 19: what computes beside it on this CPU goes first."""
 
     tick_s: float = 0.5
     """How often each replica is looked at: bounds how late anything is noticed."""

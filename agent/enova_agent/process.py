@@ -69,6 +69,10 @@ class Processes(Protocol):
         """Start an engine whose output is appended to `log_path`. Raises OSError."""
         ...
 
+    def step_back(self, process: EngineProcess) -> None:
+        """It has started: from now on what else computes on this host goes first, where that can be had."""
+        ...
+
     def adopt(self, process: EngineProcess) -> bool:
         """True if exactly this process lives; its end can then be waited for."""
         ...
@@ -125,7 +129,7 @@ class Processes(Protocol):
 class LocalProcesses:
     """Engines as plain children of the agent, each in a session and, if `cgroup` is given, a cgroup of its own.
 
-    `session_nice` (0 to 19) is given to the session's scheduling group, where the kernel makes such groups.
+    `session_nice` (0 to 19) is given to the scheduling group of a session that steps back, where the kernel has such.
     """
 
     def __init__(self, *, cgroup: Path | None = None, session_nice: int = 0) -> None:
@@ -157,11 +161,14 @@ class LocalProcesses:
         )
         self._first.add(pid)
         self._into_cgroup(token, pid)
-        if self._session_nice:
-            procfs.set_session_nice(pid, self._session_nice)
         entry = procfs.stat(pid)
         assert entry is not None, "an unreaped child has an entry in /proc, even as a zombie"
         return EngineProcess(pid=pid, start_ticks=entry.start_ticks, boot_id=self._boot_id, token=token)
+
+    def step_back(self, process: EngineProcess) -> None:
+        """See Processes. One that starts beside others that serve would get next to nothing: so not before."""
+        if self._session_nice and self.adopt(process):
+            procfs.set_session_nice(process.pid, self._session_nice)
 
     def adopt(self, process: EngineProcess) -> bool:
         """See Processes."""

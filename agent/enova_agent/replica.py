@@ -315,6 +315,7 @@ class Replica:
             self._lines.clear()  # whatever ends it from now on, its start is not to blame
             if self.watch is not None:
                 self.watch.begin()
+            self._begin("step back", self._step_back())
             self._due_s.pop("usage", None)  # what a ready engine holds in /dev/shm is to be known at once
 
     def _forget_run(self) -> None:
@@ -459,6 +460,10 @@ class Replica:
                 self._download = f"downloads {fetched}"
                 self._host.changed()
         self.handle(ProgressSeen(now_s=now_s))
+
+    async def _step_back(self) -> None:
+        if self.process is not None:
+            await asyncio.to_thread(self._host.processes.step_back, self.process)
 
     async def _measure_usage(self) -> None:
         run, host, process = self._run, self._host, self.process

@@ -273,7 +273,11 @@ async def _connect(
 def test_a_corrupt_journal_is_put_aside_and_the_engines_are_adopted(serving: UpFleet) -> None:
     before = {r["name"]: r["pid"] for r in serving.replicas("steady")}
     agents = serving.pids()["agents"]
-    for journal in serving.data_dir.glob("nodes/*/agent/journal*"):
+    journals = list(serving.data_dir.glob("nodes/*/agent/engines.json"))
+    assert len(journals) == len(agents)
+    for pid in agents.values():
+        os.kill(pid, signal.SIGSTOP)     # nothing mends what is corrupted here before the end
+    for journal in journals:
         journal.write_bytes(b'{"version": 1, "engi\xff')
     for pid in agents.values():
         os.kill(pid, signal.SIGKILL)
@@ -282,6 +286,12 @@ def test_a_corrupt_journal_is_put_aside_and_the_engines_are_adopted(serving: UpF
         lambda: {n["state"] for n in serving.ok("get", "nodes") if "liar" not in n["name"]} == {"READY"}, timeout_s=20
     )
     assert {r["name"]: r["pid"] for r in serving.replicas("steady")} == before
+    for journal in journals:
+        (aside,) = journal.parent.glob("engines.json.corrupt-*")
+        assert aside.read_bytes().endswith(b"engi\xff")
+    logs = sorted(serving.data_dir.glob("logs/agent-node-*.log"))
+    assert len(logs) == len(agents)
+    assert all("JournalCorrupt" in log.read_text() for log in logs)
 
 
 # The leader steps down, the call waits for the store, or the store's own deadline is told.

@@ -144,6 +144,11 @@ def over(fleet: UpFleet, episode: dict[str, Any]) -> None:
     until(closed, timeout_s=FOUND_S, what=f"the end of {episode['name']}")
 
 
+def test_a_serving_engine_lets_those_that_watch_it_go_first(fleet: UpFleet) -> None:
+    group = Path(f"/proc/{replica(fleet)['pid']}/autogroup")
+    until(lambda: not group.exists() or group.read_text().split()[-1] == "10", what="a nice session")
+
+
 def test_more_clients_than_it_can_serve_are_an_overload(fleet: UpFleet) -> None:
     with Clients(fleet, 6 * SEQUENCES, output_tokens=300):
         episode = found(fleet, "OVERLOADED", "OVERLOAD")

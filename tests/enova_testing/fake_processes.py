@@ -60,6 +60,7 @@ class FakeProcesses:
         self.table: dict[int, FakeProcess] = {}
         self.segments: set[str] = set()
         self.born_here: set[int] = set()
+        self.stepped_back: set[int] = set()
         self._pids = itertools.count(1000)
         self._ticks = itertools.count(5_000_000, 7)
         self._ports = itertools.count(20_000)
@@ -87,6 +88,10 @@ class FakeProcesses:
                 first.shared_memory = frozenset({arguments[0]})
                 self.segments.add(arguments[0])
         return self._name(first)
+
+    def step_back(self, process: EngineProcess) -> None:
+        """See Processes."""
+        self.stepped_back.add(process.pid)
 
     def adopt(self, process: EngineProcess) -> bool:
         """See Processes."""

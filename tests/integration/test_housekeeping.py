@@ -166,6 +166,7 @@ async def test_a_store_that_refuses_is_asked_for_each_chore(house: House, monkey
 async def test_what_cannot_be_read_stays_and_keeps_no_other_from_going(house: House) -> None:
     await house.put_raw(codec.PREFIX + "requests/broken", b"{")
     await house.put_raw(codec.PREFIX + "decisions/living/0", b"{")
+    assert REQUEST_KEEP_S == 24 * 3600.0      # what the API promises of request ids
     await house.put(record("old", REQUEST_KEEP_S + 1), record("young", 1))
     await house.put(*(decision(LIVING, age_s) for age_s in range(DECISIONS_KEPT + 1)))
     left = await house.tidied(DECISIONS_KEPT + 3)

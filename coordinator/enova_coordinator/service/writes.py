@@ -22,7 +22,6 @@ from enova_coordinator.service.leading import Chair, Leading
 from enova_coordinator.store import Compare, Delete, ModRevisionIs, Operation, Put, Store, codec
 from enova_coordinator.store.changes import unknown_ends
 
-REQUEST_KEEP_S = 86_400.0
 ATTEMPTS_MAX = 10                  # the leader writes beside users; each attempt reads anew
 SEEN_POLL_S = 0.005
 SEEN_POLLS_MAX = 200               # a second
