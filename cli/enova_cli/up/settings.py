@@ -18,7 +18,6 @@ CPU_SLOT_BYTES = 12 << 30
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 # A real engine may compute on every core of the machine that it shares with the programs that watch it: without this
 # they waited up to 1.2 s for a core, with it 60 ms (vLLM on two cores, measured), and lost their leases and sessions.
-# Not where several share it: one that starts would then take the cores from those that serve, which look hung.
 ENGINE_SESSION_NICE = 10
 
 
@@ -78,8 +77,7 @@ def agent(
         value["engine"]["extra_arguments"] = [*_clock_arguments(options, data), *options.engine_arguments]
     else:
         value["engine"]["extra_arguments"] = list(options.engine_arguments)
-        if options.nodes * options.gpus_per_node == 1:
-            value["engine"]["session_nice"] = ENGINE_SESSION_NICE
+        value["engine"]["session_nice"] = ENGINE_SESSION_NICE
         value["engine"]["environment"] = CPU_ENVIRONMENT if options.gpu_type == "CPU" else {}
     return value
 
