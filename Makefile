@@ -31,7 +31,7 @@ $(VENV)/.ready: pyproject.toml
 	@tests/tools/setup_venv "$(PYTHON)" "$(VENV)"
 	@touch $@
 
-demo: setup ## bring up, deploy, replay a trace, scale, break, recover (ENGINE=vllm: a real one, 6 to 12 minutes)
+demo: setup ## bring up, deploy, replay a trace, scale, break, recover (ENGINE=vllm: a real one, 4 to 12 minutes)
 ifeq ($(ENGINE),vllm)
 	@tests/tools/setup_vllm "$(PYTHON)" "$(VLLM_VENV)"
 	@$(BIN)/python -m enova_cli.demo --engine vllm --model "$(CURDIR)/$(VLLM_VENV)/tiny-model" \
