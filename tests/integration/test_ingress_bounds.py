@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import json
 import socket
-import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,6 @@ from enova_testing.waiting import until_async
 
 pytestmark = pytest.mark.network
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "my secret prompt"}]}
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="en") as path:  # a socket's path must be short
-        yield Path(path)
-
-
-@pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
 
 
 @contextlib.asynccontextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import tempfile
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +39,6 @@ def _rules(**fields: Any) -> LengthRules:
         "method": METHOD, "seed": 77, "dimension": 128, "apply": True, "context_tokens": 8192,
         "samples_per_s": 50.0, "kinds": (rule(SUM, 111), rule(CODE, 222)), **fields,
     })  # fmt: skip
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="en") as path:  # a socket's path must be short
-        yield Path(path)
-
-
-@pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,12 +31,6 @@ pytestmark = pytest.mark.network
 LEFT_WITHIN_S = 1.0  # of a replica whose port refuses
 BUSY_S = 1.0         # for a machine with other work on its two cores: an idle one takes hundredths
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="en") as path:  # a socket's path must be short
-        yield Path(path)
 
 
 class Program:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import ssl
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
@@ -22,12 +20,6 @@ from enova_testing.scripted_engine import ScriptedEngine
 
 pytestmark = pytest.mark.network
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="en") as path:  # a socket's path must be short
-        yield Path(path)
 
 
 @pytest.fixture
