@@ -138,8 +138,8 @@ def io_bytes(pid: int) -> int:
     return 0
 
 
-def set_session_nice(pid: int, nice: int) -> bool:
-    """Make the scheduling group of a process's session nice (sched(7), autogroups); False where that is not to be had.
+def set_session_nice(pid: int, nice: int) -> None:
+    """Make the scheduling group of a process's session nice (sched(7), autogroups), where that is to be had.
 
     The kernel takes one such write in 100 ms from all unprivileged processes together, so this may try several times.
     """
@@ -150,10 +150,9 @@ def set_session_nice(pid: int, nice: int) -> bool:
         except BlockingIOError:
             time.sleep(_AUTOGROUP_INTERVAL_S)
         except OSError:        # no such groups here, or the process has ended
-            return False
+            return
         else:
-            return True
-    return False
+            return
 
 
 def listening_inodes(port: int) -> frozenset[str]:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
+
+ROOM_ATTEMPTS = 10
+
+Written = TypeVar("Written")
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +47,40 @@ class BoundedFile:
         for statement in self.schema:
             connection.execute(statement)
         return connection
+
+
+@dataclass(slots=True)
+class KeepingFigures:
+    """What became of what was handed over, for the coordinator's own metrics."""
+
+    written: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Count what was not kept."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+
+def write_with_room(
+    connection: sqlite3.Connection, write: Callable[[], Written], *, make_room: Callable[[], None]
+) -> Written:
+    """What `write` returns, in one transaction; as long as the file is full, room is made and it is tried again."""
+    attempt = 0
+    while True:
+        connection.execute("BEGIN")
+        try:
+            written = write()
+            connection.execute("COMMIT")
+        except BaseException as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
+            if not full or attempt == ROOM_ATTEMPTS:
+                raise              # a disk that is full whatever is dropped: its error tells
+            make_room()
+            attempt += 1
+        else:
+            return written
 
 
 def close_broken(connection: sqlite3.Connection | None) -> None:

@@ -16,11 +16,11 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from enova_common.errors import Unavailable
-from enova_coordinator.bounded_file import BoundedFile, close_broken
+from enova_coordinator.bounded_file import BoundedFile, KeepingFigures, close_broken, write_with_room
 from enova_coordinator.core.recording import (
     KeptHistory,
     Recorded,
@@ -34,7 +34,6 @@ KEEP_S = 7 * 86_400.0              # real time
 FILE_BYTES_MAX = 1 << 30
 LINE_BYTES_MAX = 3 << 20           # as text: one must fit into a message of the API
 QUEUE_MAX = 256                    # situations that wait for the disk
-ROOM_ATTEMPTS = 10
 PRUNE_EVERY_S = 60.0               # real time
 PAGE_LINES = 32
 PAGE_BYTES_MAX = 512 << 10         # after which a page ends, where it holds a line at all
@@ -49,18 +48,6 @@ SCHEMA = (
 )
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class RecorderFigures:
-    """What became of the situations, for the coordinator's own metrics."""
-
-    written: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    def drop(self, reason: str, count: int = 1) -> None:
-        """Count what was not kept."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +67,10 @@ class Page:
 
 
 NOTHING = Page(lines=(), rest=None)
+
+
+class _TooLargeError(Exception):
+    """A situation whose text would not fit into a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +99,7 @@ class Recorder:
         prune_every_s: float = PRUNE_EVERY_S,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
-        self.figures = RecorderFigures()
+        self.figures = KeepingFigures()
         self._file = BoundedFile(path=path, bytes_max=file_bytes_max, schema=SCHEMA)
         self._keep_s = keep_s
         self._prune_every_s = prune_every_s
@@ -177,31 +168,18 @@ class Recorder:
             work.answer.set_result(_page(connection, work))
 
     def _put(self, connection: sqlite3.Connection, work: _Put) -> None:
-        for attempt in range(ROOM_ATTEMPTS + 1):
-            connection.execute("BEGIN")
-            try:
-                kept = self._insert(connection, work)
-                connection.execute("COMMIT" if kept is not None else "ROLLBACK")
-            except sqlite3.OperationalError as error:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                if "full" not in str(error) or attempt == ROOM_ATTEMPTS:
-                    raise              # a disk that is full whatever is dropped: its error tells
-                self._make_room(connection)
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
-            else:
-                if kept is None:
-                    self.figures.drop("too_large")
-                else:
-                    self.figures.written += 1
-                    self._kept[work.deployment] = kept
-                return
+        try:
+            kept = write_with_room(
+                connection, lambda: self._insert(connection, work), make_room=lambda: self._make_room(connection)
+            )
+        except _TooLargeError:
+            self.figures.drop("too_large")
+        else:
+            self.figures.written += 1
+            self._kept[work.deployment] = kept
 
-    def _insert(self, connection: sqlite3.Connection, work: _Put) -> KeptHistory | None:
-        """What its history is told by; None for a situation that is too large to be kept."""
+    def _insert(self, connection: sqlite3.Connection, work: _Put) -> KeptHistory:
+        """What its history is told by. Raises _TooLargeError for a situation that cannot be kept."""
         history = work.recorded.situation.history
         kept = history_for(self._kept.get(work.deployment), history)
         fresh = kept is None
@@ -212,7 +190,7 @@ class Recorder:
         line = text_of(situation_line(work.recorded, kept)).encode()
         told = text_of(history_line(kept)).encode() if fresh else b""
         if max(len(line), len(told)) > LINE_BYTES_MAX:
-            return None
+            raise _TooLargeError
         if fresh:
             connection.execute("UPDATE histories SET line = ? WHERE id = ?", (zlib.compress(told, 1), kept.id))
         connection.execute(

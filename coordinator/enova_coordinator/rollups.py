@@ -16,13 +16,13 @@ import threading
 import time
 import zlib
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from enova_coordinator.bounded_file import BoundedFile, close_broken
+from enova_coordinator.bounded_file import BoundedFile, KeepingFigures, close_broken, write_with_room
 from enova_coordinator.core.series import MINUTE_S
 
 KEEP_S = 14 * 86_400.0
@@ -30,7 +30,6 @@ FILE_BYTES_MAX = 4 << 30
 QUEUE_MAX = 4_096                  # minutes of nodes that wait for the disk
 BATCH_MAX = 512
 INSERT_MAX = 64                    # minutes in one transaction: small beside the tenth that is dropped for room
-ROOM_ATTEMPTS = 10
 PRUNE_EVERY_S = 60.0               # real time
 
 SCHEMA = (
@@ -67,18 +66,6 @@ class RolledSeries:
         return first - MINUTE_S, grid
 
 
-@dataclass(slots=True)
-class RollupFigures:
-    """What became of the minutes, for the coordinator's own metrics."""
-
-    written: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    def drop(self, reason: str, count: int = 1) -> None:
-        """Count what was not kept."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + count
-
-
 @dataclass(frozen=True, slots=True)
 class _Read:
     object: str
@@ -98,7 +85,7 @@ class Rollups:
         file_bytes_max: int = FILE_BYTES_MAX,
         prune_every_s: float = PRUNE_EVERY_S,
     ) -> None:
-        self.figures = RollupFigures()
+        self.figures = KeepingFigures()
         self._file = BoundedFile(path=path, bytes_max=file_bytes_max, schema=SCHEMA)
         self._keep_s = keep_s
         self._prune_every_s = prune_every_s
@@ -156,35 +143,19 @@ class Rollups:
         rows = [(item.end_s, item.node, pack(item)) for item in batch if isinstance(item, NodeMinute)]
         for start in range(0, len(rows), INSERT_MAX):
             part = rows[start : start + INSERT_MAX]
-            self._insert_with_room(connection, part)
+            self._insert(connection, part)
             self.figures.written += len(part)
         for item in batch:
             # Who asked may have given up meanwhile: that must not end the thread.
             if isinstance(item, _Read) and item.answer.set_running_or_notify_cancel():
                 item.answer.set_result(self._read(connection, item))
 
-    def _insert_with_room(self, connection: sqlite3.Connection, rows: list[tuple[float, str, bytes]]) -> None:
-        for _ in range(ROOM_ATTEMPTS):
-            try:
-                self._insert(connection, rows)
-            except sqlite3.OperationalError as error:
-                if "full" not in str(error):
-                    raise
-                self._drop_oldest(connection)
-            else:
-                return
-        self._insert(connection, rows)     # a disk that is full whatever is dropped: its error tells
-
-    @staticmethod
-    def _insert(connection: sqlite3.Connection, rows: list[tuple[float, str, bytes]]) -> None:
-        connection.execute("BEGIN")
-        try:
-            connection.executemany("INSERT OR REPLACE INTO minutes VALUES (?, ?, ?)", rows)
-            connection.execute("COMMIT")
-        except sqlite3.Error:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+    def _insert(self, connection: sqlite3.Connection, rows: list[tuple[float, str, bytes]]) -> None:
+        write_with_room(
+            connection,
+            lambda: connection.executemany("INSERT OR REPLACE INTO minutes VALUES (?, ?, ?)", rows),
+            make_room=lambda: self._drop_oldest(connection),
+        )
 
     @staticmethod
     def _read(connection: sqlite3.Connection, wanted: _Read) -> RolledSeries:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from enova_recommender import catalog
 from enova_recommender.memory import weight_bytes
@@ -70,7 +70,7 @@ def simulate(text: str) -> dict[str, object]:
     try:
         pairs = tuple((int(prompt), int(output)) for prompt, output in plain.get("lengths") or ())
         path = Path(plain["trace"])
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        with _opened(path) as lines:
             rows = read(
                 lines, scenario=Scenario(lengths=pairs) if pairs else None, seed=plain.get("seed", SEED),
                 allow_gaps=plain.get("allow_gaps", False),
@@ -105,8 +105,7 @@ def replay(text: str) -> dict[str, object]:
     plain = json.loads(text)
     try:
         asked = Asked(policy=plain.get("policy") or "", conservatism=plain.get("conservatism"))
-        path = Path(plain["situations"])
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        with _opened(Path(plain["situations"])) as lines:
             return answered(read_lines(lines), asked)
     except ReplayError as error:
         _refuse(Problem(field=error.field, message=error.message, remedy=error.remedy))
@@ -114,6 +113,10 @@ def replay(text: str) -> dict[str, object]:
         _refuse(Problem(field="situations", message=error.message, remedy=error.remedy))
     except (OSError, EOFError, UnicodeDecodeError) as error:
         _refuse(Problem(field="situations", message=f"cannot be read: {error}"))
+
+
+def _opened(path: Path) -> TextIO:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
 
 
 def _refuse(problem: Problem) -> NoReturn:
